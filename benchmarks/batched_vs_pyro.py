@@ -1,0 +1,164 @@
+"""Our batched HMC against Pyro's HMC on the same chains one after another, and our kernels against the bare gradient.
+
+Rates are per second of processor time, which other programs on the machine disturb less than the clock.
+Limit: no kernel makes more evaluations per second than the batched gradient alone, so every rate stands
+beside it. Pyro's limit is the gradient of a single chain. Pyro is timed on one chain, and its rate taken for any
+number of them: it runs chains in sequence, so the total rate does not depend on how many there are.
+
+Run with ``OMP_NUM_THREADS=1 python -m benchmarks.batched_vs_pyro``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from pyro.infer import HMC, MCMC
+from torch import Tensor, nn
+
+from benchmarks.common import rates, ratio, write
+from ppl_vaebm.inference import hmc, langevin
+from ppl_vaebm.inference.base import Kernel, init_params, value_and_grad
+from ppl_vaebm.inference.potential import Packing
+from ppl_vaebm.inference.pyro_kernel import SitePotential
+from ppl_vaebm.rng import global_rng, stream
+
+GROUP_DIM, X_DIM, WIDTH, X_SCALE = 2, 2, 256, 0.1
+ENERGY_SD_NATS = 2.5
+NUM_GROUPS = (2, 10)
+NUM_CHAINS = (64, 256)
+NUM_STEPS, STEP_SIZE = 8, 0.15
+NUM_ROUNDS = 7
+# Evaluations per task and round: some tenths of a second each.
+BATCHED_EVALS, PYRO_EVALS = 80, 160
+GOAL_RATIO, GOAL_OVERHEAD = 25, 0.25
+
+
+class Toy(nn.Module):
+    """Latents in R^2, each normal given the one before, then x in R^2 given all, and its energy; random weights."""
+
+    def __init__(self, num_groups: int) -> None:
+        super().__init__()
+        sizes = {f"z{i}": GROUP_DIM for i in range(num_groups)} | {"x": X_DIM}
+        self.packing = Packing({name: torch.Size([size]) for name, size in sizes.items()})
+        self.priors = nn.ModuleList(_mlp(GROUP_DIM, 16, 1, 2 * GROUP_DIM) for _ in range(num_groups - 1))
+        self.decoder = _mlp(GROUP_DIM * num_groups, WIDTH, 2, X_DIM)
+        self.energy = _mlp(X_DIM, WIDTH, 3, 1)
+        self.requires_grad_(False)
+        self.scale = ENERGY_SD_NATS / float(self._energy(torch.randn(4096, self.packing.dim)).std())
+
+    def _energy(self, position: Tensor) -> Tensor:
+        *noises, x_noise = position.split(GROUP_DIM, dim=1)
+        latents = [noises[0]]
+        for prior, noise in zip(self.priors, noises[1:], strict=True):
+            mean, log_scale = prior(latents[-1]).chunk(2, dim=1)
+            latents.append(mean + log_scale.exp() * noise)
+        x = self.decoder(torch.cat(latents, dim=1)) + X_SCALE * x_noise
+        energy: Tensor = self.energy(x).squeeze(1)
+        return energy
+
+    def forward(self, position: Tensor) -> Tensor:
+        """Evaluate Phi: ``(C, D)`` to ``(C,)``, nats."""
+        return self.scale * self._energy(position)
+
+
+def _mlp(num_inputs: int, width: int, depth: int, num_outputs: int) -> nn.Sequential:
+    widths = [num_inputs, *[width] * depth]
+    hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.SiLU())]
+    return nn.Sequential(*hidden, nn.Linear(width, num_outputs))
+
+
+def _bare_gradient(potential: Toy, position: Tensor) -> Callable[[], int]:
+    def task() -> int:
+        for _ in range(BATCHED_EVALS):
+            value_and_grad(potential, position)
+        return BATCHED_EVALS * len(position)
+
+    return task
+
+
+def _batched(kernel: Kernel, position: Tensor, evals_per_step: int) -> Callable[[], int]:
+    generator, params = stream(0, kernel.name), init_params(position, STEP_SIZE)
+
+    def task() -> int:
+        state = kernel.init(position)
+        for _ in range(BATCHED_EVALS // evals_per_step):
+            state, _ = kernel.step(generator, state, params)
+        return (BATCHED_EVALS + 1) * len(position)
+
+    return task
+
+
+def _pyro_hmc(potential: Toy, packing: Packing, position: Tensor) -> Callable[[], int]:
+    def task() -> int:
+        site_potential = SitePotential(potential, packing)
+        kernel = HMC(
+            potential_fn=site_potential,
+            step_size=STEP_SIZE,
+            # Half a step more, for Pyro truncates the quotient.
+            trajectory_length=STEP_SIZE * (NUM_STEPS + 0.5),
+            adapt_step_size=False,
+            adapt_mass_matrix=False,
+        )
+        sites = {name: site[0].clone() for name, site in packing.unravel(position[:1]).items()}
+        mcmc = MCMC(kernel, PYRO_EVALS // NUM_STEPS, 0, initial_params=sites, disable_progbar=True)
+        with global_rng(0):
+            mcmc.run()
+        return site_potential.num_evals
+
+    return task
+
+
+def _measure(num_groups: int) -> dict[str, dict[str, Any]]:
+    with global_rng(num_groups):
+        potential = Toy(num_groups)
+    flat = Packing({"q": torch.Size([potential.packing.dim])})
+    position = torch.randn(max(NUM_CHAINS), potential.packing.dim, generator=stream(0, "position"))
+    tasks = {
+        "pyro hmc, named sites": _pyro_hmc(potential, potential.packing, position),
+        "pyro hmc, one flat site": _pyro_hmc(potential, flat, position),
+        "gradient, 1 chain": _bare_gradient(potential, position[:1]),
+    }
+    for num_chains in NUM_CHAINS:
+        rows, suffix = position[:num_chains], f", {num_chains} chains"
+        tasks["gradient" + suffix] = _bare_gradient(potential, rows)
+        kernels = {
+            "hmc splitting": (hmc.build(potential, num_steps=NUM_STEPS), NUM_STEPS),
+            "hmc leapfrog": (hmc.build(potential, integrator="leapfrog", num_steps=NUM_STEPS), NUM_STEPS),
+            "mala": (langevin.build_mala(potential), 1),
+            "langevin": (langevin.build_langevin(potential), 1),
+        }
+        for name, (kernel, evals_per_step) in kernels.items():
+            tasks[name + suffix] = _batched(kernel, rows, evals_per_step)
+    found = rates(tasks, NUM_ROUNDS)
+    return _report(num_groups, potential.packing.dim, found)
+
+
+def _report(num_groups: int, dim: int, found: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    print(f"\n{num_groups} groups, D = {dim}: evaluations per second over all chains, median of {NUM_ROUNDS} rounds")
+    print(f"{'':32}{'per s':>10}{'over pyro, named':>18}{'over pyro, flat':>17}{'over bare gradient':>20}")
+    results: dict[str, dict[str, Any]] = {}
+    for name, rate in found.items():
+        bare = found["gradient," + (name.rsplit(",", 1)[1] if "chain" in name else " 1 chain")]
+        row = {
+            "evals_per_second": float(torch.tensor(rate).median()),
+            "over_pyro_named": ratio(rate, found["pyro hmc, named sites"]),
+            "over_pyro_flat": ratio(rate, found["pyro hmc, one flat site"]),
+            "overhead": ratio(bare, rate) - 1,
+        }
+        cells = f"{row['over_pyro_named']:17.1f}x{row['over_pyro_flat']:16.1f}x{row['overhead']:+20.0%}"
+        print(f"{name:32}{row['evals_per_second']:10,.0f}{cells}")
+        results[name] = {**row, "rounds": rate}
+    return results
+
+
+def main() -> None:
+    """Print the tables and write ``results/batched_vs_pyro.json``."""
+    print(f"goals: hmc at {NUM_CHAINS[0]} chains {GOAL_RATIO}x pyro's; overhead at most {GOAL_OVERHEAD:.0%}")
+    write("batched_vs_pyro", {str(num_groups): _measure(num_groups) for num_groups in NUM_GROUPS})
+
+
+if __name__ == "__main__":
+    main()

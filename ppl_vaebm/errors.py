@@ -1,0 +1,46 @@
+"""The errors that are the user's to know about, and how an entry point turns them into a sentence."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Something the user gave is not usable.
+
+    The message is one sentence: what was expected, what was found, what to do.
+    """
+
+    exit_status = 2
+
+
+class TrainingError(RuntimeError):
+    """Training stopped because its numbers went bad; what was saved before is kept.
+
+    The message says what happened, what is kept and what to do.
+    """
+
+    exit_status = 1
+
+
+def exits_with_one_sentence(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+    """Wrap an entry point: these errors end in their sentence on stderr and their exit status.
+
+    Args:
+        main: function of the argument list (``None`` for ``sys.argv[1:]``).
+
+    Returns:
+        The same function; every other exception passes through, for that one is our fault.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except (InputError, TrainingError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(error.exit_status) from None
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""With which numbers: the built-in recipes, one YAML file each."""

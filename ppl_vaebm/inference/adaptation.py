@@ -1,0 +1,92 @@
+"""Dual averaging of the step size (Hoffman and Gelman 2014, section 3.2), on the mean acceptance over chains."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ppl_vaebm.inference.base import Kernel, KernelParams, KernelState
+
+# Hoffman and Gelman 2014, section 3.2.1.
+STABILISATION, DECAY = 10.0, 0.75
+# Chosen by us. Their 0.05 is for one chain; on the steadier mean over chains it makes the step swing, and HMC tuned to
+# 0.75 on 10-dimensional Gaussians ended at 0.80 to 0.98 after 50 to 200 steps with 100 chains (this one: 0.71 to 0.83).
+SHRINKAGE = 0.2
+# A quarter turn forgets the position; a larger angle brings it back.
+MAX_STEP_SIZE = math.pi / 2
+
+
+class DualAveraging(NamedTuple):
+    """State of the averaging; logs are of the step size."""
+
+    log_step: float
+    """Step to try next."""
+    log_step_average: float
+    """Step to keep when warm-up ends."""
+    anchor: float
+    """Where the iterates are shrunk to."""
+    mean_error: float
+    """Running mean of target minus acceptance."""
+    num_updates: int
+    """Updates so far."""
+
+
+def start_averaging(step_size: float) -> DualAveraging:
+    """Begin at a step size, with the anchor ten times above it so that large steps are tried first."""
+    return DualAveraging(math.log(step_size), math.log(step_size), math.log(10 * step_size), 0.0, 0)
+
+
+def update_averaging(averaging: DualAveraging, acceptance_rate: float, target: float) -> DualAveraging:
+    """Take in one acceptance rate.
+
+    Args:
+        averaging: the state.
+        acceptance_rate: mean over chains, in [0, 1].
+        target: the rate aimed at, in (0, 1).
+
+    Returns:
+        The next state; both steps stay at or below :data:`MAX_STEP_SIZE`.
+    """
+    count = averaging.num_updates + 1
+    weight = 1 / (count + STABILISATION)
+    mean_error = (1 - weight) * averaging.mean_error + weight * (target - acceptance_rate)
+    log_step = averaging.anchor - math.sqrt(count) / SHRINKAGE * mean_error
+    log_step = min(log_step, math.log(MAX_STEP_SIZE))
+    decay = count**-DECAY
+    average = decay * log_step + (1 - decay) * averaging.log_step_average
+    return DualAveraging(log_step, average, averaging.anchor, mean_error, count)
+
+
+def warm_up(
+    kernel: Kernel, generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
+) -> tuple[KernelState, KernelParams, int]:
+    """Run a kernel while tuning its step size.
+
+    Args:
+        kernel: the transition; one without ``target_acceptance`` only runs.
+        generator: source of its randomness.
+        state: start.
+        params: parameters to start from.
+        num_steps: warm-up steps; 0 changes nothing.
+
+    Returns:
+        The state, the parameters with the averaged step, and the evaluations spent over all chains.
+    """
+    averaging = start_averaging(float(params.step_size))
+    num_evals = 0
+    for _ in range(num_steps):
+        state, info = kernel.step(generator, state, params)
+        num_evals += int(info.num_evals.sum())
+        if kernel.target_acceptance is not None:
+            averaging = update_averaging(averaging, float(info.acceptance_rate.mean()), kernel.target_acceptance)
+            params = with_step_size(params, math.exp(averaging.log_step))
+    if num_steps and kernel.target_acceptance is not None:
+        params = with_step_size(params, math.exp(averaging.log_step_average))
+    return state, params, num_evals
+
+
+def with_step_size(params: KernelParams, step_size: float) -> KernelParams:
+    """Return the parameters with another step size."""
+    return params._replace(step_size=torch.full_like(params.step_size, step_size))

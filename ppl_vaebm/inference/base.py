@@ -1,0 +1,220 @@
+"""What every kernel shares: the target, the state, the report of a step, and the parameters.
+
+A target is given by its energy relative to N(0, I), ``Phi``, so that the negative log density is
+``U(q) = Phi(q) + |q|^2 / 2`` nats up to a constant. Chains are rows; nothing is summed over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# A Hamiltonian that rises by more than this along one trajectory marks a divergence: BlackJAX's and Stan's threshold.
+DIVERGENCE_THRESHOLD_NATS = 1000.0
+
+
+class Potential(Protocol):
+    """``Phi``: positions ``(C, D)`` to ``(C,)`` nats relative to N(0, I); rows are independent."""
+
+    def __call__(self, position: Tensor) -> Tensor:
+        """Evaluate Phi for every chain."""
+        ...
+
+
+class KernelState(NamedTuple):
+    """What the next step needs. It is valid for one set of the target's parameters only."""
+
+    position: Tensor
+    """Where the chains stand, ``(C, D)``."""
+    potential: Tensor
+    """Phi there, ``(C,)``, nats."""
+    grad: Tensor | None
+    """The gradient of Phi there, ``(C, D)``; ``None`` after a gradient-free kernel moved."""
+
+
+class KernelInfo(NamedTuple):
+    """What a diagnostician needs of one step; every field is ``(C,)``."""
+
+    acceptance_rate: Tensor
+    """Metropolis acceptance probability; for an unadjusted kernel the one that it would have had."""
+    is_accepted: Tensor
+    """Whether the chain moved to its proposal."""
+    is_divergent: Tensor
+    """Proposal was not finite, or its energy error passed :data:`DIVERGENCE_THRESHOLD_NATS`."""
+    energy: Tensor
+    """Nats, float64: the Hamiltonian that the step starts from, with the momentum drawn for it; or U
+    where the step ends, for a kernel without momentum. BFMI reads it."""
+    num_evals: Tensor
+    """Evaluations of Phi in this step, with their gradient where the kernel uses one."""
+
+
+class KernelParams(NamedTuple):
+    """Everything that adaptation may change, and nothing else."""
+
+    step_size: Tensor
+    """``h``, an angle in noise space, ``()``; the paper's Langevin step eta is ``h**2``."""
+    inverse_mass: Tensor
+    """Per-coordinate scale, ``(D,)``; coordinate i moves with step ``h * sqrt(inverse_mass[i])``."""
+    trajectory_length: Tensor
+    """Total angle of one HMC trajectory, ``()``; kernels of one step ignore it."""
+
+
+class Kernel(NamedTuple):
+    """A Markov transition as three pure functions of explicit state."""
+
+    name: str
+    init: Callable[[Tensor], KernelState]
+    step: Callable[[torch.Generator, KernelState, KernelParams], tuple[KernelState, KernelInfo]]
+    target_acceptance: float | None
+    """Acceptance rate that warm-up tunes ``step_size`` to; ``None`` where there is nothing to tune."""
+
+
+def init_params(position: Tensor, step_size: float, trajectory_length: float = torch.pi / 2) -> KernelParams:
+    """Make parameters like a position's dtype and device.
+
+    Args:
+        position: ``(C, D)``.
+        step_size: the angle h, positive.
+        trajectory_length: total angle of an HMC trajectory; a quarter turn forgets the start when Phi = 0.
+
+    Returns:
+        Parameters with unit mass.
+    """
+    return KernelParams(
+        position.new_tensor(step_size),
+        torch.ones_like(position[0]),
+        position.new_tensor(trajectory_length),
+    )
+
+
+def value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Evaluate Phi and its gradient for every chain.
+
+    Args:
+        potential: the target.
+        position: ``(C, D)``.
+
+    Returns:
+        Phi ``(C,)`` and its gradient ``(C, D)``, both detached.
+
+    Raises:
+        ValueError: the potential did not return one number per chain.
+    """
+    with torch.enable_grad():
+        leaf = position.detach().requires_grad_(True)
+        value = _checked(potential(leaf), position)
+        # A potential that does not depend on the position (Phi = 0) has gradient zero, not none.
+        if value.requires_grad:
+            grad = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)[0]
+        else:
+            grad = torch.zeros_like(leaf)
+    return value.detach(), grad
+
+
+def value_only(potential: Potential, position: Tensor) -> Tensor:
+    """Evaluate Phi for every chain, without a gradient.
+
+    Args:
+        potential: the target.
+        position: ``(C, D)``.
+
+    Returns:
+        Phi, ``(C,)``.
+
+    Raises:
+        ValueError: the potential did not return one number per chain.
+    """
+    with torch.no_grad():
+        return _checked(potential(position), position)
+
+
+def _checked(value: Tensor, position: Tensor) -> Tensor:
+    if value.shape != position.shape[:1]:
+        raise ValueError(
+            f"a potential returns one number per chain, shape ({len(position)},); "
+            f"this one returned shape {tuple(value.shape)} for positions {tuple(position.shape)}: "
+            "sum over the event dimensions only"
+        )
+    return value
+
+
+def init_with_grad(potential: Potential) -> Callable[[Tensor], KernelState]:
+    """Make the ``init`` of a kernel that uses gradients."""
+    return lambda position: KernelState(position.detach(), *value_and_grad(potential, position))
+
+
+def init_without_grad(potential: Potential) -> Callable[[Tensor], KernelState]:
+    """Make the ``init`` of a gradient-free kernel."""
+    return lambda position: KernelState(position.detach(), value_only(potential, position), None)
+
+
+def log_density_energy(state: KernelState) -> Tensor:
+    """Return U = Phi + |q|^2 / 2 of a state, ``(C,)``, float64, nats."""
+    return state.potential.double() + 0.5 * state.position.double().square().sum(-1)
+
+
+def metropolis(
+    generator: torch.Generator, state: KernelState, proposal: KernelState, energy_change: Tensor
+) -> tuple[KernelState, Tensor, Tensor, Tensor]:
+    """Accept or reject every chain's proposal on its own.
+
+    A change of energy that is not a number rejects, and is flagged divergent; so does a proposal
+    whose gradient is not finite, since the next step could not start from it.
+
+    Args:
+        generator: source of one uniform per chain.
+        state: where the chains stand.
+        proposal: where they would go.
+        energy_change: energy of the proposal minus energy of the state, ``(C,)``, float64, nats.
+
+    Returns:
+        The new state, the acceptance probability ``(C,)``, whether it was accepted, whether it diverged.
+    """
+    acceptance_rate, is_divergent = acceptance(proposal, energy_change)
+    uniform = torch.rand(acceptance_rate.shape, generator=generator, dtype=torch.float64, device=energy_change.device)
+    is_accepted = uniform < acceptance_rate
+    return select(is_accepted, proposal, state), acceptance_rate, is_accepted, is_divergent
+
+
+def acceptance(proposal: KernelState, energy_change: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn energy changes into acceptance probabilities and divergence flags.
+
+    Args:
+        proposal: the proposed state.
+        energy_change: ``(C,)``, nats.
+
+    Returns:
+        Acceptance probability ``(C,)`` in [0, 1], zero where anything is not finite; divergence ``(C,)``.
+    """
+    # Sums are as finite as their terms, and cheaper to ask.
+    total = energy_change + proposal.position.sum(-1)
+    if proposal.grad is not None:
+        total += proposal.grad.sum(-1)
+    is_not_finite = ~total.isfinite()
+    rate = (-energy_change).exp().clamp(max=1.0).masked_fill(is_not_finite, 0.0)
+    return rate, is_not_finite | (energy_change > DIVERGENCE_THRESHOLD_NATS)
+
+
+def select(mask: Tensor, chosen: KernelState, other: KernelState) -> KernelState:
+    """Take rows of ``chosen`` where ``mask`` holds, of ``other`` elsewhere.
+
+    Args:
+        mask: ``(C,)``, boolean.
+        chosen: state for the rows where it is true.
+        other: state for the rest.
+
+    Returns:
+        A state; its gradient is ``None`` unless both have one.
+    """
+    rows = mask.unsqueeze(-1)
+    grad = None
+    if chosen.grad is not None and other.grad is not None:
+        grad = torch.where(rows, chosen.grad, other.grad)
+    return KernelState(
+        torch.where(rows, chosen.position, other.position),
+        torch.where(mask, chosen.potential, other.potential),
+        grad,
+    )

@@ -1,0 +1,200 @@
+"""Normalised likelihoods: log p(x) by importance weighting, log Z from draws of the VAE, and so log h(x).
+
+``log h(x) = log p(x) - E(x) - log Z`` with ``Z = E_p[exp(-E(x))]``. Draws of the VAE estimate Z well where
+its weights exp(-E) have many effective samples; the estimate says how many.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppl_vaebm.inference.base import value_only
+from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.rng import global_rng
+
+BATCH = 10_000
+"""Rows that one pass evaluates; it bounds memory, and random streams do not depend on it."""
+NUM_PILOT = 50_000
+"""Draws of the VAE that set the first bound of the rejection sampler."""
+CERTIFIED_ESS = 100.0
+"""Effective samples below which a log Z from draws of the VAE is reported as not certified."""
+
+
+class LogZ(NamedTuple):
+    """An estimate of the log normaliser."""
+
+    value: float
+    """Nats."""
+    error: float
+    """Standard error, nats, by the delta method."""
+    ess: float
+    """Effective samples of the weights exp(-E)."""
+
+
+class LogLikelihood(NamedTuple):
+    """Log density of every data point."""
+
+    value: Tensor
+    """``(n,)``, nats."""
+    error: Tensor
+    """Monte Carlo standard error of each, ``(n,)``, nats."""
+
+
+class ExactDraws(NamedTuple):
+    """Independent draws of h."""
+
+    position: Tensor
+    """Noise, ``(num, D)``."""
+    acceptance_rate: float
+    """Share of the VAE's draws that were kept."""
+    num_proposals: int
+    """Draws of the VAE that it took, those before the bound was last raised included."""
+
+
+def weights_ess(log_weights: Tensor) -> float:
+    """Return the effective sample size ``(sum w)^2 / sum w^2`` of weights ``(n,)`` given by their logs."""
+    return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
+
+
+def log_mean_exp(log_weights: Tensor) -> LogZ:
+    """Estimate the log of a mean of weights.
+
+    Args:
+        log_weights: ``(n,)``, nats.
+
+    Returns:
+        The estimate; its error is that of the weights' mean over that mean.
+    """
+    log_weights = log_weights.double()
+    n = len(log_weights)
+    value = float(log_weights.logsumexp(0)) - math.log(n)
+    ratios = (log_weights - value).exp()
+    return LogZ(value, float(ratios.std()) / math.sqrt(n), weights_ess(log_weights))
+
+
+def reference_energies(potential: NoisePotential, generator: torch.Generator, num: int) -> Tensor:
+    """Evaluate the energy of draws of the VAE.
+
+    Args:
+        potential: of the VAEBM.
+        generator: source of the draws.
+        num: how many.
+
+    Returns:
+        ``(num,)``, nats.
+    """
+    sizes = [min(BATCH, num - start) for start in range(0, num, BATCH)]
+    return torch.cat([value_only(potential, potential.draw_reference(generator, size)) for size in sizes])
+
+
+def log_z_from_vae(potential: NoisePotential, generator: torch.Generator, num: int) -> LogZ:
+    """Estimate log Z from draws of the VAE.
+
+    Args:
+        potential: of the VAEBM.
+        generator: source of the draws.
+        num: how many.
+
+    Returns:
+        The estimate; trust it where its ``ess`` is large.
+    """
+    return log_mean_exp(-reference_energies(potential, generator, num))
+
+
+def exact_draws(
+    potential: NoisePotential, generator: torch.Generator, num: int, max_proposals: int = 20_000_000
+) -> ExactDraws:
+    """Draw independently from h by rejection from the VAE.
+
+    A draw is kept with probability ``exp(-E - bound)``. The bound starts as the largest -E of a pilot; when a draw
+    exceeds it, it is raised and the draws kept so far are thinned to match, so the result is exact given that no
+    unseen draw of the VAE has a larger weight.
+
+    Args:
+        potential: of the VAEBM.
+        generator: source of the draws.
+        num: how many to return.
+        max_proposals: draws of the VAE after which to give up.
+
+    Returns:
+        The draws.
+
+    Raises:
+        RuntimeError: not enough were kept within ``max_proposals``; h is too far from the VAE to be drawn this way.
+    """
+    bound = float((-reference_energies(potential, generator, NUM_PILOT)).max())
+    kept, kept_count, proposals = [], 0, 0
+    for position, log_weight in _proposals(potential, generator, max_proposals):
+        proposals += len(position)
+        largest = float(log_weight.max())
+        if largest > bound:
+            kept = [_thin(block, bound - largest, generator) for block in kept]
+            bound, kept_count = largest, sum(map(len, kept))
+        uniform = torch.rand(len(position), generator=generator, dtype=torch.float64, device=position.device)
+        kept.append(position[uniform.log() < log_weight - bound])
+        kept_count += len(kept[-1])
+        if kept_count >= num:
+            return ExactDraws(torch.cat(kept)[:num], kept_count / proposals, proposals)
+    raise RuntimeError(
+        f"rejection kept {kept_count} of {max_proposals} draws of the VAE where {num} were asked for: "
+        "h is too far from the VAE to be drawn this way; sample it by chains"
+    )
+
+
+def _proposals(
+    potential: NoisePotential, generator: torch.Generator, max_proposals: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for _ in range(0, max_proposals, BATCH):
+        position = potential.draw_reference(generator, BATCH)
+        yield position, -value_only(potential, position).double()
+
+
+def _thin(position: Tensor, log_probability: float, generator: torch.Generator) -> Tensor:
+    uniform = torch.rand(len(position), generator=generator, dtype=torch.float64, device=position.device)
+    return position[uniform.log() < log_probability]
+
+
+def log_p(vae: HierarchicalVAE, x: Tensor, seed: int, num_importance: int) -> LogLikelihood:
+    """Estimate the VAE's log density by importance weighting with its guide (Burda et al. 2016).
+
+    Args:
+        vae: the VAE, in evaluation mode.
+        x: ``(n, *event_shape)``.
+        seed: of the guide's draws.
+        num_importance: draws per data point, K.
+
+    Returns:
+        The estimate; its expectation is a lower bound that tightens with K.
+    """
+    per_pass = max(1, BATCH // num_importance)
+    values, errors = [], []
+    with torch.no_grad(), global_rng(seed):
+        for rows in x.split(per_pass):
+            log_weights = _log_weights(vae, rows.repeat_interleave(num_importance, 0)).unflatten(0, (len(rows), -1))
+            value = log_weights.logsumexp(1) - math.log(num_importance)
+            ratios = (log_weights - value.unsqueeze(1)).exp()
+            values.append(value)
+            errors.append(ratios.std(1) / math.sqrt(num_importance))
+    return LogLikelihood(torch.cat(values), torch.cat(errors))
+
+
+def _log_weights(vae: HierarchicalVAE, x: Tensor) -> Tensor:
+    """``log p(x, z) - log q(z | x)`` for one draw of z per row, ``(n,)``, by Pyro's own traces."""
+    guide_trace = poutine.trace(vae.guide).get_trace(x)
+    model_trace = poutine.trace(poutine.replay(vae.model, trace=guide_trace)).get_trace(x)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return (_log_prob(model_trace) - _log_prob(guide_trace)).double()
+
+
+def _log_prob(trace: poutine.Trace) -> Tensor:
+    sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
+    return torch.stack([site["log_prob"] for site in sites]).sum(0)

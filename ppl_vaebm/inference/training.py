@@ -1,0 +1,112 @@
+"""What the two training loops share: the schedule, the averaged weights, the guarded optimiser step."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from ppl_vaebm.config import EbmConfig, SviConfig
+from ppl_vaebm.errors import TrainingError
+
+MAX_BAD_STEPS = 20
+"""Updates in a row with a gradient that is not finite, after which a run stops (chosen by us)."""
+
+
+def cosine_rate(loop: SviConfig | EbmConfig, step: int) -> float:
+    """Return the learning rate of a step: half a cosine from the first to the final rate.
+
+    Args:
+        loop: configuration of the loop.
+        step: from 0 to ``loop.steps - 1``.
+
+    Returns:
+        The rate.
+    """
+    phase = 0.5 * (1 + math.cos(math.pi * step / loop.steps))
+    return loop.final_learning_rate + phase * (loop.learning_rate - loop.final_learning_rate)
+
+
+class AveragedWeights:
+    """An exponential moving average of a module's parameters, as a copy of the module.
+
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run's average forgets its
+    initial weights.
+
+    Args:
+        module: to average.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+        self.decay = decay
+        self.num_updates = 0
+
+    def update(self, module: nn.Module) -> None:
+        """Take in the module's current parameters."""
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
+        averages, currents = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        torch._foreach_lerp_(averages, currents, 1 - decay)
+        self.num_updates += 1
+
+
+class GuardedOptimizer:
+    """Adam whose step is skipped, and counted, when the gradient is not finite.
+
+    Args:
+        parameters: to train.
+        loop: configuration with the rates and the clip.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> None:
+        self.parameters = list(parameters)
+        self.loop = loop
+        self.adam = torch.optim.Adam(self.parameters, lr=loop.learning_rate)
+        self.num_skipped = 0
+        self.num_bad_in_a_row = 0
+
+    def step(self, loss: Tensor, step: int) -> float:
+        """Differentiate a loss and move the parameters.
+
+        Args:
+            loss: scalar.
+            step: number of this step, for the schedule.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            TrainingError: :data:`MAX_BAD_STEPS` gradients in a row were not finite.
+        """
+        for group in self.adam.param_groups:
+            group["lr"] = cosine_rate(self.loop, step)
+        self.adam.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
+        if math.isfinite(norm):
+            self.adam.step()
+            self.num_bad_in_a_row = 0
+            return norm
+        self.num_skipped += 1
+        self.num_bad_in_a_row += 1
+        if self.num_bad_in_a_row == MAX_BAD_STEPS:
+            raise TrainingError(
+                f"step {step}: the loss is {float(loss.detach())} and its gradient has not been finite for "
+                f"{MAX_BAD_STEPS} steps; the last checkpoint is kept: continue from it with a lower learning rate"
+            )
+        return norm
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors, for a checkpoint."""
+        return {"adam": self.adam.state_dict(), "num_skipped": self.num_skipped, "num_bad": self.num_bad_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what :meth:`state_dict` returned."""
+        self.adam.load_state_dict(state["adam"])
+        self.num_skipped, self.num_bad_in_a_row = state["num_skipped"], state["num_bad"]

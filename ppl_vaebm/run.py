@@ -1,0 +1,230 @@
+"""A run is a folder: where each of its files lies, and the record of metrics."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.files import write_atomic
+
+# JSON has no word for these numbers; the record holds them as these strings.
+NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run; every entry point takes this folder, and nothing else has to be remembered."""
+
+    path: Path
+    """The folder."""
+
+    @staticmethod
+    def open(path: Path | str) -> Run:
+        """Open the folder of a run that was begun before.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The run.
+
+        Raises:
+            InputError: the folder does not exist, or holds no configuration.
+        """
+        run = Run(Path(path))
+        if not run.config_file.is_file():
+            found = "a folder without one" if run.path.is_dir() else "a file" if run.path.exists() else "nothing"
+            command = f"python -m ppl_vaebm.fit --stage svi --run {shlex.quote(str(path))}"
+            raise InputError(
+                f"expected a run, that is a folder with {run.config_file.name}, at {path}, found {found}; "
+                f"make one with: {command}"
+            )
+        return run
+
+    @staticmethod
+    def create(path: Path | str) -> Run:
+        """Make the folder of a run; one that is there already is taken as it is.
+
+        Args:
+            path: the folder; missing parents are made.
+
+        Returns:
+            The run.
+
+        Raises:
+            InputError: the path is a file, or nothing can be written there.
+        """
+        run = Run(Path(path))
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"expected a folder for the run at {path}, found a file; name another folder") from None
+        except OSError as error:
+            raise InputError(
+                f"expected to make the folder {path} for the run, found: {error.strerror}; name another folder"
+            ) from None
+        if not os.access(run.path, os.W_OK | os.X_OK):
+            raise InputError(
+                f"expected a folder for the run that can be written to, found that {path} cannot; "
+                "change its permissions or name another folder"
+            )
+        return run
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The record of metrics, one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    def checkpoints(self, stage: str) -> Path:
+        """Return the folder of a stage's checkpoints."""
+        return self.path / "checkpoints" / stage
+
+    @property
+    def samples_dir(self) -> Path:
+        """Samples, as arrays and images."""
+        return self.path / "samples"
+
+    @property
+    def chains_file(self) -> Path:
+        """The chains of ``diagnose``, in ArviZ's format."""
+        return self.path / "chains.nc"
+
+    @property
+    def report_file(self) -> Path:
+        """The report, one HTML file."""
+        return self.path / "report.html"
+
+    @property
+    def evaluation_file(self) -> Path:
+        """The numbers of ``evaluate``."""
+        return self.path / "evaluate.json"
+
+    @property
+    def comparison_file(self) -> Path:
+        """The table of ``compare``."""
+        return self.path / "compare.csv"
+
+    def log(self, record: Mapping[str, float | int | str]) -> None:
+        """Append one record of metrics.
+
+        A line that a killed process left unfinished is cut off first, or this record would continue it.
+
+        Args:
+            record: names to values; ``stage`` and ``step`` let :meth:`metrics` and :meth:`rewind_metrics` find it.
+                The strings "nan", "inf" and "-inf" stand for those numbers and are read back as such.
+        """
+        values = {name: _to_json(value) for name, value in record.items()}
+        line = json.dumps(values, allow_nan=False) + "\n"
+        with self.metrics_file.open("a+b") as file:
+            _cut_torn_line(file)
+            file.write(line.encode())
+
+    def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
+        """Read the record of metrics.
+
+        Args:
+            stage: the ``stage`` whose records to return; all if not given.
+
+        Returns:
+            The records in the order in which they were logged; none where nothing was. A last line without
+            its line break, left by a killed process, is ignored.
+
+        Raises:
+            InputError: another line is not a JSON object.
+        """
+        return [record for _, record in self._lines() if stage is None or record.get("stage") == stage]
+
+    def rewind_metrics(self, stage: str, step: int) -> None:
+        """Forget what a stage logged after a step, so that resuming from there leaves no duplicates.
+
+        Args:
+            stage: whose records to drop; those of other stages stay.
+            step: the last step to keep; records without a ``step`` stay.
+
+        Raises:
+            InputError: a line of the record is not a JSON object; the file is left as it is.
+        """
+        kept = [
+            line + b"\n"
+            for line, record in self._lines()
+            if record.get("stage") != stage or record.get("step", step) <= step
+        ]
+        if self.metrics_file.exists():
+            write_atomic(self.metrics_file, b"".join(kept))
+
+    def save_npz(self, name: str, /, **arrays: np.ndarray) -> Path:
+        """Write arrays of samples to ``samples/<name>.npz``, in one step.
+
+        Args:
+            name: the file's name, without a folder.
+            arrays: what to store; the samples themselves are ``x``, with the draws along the first axis.
+
+        Returns:
+            The file.
+
+        Raises:
+            InputError: the name is not a plain file name.
+            ValueError: an array holds Python objects, which only pickle could store.
+        """
+        if name in ("", "..") or name != Path(name).name:
+            raise InputError(f"expected a plain name for the samples, found {name!r}; leave out any folder")
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        path = self.samples_dir / f"{name}.npz"
+        write_atomic(path, buffer.getvalue())
+        return path
+
+    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Yield every finished line of the record, as it stands and as it reads."""
+        if not self.metrics_file.exists():
+            return
+        # What follows the last line break is empty, or torn.
+        for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line, parse_constant=_refuse_constant)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                raise InputError(
+                    f"expected one JSON object per line in {self.metrics_file}, found {line[:40]!r} in line {number}; "
+                    "correct or delete that line"
+                )
+            yield line, {name: _from_json(value) for name, value in record.items()}
+
+
+def _cut_torn_line(file: io.BufferedRandom) -> None:
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _to_json(value: float | int | str) -> float | int | str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(float(value))
+    return value
+
+
+def _from_json(value: Any) -> Any:
+    return NON_FINITE.get(value, value) if isinstance(value, str) else value
