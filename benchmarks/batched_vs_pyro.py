@@ -30,9 +30,9 @@ ENERGY_SD_NATS = 2.5
 NUM_GROUPS = (2, 10)
 NUM_CHAINS = (64, 256)
 NUM_STEPS, STEP_SIZE = 8, 0.15
-NUM_ROUNDS = 7
-# Evaluations per task and round: some tenths of a second each.
-BATCHED_EVALS, PYRO_EVALS = 80, 160
+NUM_ROUNDS = 21
+# Evaluations per task and round: about a tenth of a second each.
+BATCHED_EVALS, PYRO_EVALS = 64, 64
 GOAL_RATIO, GOAL_OVERHEAD = 25, 0.25
 
 

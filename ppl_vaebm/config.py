@@ -130,7 +130,7 @@ class SviConfig:
     ema_decay: float = 0.999
     """Of the averaged weights, which validation and stage 2 use."""
     grad_clip: float = 100.0
-    """Largest gradient norm; a step beyond it is scaled down and counted."""
+    """Largest gradient norm; a larger gradient is scaled down to it."""
     validate_every: int = 1_000
     """Steps between validation ELBOs."""
     checkpoint_every: int = 2_000
@@ -202,7 +202,7 @@ class EbmConfig:
     spectral_penalty: float = 0.0
     """Weight of the sum of the weight matrices' largest singular values."""
     grad_clip: float = 100.0
-    """Largest gradient norm; a step beyond it is scaled down and counted."""
+    """Largest gradient norm; a larger gradient is scaled down to it."""
     ema_decay: float = 0.999
     """Of the averaged energy, which validation and sampling use."""
     validate_every: int = 500
@@ -236,7 +236,7 @@ class EbmConfig:
 class KernelConfig:
     """The Markov kernel on noise space."""
 
-    name: Annotated[KernelName, tyro.conf.arg(aliases=["--kernel"])] = "mixture"
+    name: KernelName = "mixture"
     """Kernel. mixture runs `members` in turn."""
     step_size: float | None = None
     """Angle h of one step (the paper's Langevin eta is h squared); tuned in warm-up where the kernel is adjusted."""
@@ -263,7 +263,16 @@ class KernelConfig:
         target = self.target_acceptance
         _require(target is None or 0 < target < 1, "kernel.target-acceptance", "in (0, 1)", target)
         _require(bool(self.members), "kernel.members", "at least one kernel", self.members)
-        _require("mixture" not in self.members, "kernel.members", "kernels other than mixture", self.members)
+        refused = {"mixture", "langevin"} & set(self.members)
+        _require(not refused, "kernel.members", "adjusted kernels, not langevin or another mixture", self.members)
+
+
+@dataclass(frozen=True)
+class TrainingKernelConfig(KernelConfig):
+    """The kernel of stage 2's negatives."""
+
+    name: Annotated[KernelName, tyro.conf.arg(aliases=["--kernel"])] = "mixture"
+    """Kernel. mixture runs `members` in turn."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +304,7 @@ class Config:
     svi: SviConfig = field(default_factory=SviConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     ebm: EbmConfig = field(default_factory=EbmConfig)
-    kernel: KernelConfig = field(default_factory=KernelConfig)
+    kernel: TrainingKernelConfig = field(default_factory=TrainingKernelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
@@ -343,9 +352,10 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, description: str | 
 
 
 def _unboxed(box: str) -> str:
-    """Take the words out of the frame that the parser draws around its message."""
+    """Take the words out of the frame that the parser draws around its message, and leave out its advice on --help."""
     lines = (line.strip(" \u2502\u2500\u256d\u256e\u2570\u256f") for line in box.splitlines()[1:])
-    return " ".join(line for line in lines if line)
+    # The advice calls the program by its short name, or tells the user to run a YAML file.
+    return " ".join(line for line in lines if line).partition(" For full helptext, ")[0]
 
 
 def tokens(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from typing import Protocol
 
 
 class InputError(ValueError):
@@ -25,7 +25,15 @@ class TrainingError(RuntimeError):
     exit_status = 1
 
 
-def exits_with_one_sentence(main: Callable[[list[str] | None], None]) -> Callable[[list[str] | None], None]:
+class Main(Protocol):
+    """An entry point."""
+
+    def __call__(self, argv: list[str] | None = None) -> None:
+        """Run the command on its arguments; ``None`` takes those of the process."""
+        ...
+
+
+def exits_with_one_sentence(main: Main) -> Main:
     """Wrap an entry point: these errors end in their sentence on stderr and their exit status.
 
     Args:

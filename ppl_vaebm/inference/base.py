@@ -6,6 +6,7 @@ A target is given by its energy relative to N(0, I), ``Phi``, so that the negati
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -193,7 +194,7 @@ def acceptance(proposal: KernelState, energy_change: Tensor) -> tuple[Tensor, Te
     total = energy_change + proposal.position.sum(-1)
     if proposal.grad is not None:
         total += proposal.grad.sum(-1)
-    is_not_finite = ~total.isfinite()
+    is_not_finite = ~(total.abs() < math.inf)
     rate = (-energy_change).exp().clamp(max=1.0).masked_fill(is_not_finite, 0.0)
     return rate, is_not_finite | (energy_change > DIVERGENCE_THRESHOLD_NATS)
 

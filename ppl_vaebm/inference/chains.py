@@ -55,6 +55,7 @@ def run_chains(
     num_warmup: int = 0,
     thin: int = 1,
     functionals: Functionals,
+    max_evals: int | None = None,
 ) -> Chains:
     """Warm a kernel up, freeze its parameters, and draw.
 
@@ -63,10 +64,12 @@ def run_chains(
         generator: source of all randomness of the chains.
         position: starts, ``(C, D)``.
         params: parameters to start the warm-up from.
-        num_draws: draws to store per chain, at least 1.
+        num_draws: draws to store per chain, at least 1; with ``max_evals``, the most of them.
         num_warmup: steps of dual averaging before them, not stored; 0 keeps ``params``.
         thin: steps per stored draw.
         functionals: what to store of each draw.
+        max_evals: stop after the draw with which the evaluations per chain, on average over chains and warm-up not
+            counted, reach this number.
 
     Returns:
         The chains; ``n_steps`` of a draw counts the evaluations of all its ``thin`` steps, its
@@ -79,6 +82,7 @@ def run_chains(
     start = time.perf_counter()
     rows: list[Mapping[str, Tensor]] = []
     stats: list[dict[str, Tensor]] = []
+    num_evals = 0.0
     for _ in range(num_draws):
         infos: list[KernelInfo] = []
         for _ in range(thin):
@@ -86,6 +90,9 @@ def run_chains(
             infos.append(info)
         rows.append(functionals(state))
         stats.append(_stats(state, infos))
+        num_evals += float(stats[-1]["n_steps"].double().mean())
+        if max_evals is not None and num_evals >= max_evals:
+            break
     seconds = time.perf_counter() - start
     return Chains(
         kernel=kernel.name,

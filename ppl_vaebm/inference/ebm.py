@@ -225,8 +225,9 @@ def fit_ebm(
         first = resume.step
         run.rewind_metrics(stage, first)
 
-    start, progress = time.perf_counter(), tqdm(
-        range(first, loop.steps), "stage ebm", loop.steps, initial=first, disable=None, mininterval=1
+    start, progress = (
+        time.perf_counter(),
+        tqdm(range(first, loop.steps), "stage ebm", loop.steps, initial=first, disable=None, mininterval=1),
     )
     for step in progress:
         x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step)).to(config.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
@@ -28,9 +29,11 @@ class AnnealedELBO(TraceMeanField_ELBO):
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
         kl = {
-            name: kl_divergence(site["fn"], model_trace.nodes[name]["fn"]).sum()
+            name: scale_and_mask(
+                kl_divergence(site["fn"], model_trace.nodes[name]["fn"]), scale=site["scale"], mask=site["mask"]
+            ).sum()
             for name, site in guide_trace.nodes.items()
-            if site["type"] == "sample" and name in model_trace.nodes and not site["infer"].get("is_auxiliary")
+            if site["type"] == "sample" and name in model_trace.nodes
         }
         self.kl_nats = {name: float(value.detach()) for name, value in kl.items()}
         if self.kl_weight == 1.0:

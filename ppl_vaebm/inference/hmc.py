@@ -119,23 +119,23 @@ def integrate(
     """
     assert state.grad is not None
     is_splitting = integrator == "splitting"
-    cos, sin = step_sizes.cos(), step_sizes.sin()
-    half = -0.5 * step_sizes
+    half, whole = -0.5 * step_sizes, -step_sizes
+    if is_splitting:
+        cos, sin = step_sizes.cos(), step_sizes.sin()
     position = state.position
     force = state.grad if is_splitting else state.grad + position
-    change = torch.zeros_like(state.potential, dtype=torch.float64)
-    for _ in range(num_steps):
-        momentum, gained = _kick(momentum, half * force)
-        change += gained
+    momentum, change = _kick(momentum, half * force)
+    for steps_left in reversed(range(num_steps)):
         if is_splitting:
             position, momentum = position * cos + momentum * sin, momentum * cos - position * sin
         else:
             position = position + step_sizes * momentum
         value, grad = value_and_grad(potential, position)
         force = grad if is_splitting else grad + position
-        momentum, gained = _kick(momentum, half * force)
+        # The half kick that ends a step and the one that begins the next are one kick.
+        momentum, gained = _kick(momentum, (whole if steps_left else half) * force)
         change += gained
-    change += value.double() - state.potential.double()
+    change += value.double() - state.potential
     if not is_splitting:
         moved, total = position - state.position, position + state.position
         change += 0.5 * (moved * total).sum(-1, dtype=torch.float64)

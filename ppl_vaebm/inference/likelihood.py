@@ -21,7 +21,7 @@ from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng
 
 BATCH = 10_000
-"""Rows that one pass evaluates; it bounds memory, and random streams do not depend on it."""
+"""Rows that one pass evaluates. It bounds memory; which random numbers a row gets depends on it."""
 NUM_PILOT = 50_000
 """Draws of the VAE that set the first bound of the rejection sampler."""
 CERTIFIED_ESS = 100.0
@@ -131,7 +131,8 @@ def exact_draws(
         RuntimeError: not enough were kept within ``max_proposals``; h is too far from the VAE to be drawn this way.
     """
     bound = float((-reference_energies(potential, generator, NUM_PILOT)).max())
-    kept, kept_count, proposals = [], 0, 0
+    kept: list[Tensor] = []
+    kept_count, proposals = 0, 0
     for position, log_weight in _proposals(potential, generator, max_proposals):
         proposals += len(position)
         largest = float(log_weight.max())
@@ -144,7 +145,7 @@ def exact_draws(
         if kept_count >= num:
             return ExactDraws(torch.cat(kept)[:num], kept_count / proposals, proposals)
     raise RuntimeError(
-        f"rejection kept {kept_count} of {max_proposals} draws of the VAE where {num} were asked for: "
+        f"rejection kept {kept_count} of {proposals} draws of the VAE where {num} were asked for: "
         "h is too far from the VAE to be drawn this way; sample it by chains"
     )
 

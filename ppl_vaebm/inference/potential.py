@@ -40,9 +40,7 @@ class Packing:
         if position.dim() != 2 or position.shape[1] != self.dim:
             raise ValueError(f"expected positions of shape (chains, {self.dim}), got {tuple(position.shape)}")
         parts = position.split(list(self.sizes.values()), dim=1)
-        return {
-            name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        return {name: part.reshape(-1, *shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
     def mean_square(self, position: Tensor) -> dict[str, Tensor]:
         """Return the mean square of each site's noise per chain, ``(C,)`` each; 1 on average under N(0, I)."""

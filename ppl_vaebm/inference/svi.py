@@ -94,8 +94,9 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
         run.rewind_metrics(stage, first)
 
     vae.train()
-    start, progress = time.perf_counter(), tqdm(
-        range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=None, mininterval=1
+    start, progress = (
+        time.perf_counter(),
+        tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=None, mininterval=1),
     )
     for step in progress:
         x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step)).to(config.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ def cosine_rate(loop: SviConfig | EbmConfig, step: int) -> float:
     return loop.final_learning_rate + phase * (loop.learning_rate - loop.final_learning_rate)
 
 
-class AveragedWeights:
+Averaged = TypeVar("Averaged", bound=nn.Module)
+
+
+class AveragedWeights(Generic[Averaged]):
     """An exponential moving average of a module's parameters, as a copy of the module.
 
     The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run's average forgets its
@@ -43,15 +46,16 @@ class AveragedWeights:
         decay: in [0, 1).
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    def __init__(self, module: Averaged, decay: float) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.decay = decay
         self.num_updates = 0
 
-    def update(self, module: nn.Module) -> None:
+    def update(self, module: Averaged) -> None:
         """Take in the module's current parameters."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        averages, currents = list(self.module.parameters()), [p.detach() for p in module.parameters()]
+        averages = [parameter.data for parameter in self.module.parameters()]
+        currents = [parameter.detach() for parameter in module.parameters()]
         torch._foreach_lerp_(averages, currents, 1 - decay)
         self.num_updates += 1
 
@@ -87,7 +91,7 @@ class GuardedOptimizer:
         for group in self.adam.param_groups:
             group["lr"] = cosine_rate(self.loop, step)
         self.adam.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
         if math.isfinite(norm):
             self.adam.step()

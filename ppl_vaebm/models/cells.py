@@ -76,9 +76,7 @@ class ResidualBlock(nn.Module):
         resample: ``same``; ``down``, a 2x2 mean at the end; or ``up``, nearest neighbour x2 at the start.
     """
 
-    def __init__(
-        self, num_in: int, num_out: int, activation: Callable[[], nn.Module], resample: str = "same"
-    ) -> None:
+    def __init__(self, num_in: int, num_out: int, activation: Callable[[], nn.Module], resample: str = "same") -> None:
         super().__init__()
         assert resample in ("same", "down", "up")
         self.resample = resample
@@ -94,7 +92,8 @@ class ResidualBlock(nn.Module):
         out = self.skip(x) + self.second(self.activation(self.first(x)))
         if self.resample == "down":
             out = functional.avg_pool2d(out, 2)
-        return self.activation(out)
+        activated: Tensor = self.activation(out)
+        return activated
 
 
 def num_halvings(side: int) -> int:

@@ -31,4 +31,4 @@ def diagonal_normal(loc: Tensor, scale: Tensor) -> Independent:
     Returns:
         The distribution, batch shape ``(n,)``.
     """
-    return Normal(loc, scale.expand_as(loc)).to_event(loc.dim() - 1)
+    return Independent(Normal(loc, scale.expand_as(loc)), loc.dim() - 1)

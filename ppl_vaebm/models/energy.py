@@ -90,7 +90,7 @@ def build_energy(config: EnergyConfig, event_shape: torch.Size) -> Energy:
         The network, freshly initialised from the global generator.
 
     Raises:
-        ValueError: a kind that does not fit the data's shape.
+        InputError: a kind that does not fit the data's shape.
     """
     if net_kind(config.kind, event_shape, "energy.kind") == "vector":
         return VectorEnergy(config, event_shape[0])
@@ -109,11 +109,9 @@ class SpectralPenalty(nn.Module):
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
-        self._weights = tuple(
-            module.weight for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))
-        )
+        self._weights = tuple(module.weight for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
         for index, weight in enumerate(self._weights):
-            self.register_buffer(f"u_{index}", torch.randn(weight.shape[0]))
+            self.register_buffer(f"u_{index}", torch.randn(weight.shape[0], dtype=weight.dtype))
 
     def forward(self) -> Tensor:
         """Return the sum, ``()``; its gradient flows through the weights, not through the vectors."""

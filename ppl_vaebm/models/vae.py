@@ -19,6 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_vaebm.config import ModelConfig
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.models.cells import FourierFeatures, ResidualBlock, leaky_relu, mlp, num_halvings
 from ppl_vaebm.models.distributions import diagonal_normal, positive_scale, soft_clamp
 
@@ -51,8 +52,13 @@ class Generator(PyroModule):
     event_shape: torch.Size
     """Event shape of ``x``."""
 
+    def __init__(self) -> None:
+        # The prefix of its parameters' names. Without one, pyro.infer.SVI takes layers of model and guide that have the
+        # same attribute name for one parameter, and never trains the first of them.
+        super().__init__("model")
+
     @abstractmethod
-    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy.
 
         Args:
@@ -60,8 +66,12 @@ class Generator(PyroModule):
             num: rows.
 
         Returns:
-            The latents, and the mean and standard deviation of ``x``, ``(num, *event_shape)``.
+            The latents, and the features that :meth:`decode` reads.
         """
+
+    @abstractmethod
+    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the mean and standard deviation of ``x``, ``(num, *event_shape)``, from the end of a walk."""
 
     def forward(self, x: Tensor | None = None, num: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the program.
@@ -82,8 +92,8 @@ class Generator(PyroModule):
 
     def sites(self, x: Tensor | None, num: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the program's body, inside a plate of ``num`` rows that the caller opened."""
-        z, loc, scale = self.walk(_sample, num)
-        return pyro.sample("x", diagonal_normal(loc, scale), obs=x), z
+        z, state = self.walk(_sample, num)
+        return pyro.sample("x", diagonal_normal(*self.decode(state)), obs=x), z
 
     def _reference(self, name: str, num: int) -> tuple[Tensor, Tensor]:
         """Mean and scale of the first group: N(0, I)."""
@@ -118,10 +128,16 @@ class XScale(nn.Module):
         self.is_local = config.x_scale == "local"
         self.raw = nn.Parameter(torch.tensor(math.log(config.init_x_scale - config.min_x_scale)))
 
-    def forward(self, loc: Tensor, raw: Tensor | None) -> Tensor:
-        """Return the scale, shaped like ``loc``; ``raw`` is the decoder's output where it is local."""
+    @property
+    def num_outputs(self) -> int:
+        """Decoder outputs per value of x."""
+        return 2 if self.is_local else 1
+
+    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the decoder's output along axis 1 into the mean and standard deviation of x, of one shape."""
+        loc, raw = out.chunk(2, dim=1) if self.is_local else (out, None)
         log_excess = self.raw if raw is None else self.raw + soft_clamp(raw)
-        return (self.min_scale + log_excess.exp()).expand_as(loc)
+        return loc, (self.min_scale + log_excess.exp()).expand_as(loc)
 
 
 class VectorGenerator(Generator):
@@ -142,10 +158,10 @@ class VectorGenerator(Generator):
             for i in range(1, len(config.latents))
         )
         self.x_scale = XScale(config)
-        num_out = event_shape[0] * (2 if self.x_scale.is_local else 1)
+        num_out = event_shape[0] * self.x_scale.num_outputs
         self.decoder = mlp(above[-1], config.width, config.depth, num_out, leaky_relu)
 
-    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
         z: dict[str, Tensor] = {}
         state = next(self.parameters()).new_zeros(num, 0)
@@ -157,9 +173,12 @@ class VectorGenerator(Generator):
                 loc, scale = soft_clamp(raw_loc), positive_scale(raw_scale)
             z[name] = choose(name, loc, scale, state)
             state = torch.cat([state, z[name]], dim=-1)
-        out = self.decoder(state)
-        loc, raw = out.chunk(2, dim=-1) if self.x_scale.is_local else (out, None)
-        return z, loc, self.x_scale(loc, raw)
+        return z, state
+
+    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode; see :meth:`Generator.decode`."""
+        loc, scale = self.x_scale(self.decoder(state))
+        return loc, scale
 
 
 class ImageGenerator(Generator):
@@ -170,7 +189,7 @@ class ImageGenerator(Generator):
         event_shape: ``(channels, side, side)``.
 
     Raises:
-        ValueError: the image cannot be halved often enough, or there are more groups than grids.
+        InputError: the image cannot be halved often enough, or there are more groups than grids.
     """
 
     def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
@@ -179,7 +198,7 @@ class ImageGenerator(Generator):
         num_ups = num_halvings(event_shape[-1])
         check_side(event_shape, num_ups)
         if len(config.latents) > num_ups + 1:
-            raise ValueError(
+            raise InputError(
                 f"model.latents has {len(config.latents)} groups, but images of side {event_shape[-1]} "
                 f"have {num_ups + 1} grids: give at most that many"
             )
@@ -190,20 +209,14 @@ class ImageGenerator(Generator):
         shapes += [torch.Size([n, side << i, side << i]) for i, n in enumerate(config.latents[1:], 1)]
         self.latent_shapes = {f"z_{i}": shape for i, shape in enumerate(shapes, 1)}
         self.stem = nn.Linear(config.latents[0], self.base.numel())
-        self.ups = nn.ModuleList(
-            ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "up") for i in range(num_ups)
-        )
-        self.priors = nn.ModuleList(
-            nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1)
-        )
-        self.combiners = nn.ModuleList(
-            nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1)
-        )
+        self.ups = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "up") for i in range(num_ups))
+        self.priors = nn.ModuleList(nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1))
+        self.combiners = nn.ModuleList(nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1))
         self.x_scale = XScale(config)
-        num_out = event_shape[0] * (2 if self.x_scale.is_local else 1)
+        num_out = event_shape[0] * self.x_scale.num_outputs
         self.head = nn.Conv2d(widths[-1], num_out, 3, padding=1)
 
-    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
         loc, scale = self._reference("z_1", num)
         z = {"z_1": choose("z_1", loc, scale, loc)}
@@ -215,20 +228,23 @@ class ImageGenerator(Generator):
                 name = f"z_{index + 2}"
                 z[name] = choose(name, soft_clamp(raw_loc), positive_scale(raw_scale), state)
                 state = state + self.combiners[index](z[name])
-        out = self.head(state)
-        loc, raw = out.chunk(2, dim=1) if self.x_scale.is_local else (out, None)
-        return z, loc, self.x_scale(loc, raw)
+        return z, state
+
+    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode; see :meth:`Generator.decode`."""
+        loc, scale = self.x_scale(self.head(state))
+        return loc, scale
 
 
 def check_side(event_shape: torch.Size, halvings: int) -> None:
     """Refuse images that are not square or cannot be halved that often.
 
     Raises:
-        ValueError: with the shape and the multiple that it takes.
+        InputError: with the shape and the multiple that it takes.
     """
     multiple = 1 << halvings
     if event_shape[-1] != event_shape[-2] or event_shape[-1] % multiple:
-        raise ValueError(
+        raise InputError(
             f"the small convolutional nets take square images whose side is a multiple of {multiple}, "
             f"got shape {tuple(event_shape)}: set data.image-size"
         )
@@ -245,7 +261,7 @@ class Guide(PyroModule):
     """
 
     def __init__(self, generator: Generator) -> None:
-        super().__init__()
+        super().__init__("guide")
         self._generator = (generator,)  # in a tuple, which hides it from nn.Module's registration
 
     @abstractmethod
@@ -323,9 +339,7 @@ class ImageGuide(Guide):
         num_downs = len(generator.ups)
         widths = [config.channels << level for level in range(num_downs + 1)]
         self.stem = nn.Conv2d(generator.event_shape[0], widths[0], 3, padding=1)
-        self.downs = nn.ModuleList(
-            ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs)
-        )
+        self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
         self.vector_head = nn.Linear(generator.base.numel(), 2 * config.latents[0])
         self.grid_heads = nn.ModuleDict(
             {
@@ -382,7 +396,8 @@ class HierarchicalVAE(nn.Module):
         def choose(name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
             return loc + scale * eps[f"eps_{name}"]
 
-        z, loc, scale = self.model.walk(choose, len(eps["eps_x"]))
+        z, state = self.model.walk(choose, len(eps["eps_x"]))
+        loc, scale = self.model.decode(state)
         return loc + scale * eps["eps_x"], z
 
     def noise_of(self, x: Tensor, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -401,7 +416,7 @@ class HierarchicalVAE(nn.Module):
             eps[f"eps_{name}"] = (z[name] - loc) / scale
             return z[name]
 
-        _, loc, scale = self.model.walk(choose, len(x))
+        loc, scale = self.model.decode(self.model.walk(choose, len(x))[1])
         eps["eps_x"] = (x - loc) / scale
         return eps
 
@@ -417,7 +432,7 @@ def build_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
         The VAE, freshly initialised from the global generator.
 
     Raises:
-        ValueError: a kind that does not fit the data's shape.
+        InputError: a kind that does not fit the data's shape.
     """
     kind = net_kind(config.kind, event_shape, "model.kind")
     if kind == "vector":
@@ -439,9 +454,9 @@ def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
         ``vector`` or ``image``.
 
     Raises:
-        ValueError: the kind does not fit.
+        InputError: the kind does not fit.
     """
     fitting = {1: "vector", 3: "image"}.get(len(event_shape))
     if fitting is None or kind not in ("auto", fitting):
-        raise ValueError(f"{option} {kind!r} does not fit data of shape {tuple(event_shape)}: leave it at auto")
+        raise InputError(f"{option} {kind!r} does not fit data of shape {tuple(event_shape)}: leave it at auto")
     return fitting

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppl_vaebm.inference import adaptation, crank_nicolson, hmc, langevin, mixture, targets
-from ppl_vaebm.inference.base import Kernel, init_params
+from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, KernelState, init_params
 from ppl_vaebm.rng import stream
 
 TARGET = targets.gaussian(torch.zeros(10, dtype=torch.float64), torch.linspace(0.4, 1.6, 10, dtype=torch.float64))
@@ -88,3 +88,28 @@ def test_a_kernel_with_nothing_to_tune_only_runs() -> None:
 def test_the_step_keeps_its_dtype(dtype: torch.dtype) -> None:
     params = adaptation.with_step_size(init_params(torch.zeros(2, 3, dtype=dtype), 0.3), 0.25)
     assert params.step_size.dtype == dtype and params.step_size.shape == () and params.step_size == 0.25
+
+
+def test_the_step_that_is_kept_is_the_average_of_those_tried() -> None:
+    tried: list[float] = []
+
+    def init(position: torch.Tensor) -> KernelState:
+        return KernelState(position, position[:, 0], None)
+
+    def step(generator: torch.Generator, state: KernelState, params: KernelParams) -> tuple[KernelState, KernelInfo]:
+        tried.append(float(params.step_size))
+        rates = (-params.step_size).exp() * torch.tensor([0.8, 1.2], dtype=torch.float64)
+        flags = torch.zeros(2, dtype=torch.bool)
+        return state, KernelInfo(rates, flags, flags, rates, torch.tensor([1, 2]))
+
+    kernel = Kernel("stub", init, step, 0.9)
+    start = torch.zeros(2, 1, dtype=torch.float64)
+    _, tuned, num_evals = adaptation.warm_up(kernel, stream(5, "stub"), kernel.init(start), init_params(start, 0.5), 6)
+    averaging, expected = adaptation.start_averaging(0.5), [0.5]
+    for _ in range(6):
+        averaging = adaptation.update_averaging(averaging, math.exp(-expected[-1]), 0.9)
+        expected.append(math.exp(averaging.log_step))
+    assert tried == pytest.approx(expected[:-1])
+    assert float(tuned.step_size) == pytest.approx(math.exp(averaging.log_step_average))
+    assert float(tuned.step_size) != pytest.approx(expected[-1], rel=0.05)
+    assert num_evals == 6 * 3

@@ -94,3 +94,11 @@ def test_the_global_generator_is_not_touched() -> None:
     before = torch.get_rng_state()
     chains_of(hmc.build(TARGET.potential, jitter=0.2), num_draws=3, num_warmup=3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_budget_of_evaluations_stops_after_the_draw_that_reaches_it() -> None:
+    kernel = hmc.build(TARGET.potential, num_steps=3)
+    for max_evals, num_draws in ((1, 1), (6, 1), (7, 2), (12, 2), (1000, 5)):
+        chains = chains_of(kernel, num_draws=5, thin=2, num_warmup=4, max_evals=max_evals)
+        assert chains.draws["q"].shape == (4, num_draws, 3)
+        assert chains.num_evals == 4 * 6 * num_draws

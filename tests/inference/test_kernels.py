@@ -18,6 +18,7 @@ from ppl_vaebm.inference.base import (
     KernelParams,
     KernelState,
     Potential,
+    acceptance,
     init_params,
     log_density_energy,
     metropolis,
@@ -455,3 +456,18 @@ def test_log_density_energy_is_phi_plus_half_the_square() -> None:
     state = KernelState(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([1.0, -1.0]), None)
     assert log_density_energy(state).tolist() == [13.5, 1.0]
     assert log_density_energy(state).dtype == torch.float64
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("part", ["position", "grad", "energy_change"])
+def test_acceptance_is_zero_where_anything_is_not_finite(part: str, bad: float) -> None:
+    parts = {
+        "position": torch.zeros(4, 2),
+        "grad": torch.zeros(4, 2),
+        "energy_change": torch.tensor([0.0, math.log(4), -3.0, 1001.0], dtype=torch.float64),
+    }
+    parts[part][0] = bad
+    proposal = KernelState(parts["position"], torch.zeros(4), parts["grad"])
+    rate, is_divergent = acceptance(proposal, parts["energy_change"])
+    assert rate.tolist() == pytest.approx([0.0, 0.25, 1.0, 0.0])
+    assert is_divergent.tolist() == [True, False, False, True]

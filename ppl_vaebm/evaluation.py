@@ -1,0 +1,210 @@
+"""The numbers that a fitted VAEBM is judged by, each with its Monte Carlo error where it has one.
+
+A sample's look does not show whether the density is right: a short-run sampler can fill every mode
+while the density that it was trained with is far worse than the VAE's. So the normalised log-likelihood
+and draws that owe nothing to a chain stand first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.data import Data, gaussians25_log_prob
+from ppl_vaebm.features import Classifier, load_or_train
+from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, exact_draws, log_p, log_z_from_vae
+from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
+from ppl_vaebm.loading import LoadedRun
+from ppl_vaebm.metrics import frechet_distance, mode_statistics
+from ppl_vaebm.rng import seed_for, stream
+
+Cell = float | int | str | dict[str, float]
+Section = dict[str, Cell]
+
+
+class Effort(NamedTuple):
+    """How much to spend."""
+
+    num_test: int
+    """Test points for the likelihood."""
+    num_importance: int
+    """Draws of the guide per test point."""
+    num_z_draws: int
+    """Draws of the VAE for log Z."""
+    num_samples: int
+    """Samples for the metrics of samples."""
+    steps: Sequence[int]
+    """Chain lengths from fresh noise at which the Frechet distance is taken."""
+
+
+def evaluate(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
+    """Measure what can be measured on a run's data.
+
+    Args:
+        loaded: the fitted VAEBM.
+        effort: how much to spend.
+        seed: of all draws.
+
+    Returns:
+        Sections of named numbers: the likelihood always; modes where the data's are known; Frechet distances where
+        the data are labelled images.
+    """
+    sections = {"log-likelihood of test data (nats per point)": likelihood(loaded, effort, seed)}
+    if loaded.data.modes is not None:
+        sections |= modes(loaded, effort, seed)
+    if loaded.data.train.labels is not None and len(loaded.data.event_shape) == 3:
+        sections |= frechet(loaded, effort, seed)
+    return sections
+
+
+def likelihood(loaded: LoadedRun, effort: Effort, seed: int) -> Section:
+    """Estimate log p, log Z and log h on test data.
+
+    Args:
+        loaded: the fitted VAEBM.
+        effort: test points and draws.
+        seed: of all draws.
+
+    Returns:
+        The numbers, with standard errors over test points and draws. ``log p`` is a lower bound in expectation.
+    """
+    data, potential = loaded.data, loaded.potential
+    num = min(effort.num_test, len(data.test))
+    x = data.test.batch(torch.arange(num), stream(seed, "dequantise", "test")).to(loaded.config.device)
+    log_z = log_z_from_vae(potential, stream(seed, "log_z", device=x.device), effort.num_z_draws)
+    estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance)
+    with torch.no_grad():
+        energy = torch.cat([loaded.vaebm.energy(rows) for rows in x.split(1_000)]).double()
+    gain = -energy - log_z.value
+    section: Section = {
+        "log p (VAE)": _mean(estimate.value),
+        "log h (VAEBM)": _mean(estimate.value + gain, log_z.error),
+        "log h - log p": _mean(gain, log_z.error),
+        "log Z": {"value": log_z.value, "error": log_z.error},
+        "effective draws behind log Z": log_z.ess,
+        "log Z certified": "yes" if log_z.ess >= CERTIFIED_ESS else f"no: fewer than {CERTIFIED_ESS:g} effective draws",
+        "mean Monte Carlo error of log p per point": float(estimate.error.mean()),
+    }
+    if data.max_log_density_nats is not None:
+        config = loaded.config.data
+        truth = gaussians25_log_prob(x.cpu(), config.spacing, config.std).to(x.device)
+        section["entropy bound (mean log density of the data's own law)"] = data.max_log_density_nats
+        section["the data's own law on these test points"] = _mean(truth)
+        section["KL(data, VAE), same test points"] = _mean(truth - estimate.value)
+        section["KL(data, VAEBM), same test points"] = _mean(truth - estimate.value - gain, log_z.error)
+    return section
+
+
+def modes(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
+    """Count modes of the VAE, of exact draws of the VAEBM, and of its chains.
+
+    Args:
+        loaded: the fitted VAEBM, on data with known modes.
+        effort: number of samples and chain lengths.
+        seed: of all draws.
+
+    Returns:
+        A section for each set of draws.
+    """
+    device = loaded.config.device
+    exact = exact_draws(loaded.potential, stream(seed, "exact", device=device), effort.num_samples)
+    chains = sample_by_chains(
+        loaded.potential, loaded.config.sampling.kernel, num=effort.num_samples, steps=[0, *effort.steps], seed=seed
+    )
+    sets = {"VAE": chains.positions[0], "VAEBM, exact draws": exact.position}
+    for count in effort.steps:
+        sets[f"VAEBM, {loaded.config.sampling.kernel.name} chains, {count} steps"] = chains.positions[count]
+    return {f"modes: {name}": _modes_of(loaded, position) for name, position in sets.items()}
+
+
+def _modes_of(loaded: LoadedRun, position: Tensor) -> Section:
+    data = loaded.data
+    assert data.modes is not None and data.mode_std is not None
+    found = mode_statistics(decode_in_blocks(loaded.potential, position), data.modes, data.mode_std)
+    share = found.high_quality
+    return {
+        "share within 3 std of a mode": {"value": share, "error": math.sqrt(share * (1 - share) / len(position))},
+        f"modes of {len(data.modes)}": found.num_modes,
+        "KL of the mode histogram to uniform (nats)": found.kl_to_uniform,
+        "mean energy": _mean(_energies(loaded.potential, position)),
+    }
+
+
+def frechet(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
+    """Measure Frechet distances to the training data, in the features of a classifier of the same data.
+
+    Args:
+        loaded: the fitted VAEBM, on labelled images.
+        effort: number of samples and chain lengths.
+        seed: of all draws.
+
+    Returns:
+        One section: the VAE, the chains at each length, and held-out data; and the mean square of every noise, which
+        is 1 on average under the VAE.
+    """
+    data, kernel = loaded.data, loaded.config.sampling.kernel
+    net = load_or_train(loaded.run.path / "features.safetensors", data, loaded.config.seed)
+    reference = _features(net, _all(data, "train", seed))
+    chains = sample_by_chains(loaded.potential, kernel, num=effort.num_samples, steps=[0, *effort.steps], seed=seed)
+    distances = {
+        count: frechet_distance(_features(net, decode_in_blocks(loaded.potential, position)), reference)
+        for count, position in chains.positions.items()
+    }
+    section: Section = {"held-out data": frechet_distance(_features(net, _all(data, "test", seed)), reference)}
+    section["VAE"] = vae_distance = distances.pop(0)
+    for count, distance in distances.items():
+        section[f"VAEBM, {count} {kernel.name} steps"] = distance
+        section[f"VAEBM, {count} {kernel.name} steps, over its VAE's"] = distance / vae_distance
+        for name, value in loaded.potential.packing.mean_square(chains.positions[count]).items():
+            section[f"mean square of {name}, {count} steps"] = float(value.mean())
+    section[f"acceptance of {kernel.name}"] = chains.acceptance_rate
+    section[f"step size of {kernel.name}"] = chains.step_size
+    return {f"Frechet distance [{net.name}], {effort.num_samples} samples": section}
+
+
+def _features(net: Classifier, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([net.features(rows) for rows in x.split(1_000)])
+
+
+def _all(data: Data, part: str, seed: int) -> Tensor:
+    split = {"train": data.train, "test": data.test}[part]
+    return split.batch(torch.arange(len(split)), stream(seed, "dequantise", part))
+
+
+def _energies(potential: NoisePotential, position: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([potential(rows) for rows in position.split(1_000)])
+
+
+def _mean(values: Tensor, other_error: float = 0.0) -> dict[str, float]:
+    """Mean of independent values and its standard error, joined with an independent one."""
+    values = values.double()
+    error = math.hypot(float(values.std()) / math.sqrt(len(values)), other_error)
+    return {"value": float(values.mean()), "error": error}
+
+
+def lines(sections: Mapping[str, Section]) -> list[str]:
+    """Format sections as aligned text.
+
+    Args:
+        sections: as :func:`evaluate` returns them.
+
+    Returns:
+        One line for each heading and number.
+    """
+    text: list[str] = []
+    for title, section in sections.items():
+        text += ["", title, *(f"  {name:<58} {_cell(value)}" for name, value in section.items())]
+    return text[1:]
+
+
+def _cell(value: Cell) -> str:
+    if isinstance(value, dict):
+        return f"{value['value']:.4f} +- {value['error']:.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

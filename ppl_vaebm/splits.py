@@ -1,0 +1,222 @@
+"""The pixel range, and what every data set is made of: splits that make batches.
+
+The pixel range is decided here and nowhere else. An integer level k in {0, ..., levels - 1} becomes
+``y = 2 * (k + u) / levels - 1`` with u uniform on [0, 1) (uniform dequantisation, Theis et al. 2016,
+arXiv:1511.01844), so y lies in [-1, 1). A log density of y in nats turns into a bound on the log probability
+of the levels by adding ``log(2 / levels)`` per coordinate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.errors import InputError
+
+NUM_BYTE_LEVELS = 256
+# u has this many bits: then 8 bits of level and u fit float32's 24, so no pixel rounds up into the next level.
+NUM_NOISE_BITS = 15
+
+# --- pixel range ---------------------------------------------------------------------------------
+
+
+def dequantize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    """Turn integer levels into the real numbers that models see.
+
+    Args:
+        k: levels in {0, ..., levels - 1}, any shape, integer.
+        levels: how many there are, at most 256.
+        generator: source of u, on the device of ``k``.
+
+    Returns:
+        ``2 * (k + u) / levels - 1``, float32, the shape of ``k``, inside (-1, 1). u is uniform over the midpoints
+        of 2**15 equal cells of [0, 1), so that k can be recovered exactly.
+    """
+    cell = torch.randint(2**NUM_NOISE_BITS, k.shape, generator=generator, device=k.device)
+    u = (cell.float() + 0.5) / 2**NUM_NOISE_BITS
+    y: Tensor = (k.float() + u) * (2 / levels) - 1
+    return y
+
+
+def to_unit(y: Tensor) -> Tensor:
+    """Map the models' range to [0, 1] for pictures.
+
+    Args:
+        y: any shape, nominally in [-1, 1); what lies outside is cut off.
+
+    Returns:
+        The same shape, in [0, 1].
+    """
+    return ((y + 1) / 2).clamp(0, 1)
+
+
+# --- splits --------------------------------------------------------------------------------------
+
+
+class Split(Protocol):
+    """One part of a data set."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class of each element, ``(n,)``, int64; ``None`` where there is none."""
+        ...
+
+    def __len__(self) -> int:
+        """Count the elements."""
+        ...
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch.
+
+        Args:
+            indices: which elements, ``(b,)``, int64.
+            generator: source of the flips and of the dequantisation noise, on the CPU.
+
+        Returns:
+            ``(b, *event_shape)``, float32.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Real vectors held in memory."""
+
+    points: Tensor
+    """``(n, d)``, float32, finite."""
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse points that no density can be fitted to."""
+        if self.points.ndim != 2 or not self.points.is_floating_point():
+            raise InputError(
+                f"points must be floats of shape (n, d), got {self.points.dtype} of shape {tuple(self.points.shape)}; "
+                "give one point per row"
+            )
+        is_bad = ~self.points.isfinite().all(-1)
+        if is_bad.any():
+            raise InputError(
+                f"points must be finite, but {int(is_bad.sum())} rows are not, the first of them row "
+                f"{int(is_bad.nonzero()[0])}; remove them"
+            )
+        _check_labels(self.labels, len(self))
+
+    def __len__(self) -> int:
+        """Count the points."""
+        return len(self.points)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch; see :meth:`Split.batch`."""
+        return self.points[indices].float()
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerImages:
+    """Integer images held in memory."""
+
+    images: Tensor
+    """``(n, C, H, W)``, uint8, in {0, ..., levels - 1}."""
+    labels: Tensor | None = None
+    levels: int = NUM_BYTE_LEVELS
+    has_flips: bool = False
+    """Whether each image of a batch is mirrored left to right with probability 1/2."""
+
+    def __post_init__(self) -> None:
+        """Refuse anything but integer images in range."""
+        if self.images.ndim != 4 or self.images.dtype != torch.uint8:
+            raise InputError(
+                f"images must be uint8 of shape (n, C, H, W), got {self.images.dtype} of shape "
+                f"{tuple(self.images.shape)}; convert them"
+            )
+        if len(self.images) and int(self.images.max()) >= self.levels:
+            raise InputError(
+                f"pixels must lie in 0..{self.levels - 1}, got {int(self.images.max())}; rescale the images"
+            )
+        _check_labels(self.labels, len(self))
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.images)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch; see :meth:`Split.batch`."""
+        return _image_batch(self.images[indices], self.levels, self.has_flips, generator)
+
+
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, eq=False)
+class LazyImages(Generic[K]):
+    """Byte images read one by one when a batch asks for them."""
+
+    load: Callable[[K], Tensor]
+    """From a key to an image ``(C, H, W)``, uint8, always of the same shape."""
+    keys: Sequence[K]
+    labels: Tensor | None = None
+    has_flips: bool = False
+    """Whether each image of a batch is mirrored left to right with probability 1/2."""
+
+    def __len__(self) -> int:
+        """Count the images."""
+        return len(self.keys)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch; see :meth:`Split.batch`."""
+        images = torch.stack([self.load(self.keys[index]) for index in indices.tolist()])
+        return _image_batch(images, NUM_BYTE_LEVELS, self.has_flips, generator)
+
+
+def _image_batch(images: Tensor, levels: int, has_flips: bool, generator: torch.Generator) -> Tensor:
+    if has_flips:
+        is_flipped = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
+        images = torch.where(is_flipped, images.flip(-1), images)
+    return dequantize(images, levels, generator)
+
+
+def _check_labels(labels: Tensor | None, size: int) -> None:
+    if labels is not None and (labels.shape != (size,) or labels.dtype != torch.int64):
+        raise InputError(
+            f"labels must be int64 of shape ({size},), got {labels.dtype} of shape {tuple(labels.shape)}; "
+            "give one class number per element"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set in three disjoint parts."""
+
+    name: str
+    event_shape: torch.Size
+    """``(d,)`` for points, ``(C, H, W)`` for images."""
+    train: Split
+    validation: Split
+    """For choices made while training."""
+    test: Split
+    """For numbers that are reported."""
+    levels: int | None = None
+    """Levels of a pixel; ``None`` for points."""
+    modes: Tensor | None = None
+    """Centres of a known mixture, ``(m, d)``."""
+    mode_std: float | None = None
+    """Standard deviation of each of its components, along every axis."""
+    max_log_density_nats: float | None = None
+    """Mean log density of the data under their own law, which no model can pass but by chance; ``None`` if unknown."""
+
+
+def image_data(name: str, splits: Sequence[IntegerImages]) -> Data:
+    """Make a data set of images held in memory.
+
+    Args:
+        name: of the data set.
+        splits: train, validation and test, of equal shape and levels.
+
+    Returns:
+        The data set.
+    """
+    train, validation, test = splits
+    return Data(name, train.images.shape[1:], train, validation, test, levels=train.levels)

@@ -1,0 +1,172 @@
+"""The ELBO with a weight on its KL term."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+from ppl_vaebm.inference.elbo import AnnealedELBO
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.rng import global_rng
+from tests.small_models import (
+    FEW,
+    POSTERIOR_SLOPE,
+    POSTERIOR_SPREAD,
+    VARIANCE,
+    A,
+    S,
+    draw_noise,
+    linear_vae,
+    log_normal,
+    shipped_vae,
+)
+
+Program = Callable[..., object]
+
+
+def data_for(vae: HierarchicalVAE, num: int) -> Tensor:
+    with torch.no_grad():
+        return vae.transport(draw_noise(vae, num, seed=2))[0]
+
+
+def annealed(kl_weight: float, **options: int) -> AnnealedELBO:
+    elbo = AnnealedELBO(**options)
+    elbo.kl_weight = kl_weight
+    return elbo
+
+
+def loss_and_grads(
+    elbo: TraceMeanField_ELBO, vae: HierarchicalVAE, x: Tensor, seed: int
+) -> tuple[Tensor, list[Tensor]]:
+    with global_rng(seed):
+        loss = elbo(vae.model, vae.guide)(x)
+    grads = torch.autograd.grad(loss, [*vae.parameters()], allow_unused=True, materialize_grads=True)
+    return loss.detach(), [*grads]
+
+
+def terms(vae: HierarchicalVAE, x: Tensor, seed: int) -> tuple[float, dict[str, float]]:
+    """Return log p(x | z) summed over rows, and the KL of every group by the formula for diagonal Normals."""
+    with torch.no_grad(), global_rng(seed):
+        guide = poutine.trace(vae.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+    kl = {}
+    for name in vae.model.latent_shapes:
+        q, p = guide.nodes[name]["fn"].base_dist, model.nodes[name]["fn"].base_dist
+        ratio = q.scale / p.scale
+        kl[name] = float((0.5 * (ratio.square() + ((q.loc - p.loc) / p.scale).square() - 1) - ratio.log()).sum())
+    return float(model.nodes["x"]["fn"].log_prob(x).sum()), kl
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_with_weight_one_it_is_pyros_own_to_the_last_bit(name: str, seed: int) -> None:
+    vae = shipped_vae(name)
+    x = data_for(vae, 4)
+    loss, grads = loss_and_grads(annealed(1.0), vae, x, seed)
+    expected, expected_grads = loss_and_grads(TraceMeanField_ELBO(), vae, x, seed)
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(one, other) for one, other in zip(grads, expected_grads, strict=True))
+    # Negative control: no other weight is.
+    other, _ = loss_and_grads(annealed(0.999), vae, x, seed)
+    assert not torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", FEW)
+def test_it_is_the_log_likelihood_minus_the_weighted_kl(name: str, kl_weight: float, seed: int) -> None:
+    vae = shipped_vae(name)
+    x = data_for(vae, 4)
+    log_likelihood, kl = terms(vae, x, seed)
+    elbo = annealed(kl_weight)
+    loss, _ = loss_and_grads(elbo, vae, x, seed)
+    assert float(loss) == pytest.approx(kl_weight * sum(kl.values()) - log_likelihood, rel=1e-12)
+    with torch.no_grad(), global_rng(seed):
+        assert elbo.loss(vae.model, vae.guide, x) == pytest.approx(float(loss), rel=1e-14)
+    assert elbo.kl_nats == pytest.approx(kl, rel=1e-10)
+    assert min(kl.values()) > 0.01
+
+
+def test_its_gradient_is_linear_in_the_weight(seed: int) -> None:
+    vae = shipped_vae(FEW[1])
+    x = data_for(vae, 4)
+    none, some, full = (loss_and_grads(annealed(weight), vae, x, seed)[1] for weight in (0.0, 0.3, 1.0))
+    for at_none, at_some, at_full in zip(none, some, full, strict=True):
+        torch.testing.assert_close(at_some, 0.7 * at_none + 0.3 * at_full)
+
+
+def test_it_follows_pyros_scales_and_masks(seed: int) -> None:
+    vae = shipped_vae(FEW[1])
+    x = data_for(vae, 4)
+    with torch.no_grad(), global_rng(seed):
+        guide = poutine.trace(vae.guide).get_trace(x)
+        model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+    kl = [kl_divergence(guide.nodes[name]["fn"], model.nodes[name]["fn"]) for name in vae.model.latent_shapes]
+    rows = 0.3 * torch.stack(kl).sum(0) - model.nodes["x"]["fn"].log_prob(x)
+
+    def loss(handler: Callable[[Program], Program]) -> float:
+        with torch.no_grad(), global_rng(seed):
+            return annealed(0.3).loss(handler(vae.model), handler(vae.guide), x)
+
+    mask = torch.tensor([True, False, False, True])
+    assert loss(lambda program: program) == pytest.approx(float(rows.sum()), rel=1e-10)
+    assert loss(lambda program: poutine.scale(program, scale=0.25)) == pytest.approx(
+        0.25 * float(rows.sum()), rel=1e-10
+    )
+    assert loss(lambda program: poutine.mask(program, mask=mask)) == pytest.approx(float(rows[mask].sum()), rel=1e-10)
+
+
+def test_particles_are_averaged(seed: int) -> None:
+    vae = linear_vae()
+    x = data_for(vae, 3)
+    with torch.no_grad(), global_rng(seed):
+        both = annealed(0.4, num_particles=2).loss(vae.model, vae.guide, x)
+    with torch.no_grad(), global_rng(seed):
+        apart = [annealed(0.4).loss(vae.model, vae.guide, x) for _ in range(2)]
+    assert apart[0] != apart[1]
+    assert both == pytest.approx(sum(apart) / 2, rel=1e-12)
+
+
+X = 0.9
+"""A data point of the linear model."""
+
+
+def mean_elbo(slope: float, spread: float, seed: int, num: int = 100_000) -> tuple[float, float]:
+    """Estimate the linear model's ELBO at X with a guide; return it with its standard error, in closed form."""
+    vae = linear_vae(slope, spread)
+    x = torch.full((num, 1), X, dtype=torch.float64)
+    with torch.no_grad(), global_rng(seed):
+        elbo = -annealed(1.0).loss(vae.model, vae.guide, x) / num
+    # log p(x | z) is -(r - A spread n)^2 / (2 S^2) with r = x - A slope x; n is standard normal.
+    residual, deviation = X * (1 - A * slope), A * spread
+    variance = (2 * deviation**4 + 4 * residual**2 * deviation**2) / (4 * S**4)
+    return elbo, math.sqrt(variance / num)
+
+
+EVIDENCE = float(log_normal(torch.tensor([[X]], dtype=torch.float64), 0.0, VARIANCE))
+
+
+def test_the_exact_posterior_gives_the_exact_evidence(seed: int) -> None:
+    elbo, error = mean_elbo(POSTERIOR_SLOPE, POSTERIOR_SPREAD, seed)
+    assert elbo == pytest.approx(EVIDENCE, abs=5 * error)
+    assert error < 5e-3
+    # Each draw of z says so, where Pyro samples the KL as well.
+    vae = linear_vae()
+    x = torch.tensor([[X], [-2.0]], dtype=torch.float64)
+    with torch.no_grad(), global_rng(seed):
+        sampled = -Trace_ELBO().loss(vae.model, vae.guide, x)
+    assert sampled == pytest.approx(float(log_normal(x, 0.0, VARIANCE).sum()), rel=1e-12)
+
+
+def test_another_guide_falls_short_by_its_kl_to_the_posterior(seed: int) -> None:
+    slope, spread = 0.5, 0.7
+    elbo, error = mean_elbo(slope, spread, seed)
+    ratio, shift = spread / POSTERIOR_SPREAD, X * (slope - POSTERIOR_SLOPE) / POSTERIOR_SPREAD
+    gap = 0.5 * (ratio**2 + shift**2 - 1) - math.log(ratio)
+    assert gap > 0.05
+    assert elbo == pytest.approx(EVIDENCE - gap, abs=5 * error)

@@ -1,0 +1,236 @@
+"""Normalised likelihoods and exact draws, where both are known in closed form."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.inference import likelihood
+from ppl_vaebm.inference.base import init_params
+from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.likelihood import (
+    exact_draws,
+    log_mean_exp,
+    log_p,
+    log_z_from_vae,
+    reference_energies,
+    weights_ess,
+)
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
+from ppl_vaebm.models.energy import Energy
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.rng import stream
+from tests.small_models import (
+    FEW,
+    POSTERIOR_SLOPE,
+    POSTERIOR_SPREAD,
+    VARIANCE,
+    QuadraticEnergy,
+    ZeroEnergy,
+    linear_vae,
+    log_normal,
+    shipped_vae,
+)
+
+CENTER, WIDTH = 0.7, 0.6
+# The product of N(0, v) and exp(-(x - c)^2 / (2 w^2)).
+LOG_Z = 0.5 * math.log(2 * math.pi * WIDTH**2) + float(
+    log_normal(torch.tensor([[CENTER]], dtype=torch.float64), 0.0, VARIANCE + WIDTH**2)
+)
+MEAN = CENTER * VARIANCE / (VARIANCE + WIDTH**2)
+PRODUCT_VARIANCE = VARIANCE * WIDTH**2 / (VARIANCE + WIDTH**2)
+
+
+def linear_potential(energy: Energy | None = None) -> NoisePotential:
+    return noise_potential(VAEBM(linear_vae(), energy or QuadraticEnergy(CENTER, WIDTH)))
+
+
+def moment_errors(x: Tensor) -> list[float]:
+    """Return the errors of mean and variance of independent draws of the product, in standard errors."""
+    mean_error = math.sqrt(PRODUCT_VARIANCE / len(x))
+    variance_error = PRODUCT_VARIANCE * math.sqrt(2 / len(x))
+    return [
+        abs(float(x.mean()) - MEAN) / mean_error,
+        abs(float((x - MEAN).square().mean()) - PRODUCT_VARIANCE) / variance_error,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "ess"),
+    [
+        ([1.0] * 7, 7.0),
+        ([1.0, 0.0, 0.0], 1.0),
+        ([3.0, 3.0, 0.0, 0.0], 2.0),
+        ([1.0, 2.0, 3.0], 36 / 14),
+        ([1e-200, 2e-200, 3e-200], 36 / 14),
+    ],
+)
+def test_effective_samples_of_known_weights(weights: list[float], ess: float) -> None:
+    log_weights = torch.tensor(weights, dtype=torch.float64).log()
+    assert weights_ess(log_weights) == pytest.approx(ess, rel=1e-12)
+    assert weights_ess(log_weights + 1_000) == pytest.approx(ess, rel=1e-10)
+
+
+def test_the_log_of_a_mean_has_the_error_of_the_delta_method() -> None:
+    weights = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
+    estimate = log_mean_exp(weights.log() - 900)
+    assert estimate.value == pytest.approx(math.log(3) - 900)
+    assert estimate.error == pytest.approx(float(weights.std()) / math.sqrt(4) / 3)
+    assert estimate.ess == pytest.approx(144 / 50)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_without_an_energy_log_z_is_zero_exactly(name: str, generator: torch.Generator) -> None:
+    potential = noise_potential(VAEBM(shipped_vae(name), ZeroEnergy()))
+    estimate = log_z_from_vae(potential, generator, 50)
+    assert estimate.value == pytest.approx(0.0, abs=1e-14)
+    assert estimate.error == pytest.approx(0.0, abs=1e-14)
+    assert estimate.ess == pytest.approx(50)
+
+
+def test_a_gaussian_times_a_quadratic_has_the_known_log_z(generator: torch.Generator) -> None:
+    num = 40_000
+    estimate = log_z_from_vae(linear_potential(), generator, num)
+    assert abs(estimate.value - LOG_Z) < 4 * estimate.error
+    # E[w^2] is the normaliser for a quadratic of half the squared width.
+    half = WIDTH / math.sqrt(2)
+    log_second = 0.5 * math.log(2 * math.pi * half**2) + float(
+        log_normal(torch.tensor([[CENTER]], dtype=torch.float64), 0.0, VARIANCE + half**2)
+    )
+    relative_variance = math.exp(log_second - 2 * LOG_Z) - 1
+    assert estimate.error == pytest.approx(math.sqrt(relative_variance / num), rel=0.05)
+    assert estimate.ess == pytest.approx(num / (1 + relative_variance), rel=0.05)
+    assert abs(LOG_Z) > 20 * estimate.error  # the VAE's own log Z = 0 would fail
+
+
+def test_a_constant_added_to_the_energy_moves_log_z_by_minus_it() -> None:
+    base = linear_potential()
+
+    class Raised(QuadraticEnergy):
+        def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
+            return super().forward(x, z) + 1_000
+
+    raised = linear_potential(Raised(CENTER, WIDTH))
+    one, other = (log_z_from_vae(potential, stream(0, "log_z"), 100) for potential in (base, raised))
+    assert other.value == pytest.approx(one.value - 1_000, abs=1e-9)
+    assert other.error == pytest.approx(one.error, rel=1e-6)
+
+
+def test_energies_of_the_vae_come_in_any_number(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setattr(likelihood, "BATCH", 16)
+    energies = reference_energies(linear_potential(), generator, 41)
+    assert energies.shape == (41,) and len(energies.unique()) == 41 and not energies.requires_grad
+
+
+POINTS = torch.tensor([[-1.5], [0.0], [0.4], [2.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("num_importance", [2, 30])
+def test_the_exact_posterior_gives_the_evidence_without_error(num_importance: int, seed: int) -> None:
+    estimate = log_p(linear_vae(), POINTS, seed, num_importance)
+    torch.testing.assert_close(estimate.value, log_normal(POINTS, 0.0, VARIANCE), rtol=1e-12, atol=0)
+    assert estimate.error.max() < 1e-12
+
+
+def test_another_guide_gives_it_within_its_errors(seed: int) -> None:
+    vae = linear_vae(slope=0.9 * POSTERIOR_SLOPE, spread=1.5 * POSTERIOR_SPREAD)
+    estimate = log_p(vae, POINTS, seed, 20_000)
+    errors = (estimate.value - log_normal(POINTS, 0.0, VARIANCE)).abs() / estimate.error
+    assert errors.max() < 4
+    assert estimate.error.min() > 1e-4 and estimate.error.max() < 0.02
+
+
+def test_few_draws_from_another_guide_fall_short_on_average(seed: int) -> None:
+    vae = linear_vae(slope=0.0, spread=1.0)  # the prior
+    x = torch.full((20_000, 1), 1.5, dtype=torch.float64)
+    means = [float(log_p(vae, x, seed, num).value.mean()) for num in (2, 10, 50)]
+    evidence = float(log_normal(x[:1], 0.0, VARIANCE))
+    assert means[0] < means[1] < means[2] < evidence
+    assert evidence - means[0] > 0.1 and evidence - means[2] < 0.05
+
+
+def test_rows_keep_their_order_over_several_passes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(likelihood, "BATCH", 100)
+    x = torch.linspace(-2, 2, 33, dtype=torch.float64).unsqueeze(1)
+    estimate = log_p(linear_vae(), x, seed, 20)  # five rows a pass
+    torch.testing.assert_close(estimate.value, log_normal(x, 0.0, VARIANCE), rtol=1e-12, atol=0)
+
+
+def test_the_exact_draws_are_those_of_the_product(generator: torch.Generator) -> None:
+    potential = linear_potential()
+    draws = exact_draws(potential, generator, 20_000)
+    assert draws.position.shape == (20_000, 2)
+    assert max(moment_errors(potential.decode(draws.position))) < 5
+    # A draw is kept with probability exp(-E - bound), and the bound is near the largest -E, which is 0.
+    error = math.sqrt(math.exp(LOG_Z) * (1 - math.exp(LOG_Z)) / draws.num_proposals)
+    assert draws.acceptance_rate == pytest.approx(math.exp(LOG_Z), abs=5 * error + 1e-4)
+    # Negative control: draws of the VAE are others.
+    reference = potential.draw_reference(generator, 20_000)
+    assert min(moment_errors(potential.decode(reference))) > 20
+
+
+@pytest.mark.parametrize("name", ["hmc", "mixture"])
+def test_a_chain_started_from_them_keeps_their_moments(name: str, generator: torch.Generator) -> None:
+    potential = linear_potential()
+    start = exact_draws(potential, generator, 5_000).position
+    kernel = build_kernel(KernelConfig(name, num_steps=3), potential)  # type: ignore[arg-type]
+    state, params = kernel.init(start), init_params(start, 0.5)
+    for _ in range(20):
+        state, _ = kernel.step(generator, state, params)
+    assert max(moment_errors(potential.decode(state.position))) < 5
+
+
+def test_they_stay_so_when_the_pilot_saw_little(monkeypatch: pytest.MonkeyPatch, generator: torch.Generator) -> None:
+    monkeypatch.setattr(likelihood, "NUM_PILOT", 1)
+    monkeypatch.setattr(likelihood, "BATCH", 50)
+    potential = linear_potential()
+    x = torch.cat([potential.decode(exact_draws(potential, generator, 40).position) for _ in range(200)])
+    assert max(moment_errors(x)) < 5
+
+
+class Scripted:
+    """A potential whose draws are blocks of numbers given in advance; -E is the number."""
+
+    def __init__(self, blocks: list[list[float]]) -> None:
+        self.blocks = iter(blocks)
+
+    def draw_reference(self, generator: torch.Generator, num: int) -> Tensor:
+        block = torch.tensor(next(self.blocks), dtype=torch.float64).unsqueeze(1)
+        assert len(block) == num
+        return block
+
+    def __call__(self, position: Tensor) -> Tensor:
+        return -position[:, 0]
+
+
+@pytest.mark.parametrize("thins", [True, False])
+def test_raising_the_bound_thins_what_was_kept_before(
+    thins: bool, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    size, high = 10_000, math.log(4)
+    monkeypatch.setattr(likelihood, "NUM_PILOT", size)
+    monkeypatch.setattr(likelihood, "BATCH", size)
+    if not thins:  # negative control
+        monkeypatch.setattr(likelihood, "_thin", lambda position, log_probability, generator: position)
+    pilot, first, second, third = [0.0] * size, [0.0] * size, [high] + [-1.0] * (size - 1), [high] * size
+    scripted = Scripted([pilot, first, second, third])
+    draws = exact_draws(scripted, generator, 12_000, max_proposals=4 * size)  # type: ignore[arg-type]
+    assert draws.num_proposals == 3 * size and len(draws.position) == 12_000
+    counts = {value: int((draws.position == value).sum()) for value in (0.0, -1.0, high)}
+    # All of the first block are kept under the pilot's bound of 0, a quarter of them under log 4.
+    for value, share in ((0.0, 0.25), (-1.0, math.exp(-1) / 4)):
+        is_near = abs(counts[value] - share * size) < 5 * math.sqrt(share * (1 - share) * size)
+        assert is_near == (thins or value != 0.0)
+    assert counts[high] == 12_000 - counts[0.0] - counts[-1.0]
+    kept = counts[0.0] + counts[-1.0] + size + 1
+    assert draws.acceptance_rate == pytest.approx(kept / (3 * size))
+
+
+def test_it_gives_up_with_the_numbers(generator: torch.Generator) -> None:
+    potential = linear_potential(QuadraticEnergy(4.0, 0.1))
+    with pytest.raises(RuntimeError, match=r"rejection kept \d+ of 30000 draws of the VAE where 20000 were asked for"):
+        exact_draws(potential, generator, 20_000, max_proposals=25_000)

@@ -1,0 +1,264 @@
+"""The potential that the kernels sample is minus the log density of the decentred Pyro program."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.inference.base import Kernel, Potential, init_params
+from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.langevin import build_langevin
+from ppl_vaebm.inference.potential import NoisePotential, Packing, noise_potential
+from ppl_vaebm.models.energy import Energy
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.rng import stream
+from tests.small_models import FEW, SHIPPED, ZeroEnergy, linear_vae, shipped_vae, shipped_vaebm
+
+SITES = {"a": torch.Size([2]), "b": torch.Size([1, 2, 2])}
+
+
+def test_packing_lays_sites_side_by_side_in_their_order() -> None:
+    packing = Packing(SITES)
+    position = torch.arange(12.0).reshape(2, 6)
+    sites = packing.unravel(position)
+    assert packing.dim == 6
+    assert sites["a"].tolist() == [[0.0, 1.0], [6.0, 7.0]]
+    assert sites["b"].tolist() == [[[[2.0, 3.0], [4.0, 5.0]]], [[[8.0, 9.0], [10.0, 11.0]]]]
+    assert torch.equal(packing.ravel(sites), position)
+    assert torch.equal(packing.ravel(dict(reversed(sites.items()))), position)
+
+
+def test_packing_gives_the_mean_square_of_each_site() -> None:
+    mean_square = Packing(SITES).mean_square(torch.tensor([[1.0, 7.0, 1.0, 1.0, 3.0, 5.0]]))
+    assert {name: value.tolist() for name, value in mean_square.items()} == {"a": [25.0], "b": [9.0]}
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 7), (6,), (1, 2, 6)])
+def test_packing_refuses_positions_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected positions of shape \(chains, 6\), got \("):
+        Packing(SITES).unravel(torch.zeros(shape))
+
+
+class Evaluated(NamedTuple):
+    """A function of noise and its gradient, row by row."""
+
+    value: Tensor
+    grad: Tensor
+
+
+def row_log_prob(trace: poutine.Trace) -> Tensor:
+    """Sum a trace's log densities over sites, ``(n,)``."""
+    trace.compute_log_prob()
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
+    return torch.stack([node["log_prob"] for node in nodes]).sum(0)
+
+
+def decentred_program(vaebm: VAEBM, position: Tensor, with_factor: bool = True) -> Evaluated:
+    """Evaluate minus the log density of the program whose sites Pyro made noises."""
+    shapes = vaebm.vae.noise_shapes
+    noises = Packing(shapes).unravel(position)
+    program = poutine.reparam(vaebm, config={name.removeprefix("eps_"): LocScaleReparam(0.0) for name in shapes})
+    data = {f"{name.removeprefix('eps_')}_decentered": noise for name, noise in noises.items()}
+    conditioned = poutine.condition(program, data=data)
+    hidden = poutine.block(conditioned, hide=[] if with_factor else ["energy"])
+    value = -row_log_prob(poutine.trace(hidden).get_trace(num=len(position)))
+    return Evaluated(value, torch.autograd.grad(value.sum(), position)[0])
+
+
+def official_potential(potential: NoisePotential) -> Potential:
+    """The official code's potential (NVlabs/VAEBM), relative to N(0, I).
+
+    It is ``E(x) - log p(z) - log p(x | z)`` at the transported point, without the Jacobian of the transport.
+    """
+    vae = potential.vaebm.vae
+
+    def phi(position: Tensor) -> Tensor:
+        x, z = vae.transport(potential.packing.unravel(position))
+        log_p = row_log_prob(poutine.trace(poutine.condition(vae.model, data=z)).get_trace(x))
+        return potential.vaebm.energy(x, z) - log_p - 0.5 * position.square().sum(-1)
+
+    return phi
+
+
+def evaluated(potential: Potential, position: Tensor) -> Evaluated:
+    value = potential(position) + 0.5 * position.square().sum(-1)
+    return Evaluated(value, torch.autograd.grad(value.sum(), position)[0])
+
+
+def spread(one: Evaluated, other: Evaluated) -> tuple[float, float]:
+    """Return how far two functions are from one constant apart: range of the values' gap, largest gradient gap."""
+    gap = (one.value - other.value).detach()
+    return float(gap.max() - gap.min()), float((one.grad - other.grad).abs().max())
+
+
+def positions(potential: NoisePotential, num: int = 6) -> Tensor:
+    return potential.draw_reference(stream(1, "positions"), num).requires_grad_()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_potential_is_minus_the_log_density_of_the_decentred_program(name: str) -> None:
+    vaebm = shipped_vaebm(name)
+    potential = noise_potential(vaebm)
+    position = positions(potential)
+    ours, program = evaluated(potential, position), decentred_program(vaebm, position)
+    value_spread, grad_spread = spread(ours, program)
+    assert value_spread < 1e-10 and grad_spread < 1e-10
+    # The one constant is that of the Gaussian.
+    constant = float((program.value - ours.value).detach().mean())
+    assert constant == pytest.approx(potential.packing.dim * math.log(2 * math.pi) / 2)
+    # Negative control: without its factor the program is another.
+    value_spread, grad_spread = spread(ours, decentred_program(vaebm, position, with_factor=False))
+    assert value_spread > 1e-2 and grad_spread > 1e-4
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_official_potential_differs_by_the_log_scales(name: str) -> None:
+    vaebm = shipped_vaebm(name)
+    potential = noise_potential(vaebm)
+    position = positions(potential)
+    ours, official = evaluated(potential, position), evaluated(official_potential(potential), position)
+    with torch.no_grad():
+        x, z = vaebm.vae.transport(potential.packing.unravel(position))
+        trace = poutine.trace(poutine.condition(vaebm.vae.model, data=z)).get_trace(x)
+        nodes = [trace.nodes[site] for site in (*z, "x")]
+        log_scales = torch.stack([node["fn"].base_dist.scale.log().flatten(1).sum(1) for node in nodes]).sum(0)
+    constant = potential.packing.dim * math.log(2 * math.pi) / 2
+    torch.testing.assert_close((official.value - ours.value).detach(), log_scales + constant)
+    value_spread, grad_spread = spread(ours, official)
+    if "1 groups, global" in name:  # the only scale is one number: what is left out is a constant
+        assert value_spread < 1e-9 and grad_spread < 1e-9
+    else:
+        assert value_spread > 0.1 and grad_spread > 1e-2
+
+
+class EnergyOfLatents(Energy):
+    """An energy of x and of the first latent group."""
+
+    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
+        assert z is not None
+        return x.flatten(1).square().mean(1) * z["z_1"].sum(1).cos()
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_an_energy_may_read_the_latents_too(name: str) -> None:
+    vaebm = VAEBM(shipped_vae(name), EnergyOfLatents())
+    potential = noise_potential(vaebm)
+    position = positions(potential)
+    value_spread, grad_spread = spread(evaluated(potential, position), decentred_program(vaebm, position))
+    assert value_spread < 1e-10 and grad_spread < 1e-10
+
+
+def test_a_vae_in_training_mode_is_refused() -> None:
+    vaebm = shipped_vaebm(FEW[0])
+    with pytest.raises(ValueError, match=r"training mode.*call vaebm.eval\(\)"):
+        noise_potential(vaebm.train())
+    assert noise_potential(vaebm.eval()).packing.shapes == vaebm.vae.noise_shapes
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_decoding_is_the_transport_and_takes_no_gradient(name: str) -> None:
+    potential = noise_potential(shipped_vaebm(name))
+    position = positions(potential)
+    decoded = potential.decode(position)
+    expected, z = potential.vaebm.vae.transport(potential.packing.unravel(position))
+    assert torch.equal(decoded, expected) and not decoded.requires_grad
+    torch.testing.assert_close(potential(position), potential.vaebm.energy(expected, z))
+
+
+def test_reference_draws_are_standard_normal_in_the_models_dtype(generator: torch.Generator) -> None:
+    potential = noise_potential(shipped_vaebm(FEW[1]))
+    draws = potential.draw_reference(generator, 5_000)
+    assert draws.dtype == torch.float64 and draws.shape == (5_000, potential.packing.dim)
+    assert draws.mean(0).abs().max() < 5 / math.sqrt(5_000)
+    assert (draws.square().mean(0) - 1).abs().max() < 5 * math.sqrt(2 / 5_000)
+    potential.vaebm.float()
+    assert potential.draw_reference(generator, 2).dtype == torch.float32
+    again = [potential.draw_reference(stream(0, "again"), 3) for _ in range(2)]
+    assert torch.equal(*again)
+
+
+KERNELS = {
+    "mala": KernelConfig("mala"),
+    "mala leapfrog": KernelConfig("mala", integrator="leapfrog"),
+    "hmc": KernelConfig("hmc", num_steps=3),
+    "hmc leapfrog": KernelConfig("hmc", num_steps=3, integrator="leapfrog"),
+    "pcn": KernelConfig("pcn"),
+    "independence": KernelConfig("independence"),
+    "elliptical": KernelConfig("elliptical"),
+    "mixture": KernelConfig("mixture", members=("independence", "hmc"), num_steps=2),
+}
+EVERY = [*KERNELS, "langevin splitting"]
+
+
+def new_kernel(name: str, potential: Potential) -> Kernel:
+    if name == "langevin splitting":
+        return build_langevin(potential, scheme="splitting")
+    return build_kernel(KERNELS[name], potential)
+
+
+def hierarchy_without_energy() -> NoisePotential:
+    """Phi of a VAE whose scales depend strongly on the groups above, with E = 0."""
+    return noise_potential(VAEBM(shipped_vae("vector, 3 groups, local scale, 0 features", gain=2.0), ZeroEnergy()))
+
+
+def worst_error(potential: NoisePotential, kernel: Kernel, step_size: float, num_steps: int, num_chains: int) -> float:
+    """Start chains in N(0, I), and return the worst error of a site's mean square, in standard errors."""
+    generator = stream(0, "stationarity", kernel.name, str(step_size))
+    start = potential.draw_reference(generator, num_chains)
+    state, params = kernel.init(start), init_params(start, step_size)
+    for _ in range(num_steps):
+        state, _ = kernel.step(generator, state, params)
+    errors = [
+        abs(float(value.mean()) - 1) / math.sqrt(2 / (num_chains * potential.packing.sizes[name]))
+        for name, value in potential.packing.mean_square(state.position).items()
+    ]
+    return max(errors)
+
+
+def test_the_hierarchy_has_scales_that_vary() -> None:
+    vae = hierarchy_without_energy().vaebm.vae
+    potential = hierarchy_without_energy()
+    with torch.no_grad():
+        x, z = vae.transport(potential.packing.unravel(positions(potential, 1_000)))
+        trace = poutine.trace(poutine.condition(vae.model, data=z)).get_trace(x)
+    for site in ("z_2", "z_3", "x"):
+        assert trace.nodes[site]["fn"].base_dist.scale.log().std(0).min() > 0.2, site
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_without_an_energy_the_noise_stays_standard_normal(name: str) -> None:
+    potential = hierarchy_without_energy()
+    for step_size in (0.1, 0.7, 1.5):
+        assert worst_error(potential, new_kernel(name, potential), step_size, num_steps=10, num_chains=1_000) < 4
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_under_the_official_potential_it_does_not(name: str) -> None:
+    """Negative control: the same chains, with the Jacobian left out."""
+    potential = hierarchy_without_energy()
+    kernel = new_kernel(name, official_potential(potential))
+    assert worst_error(potential, kernel, 0.4, num_steps=30, num_chains=1_000) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step_size", [0.1, 0.7, 1.5])
+@pytest.mark.parametrize("name", EVERY)
+def test_it_stays_so_for_a_thousand_steps(name: str, step_size: float) -> None:
+    potential = hierarchy_without_energy()
+    assert worst_error(potential, new_kernel(name, potential), step_size, num_steps=1_000, num_chains=500) < 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hmc", "mala"])
+def test_under_the_official_potential_it_has_not_after_a_thousand_steps(name: str) -> None:
+    potential = hierarchy_without_energy()
+    kernel = new_kernel(name, official_potential(potential))
+    assert worst_error(potential, kernel, 0.4, num_steps=1_000, num_chains=500) > 8

@@ -1,0 +1,22 @@
+"""The integers that a batch of images was made from, for the tests of the data."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.rng import stream
+from ppl_vaebm.splits import Split
+
+
+def noise() -> torch.Generator:
+    return stream(0, "noise")
+
+
+def quantized(y: Tensor, levels: int) -> Tensor:
+    return ((y.double() + 1) / 2 * levels).floor().long()
+
+
+def pixels(split: Split, levels: int = 256) -> Tensor:
+    """Every image of a split, as the integers that its batch was made from."""
+    return quantized(split.batch(torch.arange(len(split)), noise()), levels)

@@ -1,0 +1,380 @@
+"""Every command, tiny, through its command line; and what each says to bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from ppl_vaebm import compare, diagnose, evaluate, fit, report, sample
+from ppl_vaebm.config import KernelName, recipe_names
+from ppl_vaebm.inference.diagnostics import load_netcdf
+from ppl_vaebm.run import Run
+from tests.tiny import IMAGES, POINTS, fit_run, write_recipe
+
+Main = Callable[[list[str]], None]
+EFFORT = ["--num-test", "20", "--num-importance", "10", "--num-z-draws", "500", "--num-samples", "100"]
+write_report = report.write_report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_reports() -> Iterator[None]:
+    """Leave the report an empty page: drawing it takes longer than all the rest, and one test here draws it."""
+
+    def write_empty(run: Run) -> Path:
+        run.report_file.touch()
+        return run.report_file
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "write_report", write_empty)
+        yield
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_run(tmp_path_factory.mktemp("points"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit_run(tmp_path_factory.mktemp("images"), IMAGES)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sentence(main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must refuse, and return its one sentence."""
+    with pytest.raises(SystemExit) as stop:
+        main(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# --- what the commands write -----------------------------------------------------------------------
+
+
+def test_fit_leaves_a_run(points: Path) -> None:
+    config = yaml.safe_load((points / "config.yaml").read_text())
+    assert config["data"]["num_points"] == 500 and config["model"]["latents"] == [1, 1]
+    records = Run(points).metrics("ebm")
+    assert [record["step"] for record in records if "energy_gap" in record] == list(range(1, 13))
+    assert {"validation_gain_nats", "log_z", "log_z_ess"} <= set(records[-1])
+    assert (points / "report.html").is_file()
+
+
+def test_every_step_of_stage_ebm_logs_its_monitors(images: Path) -> None:
+    record = next(record for record in Run(images).metrics("ebm") if "energy_gap" in record)
+    expected = {"energy_gap", "acceptance_rate", "weight_ess", "rms_move", "step_size", "grad_norm"}
+    expected |= {f"eps_mean_square/eps_{name}" for name in ("z_1", "z_2", "x")}
+    assert expected <= set(record)
+
+
+def test_sample_writes_draws(points: Path) -> None:
+    sample.main([str(points), "--num", "40", "--num-steps", "2"])
+    for name in ("vae", "vaebm", "data"):
+        assert np.load(points / "samples" / f"{name}.npz")["x"].shape == (40, 2)
+        assert (points / "samples" / f"{name}.png").is_file()
+
+
+def test_a_sample_does_not_depend_on_how_many_are_asked_for(points: Path) -> None:
+    sample.main([str(points), "--num", "7", "--num-steps", "2"])
+    few = np.load(points / "samples" / "vaebm.npz")["x"]
+    sample.main([str(points), "--num", "600", "--num-steps", "2"])
+    np.testing.assert_array_equal(np.load(points / "samples" / "vaebm.npz")["x"][:7], few)
+
+
+def test_sample_draws_images(images: Path) -> None:
+    sample.main([str(images), "--num", "5"])
+    assert np.load(images / "samples" / "vaebm.npz")["x"].shape == (5, 1, 8, 8)
+
+
+@pytest.mark.parametrize("kernel", ["hmc", "pyro-hmc"])
+def test_diagnose_writes_inference_data(points: Path, kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
+    diagnose.main([str(points), "--kernel", kernel, "--num-chains", "4", "--num-warmup", "5", "--num-evals", "40"])
+    inference_data = load_netcdf(points / "chains.nc")
+    assert inference_data["posterior"]["energy"].dims == ("chain", "draw")
+    assert inference_data["posterior"].sizes["chain"] == 4
+    assert inference_data["posterior"].attrs["kernel"] == kernel
+    assert "R-hat" in capsys.readouterr().out
+
+
+def test_compare_spends_the_same_on_every_kernel(points: Path) -> None:
+    kernels = ["langevin", "mala", "hmc", "pcn", "independence", "elliptical", "mixture", "pyro-hmc", "pyro-nuts"]
+    compare.main(
+        [str(points), "--kernels", ",".join(kernels), "--num-chains", "4", "--num-warmup", "4", "--num-evals", "30"]
+    )
+    with (points / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kernel"] for row in rows] == kernels
+    for row in rows[:-1]:
+        assert 30 <= float(row["evals"]) <= 40, row  # the last draw may pass the budget by its own cost
+    assert 0 < float(rows[-1]["evals"]) < 2_000  # NUTS's chains stop after different draws, and are cut to the shortest
+
+
+def test_the_report_of_a_whole_run_has_every_section(points: Path) -> None:
+    sample.main([str(points), "--num", "20"])
+    chains = ["--num-chains", "4", "--num-warmup", "4", "--num-evals", "20"]
+    diagnose.main([str(points), *chains])
+    compare.main([str(points), "--kernels", "hmc", *chains])
+    evaluate.main([str(points), *EFFORT])
+    page = write_report(Run(points)).read_text()
+    assert "Not in this run yet" not in page
+    assert page.count("<img") == 6
+
+
+def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
+    evaluate.main([str(points), *EFFORT])
+    sections = json.loads((points / "evaluate.json").read_text())
+    likelihood = sections["log-likelihood of test data (nats per point)"]
+    expected = likelihood["log p (VAE)"]["value"] + likelihood["log h - log p"]["value"]
+    assert likelihood["log h (VAEBM)"]["value"] == pytest.approx(expected, abs=1e-6)
+    assert likelihood["entropy bound (mean log density of the data's own law)"] == pytest.approx(-0.0653, abs=1e-4)
+    assert "modes: VAEBM, exact draws" in sections
+
+
+@pytest.mark.slow
+def test_evaluate_reports_frechet_distances(images: Path) -> None:
+    evaluate.main([str(images), *EFFORT])
+    sections = json.loads((images / "evaluate.json").read_text())
+    (section,) = (value for name, value in sections.items() if name.startswith("Frechet distance [cnn-digits]"))
+    ratio = section["VAEBM, 3 mala steps"] / section["VAE"]
+    assert section["VAEBM, 3 mala steps, over its VAE's"] == pytest.approx(ratio)
+
+
+@pytest.mark.parametrize("kernel", [*KernelName.__args__])  # type: ignore[attr-defined]
+def test_stage_ebm_trains_with_every_kernel(tmp_path: Path, points: Path, kernel: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    options = ["--objective", "mle", "--kernel", kernel, "--ratio-steps", "1", "--ebm.steps", "3"]
+    fit.main(["--stage", "ebm", "--run", str(run), "--overwrite", *options])
+    records = [record for record in Run(run).metrics("ebm") if "energy_gap" in record]
+    assert "acceptance_rate" not in records[0]  # the ratio's step has no chains
+    assert all(0 <= record["acceptance_rate"] <= 1 for record in records[1:])
+
+
+def test_stage_ebm_trains_with_importance_negatives(tmp_path: Path, points: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    fit.main(["--stage", "ebm", "--run", str(run), "--overwrite", "--objective", "mle", "--negatives", "importance"])
+    assert all(record["weight_ess"] <= 16 for record in Run(run).metrics("ebm") if "energy_gap" in record)
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fit.main(["--recipe", str(write_recipe(tmp_path)), "--run", str(tmp_path / "run"), "--dry-run"])
+    assert not (tmp_path / "run").exists()
+    assert "VectorEnergy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_resolves(recipe: str) -> None:
+    options, folder = fit.resolve(["--recipe", recipe, "--run", "nowhere"])
+    assert folder == Path("nowhere")
+    assert fit.resolve(["--data", options.config.data.name, "--run", "nowhere"])[0].config == options.config
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path))
+    options, _ = fit.resolve(["--recipe", recipe, "--svi.learning-rate", "1e-3", "--kernel", "hmc"])
+    assert options.config.svi.learning_rate == 1e-3
+    assert options.config.kernel.name == "hmc" and options.config.sampling.kernel.name == "mixture"
+    assert options.config.model.latents == (1, 1)
+
+
+@pytest.mark.parametrize("module", ["fit", "sample", "diagnose", "compare", "evaluate"])
+def test_help_does_not_import_torch(module: str) -> None:
+    code = (
+        f"import sys; from ppl_vaebm import {module}\n"
+        f"try: {module}.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "options" in done.stdout
+
+
+# --- resuming ----------------------------------------------------------------------------------------
+
+
+def weights(run: Path, stage: str) -> list[bytes]:
+    folders = sorted((run / "checkpoints" / stage).iterdir())
+    return [(folder / name).read_bytes() for folder in folders for name in ("weights.safetensors", "state.pt")]
+
+
+def cut_back(run: Path, stage: str) -> None:
+    """Remove a stage's last checkpoint, as if the run had been killed before it."""
+    shutil.rmtree(max((run / "checkpoints" / stage).iterdir()))
+
+
+@pytest.mark.parametrize("text", [POINTS, IMAGES], ids=["points", "images"])
+@pytest.mark.parametrize("stage", ["svi", "ebm"])
+def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path: Path, text: str, stage: str) -> None:
+    run = fit_run(tmp_path, text)
+    whole, records = weights(run, stage), Run(run).metrics(stage)
+    cut_back(run, stage)
+    assert weights(run, stage) != whole
+    fit.main(["--stage", stage, "--run", str(run), "--resume"])
+    assert weights(run, stage) == whole
+    timeless = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    again = [{k: v for k, v in record.items() if k != "seconds"} for record in Run(run).metrics(stage)]
+    assert again == timeless
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["svi", "ebm"])
+def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, stage: str) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = fit_run(tmp_path / "whole", POINTS.replace("steps: 12", "steps: 400"))
+    killed = tmp_path / "killed"
+    shutil.copytree(whole, killed)
+    command = [sys.executable, "-m", "ppl_vaebm.fit", "--run", str(killed), "--stage"]
+    with subprocess.Popen([*command, stage, "--overwrite"], stdout=subprocess.DEVNULL) as process:
+        while len(list((killed / "checkpoints" / stage).glob("step-*"))) < 2:
+            assert process.poll() is None, "it ended before it could be killed"
+        process.kill()
+    assert max((killed / "checkpoints" / stage).iterdir()).name < "step-00000400"
+    subprocess.run([*command, stage, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert weights(killed, stage) == weights(whole, stage)
+
+
+def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
+    """The comparison of bytes can fail."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    first, second = fit_run(tmp_path / "a"), fit_run(tmp_path / "b", POINTS + "seed: 1\n")
+    assert weights(first, "svi") != weights(second, "svi")
+
+
+# --- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--recipe", "cifarr"], ["cifarr", "gaussians25"]),
+        (["--data", "moons"], ["moons", "gaussians25"]),
+        (["--kernel", "hcm"], ["hcm", "hmc"]),
+        (["--svi.lr", "1"], ["--svi.lr"]),
+        (["--svi.learning-rate", "fast"], ["--svi.learning-rate", "fast"]),
+        (["--svi.steps", "0"], ["svi.steps", "positive", "0"]),
+        (["--model.min-x-scale", "1"], ["model.init-x-scale"]),
+        (["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (["--stage", "svi", "--resume"], ["checkpoint", "svi", "--resume"]),
+        (["--stage", "ebm"], ["stage svi", "--stage svi"]),
+        (["--data", "mnist", "--data.root", "nowhere"], ["mnist", "nowhere", "--data.download"]),
+        (["--data", "digits", "--model.kind", "vector"], ["model.kind", "vector"]),
+        (["--data", "digits", "--model.latents", "2", "2", "2", "2"], ["model.latents"]),
+        (["--data", "gaussians25", "--svi.batch-size", "200000"], ["200000"]),
+    ],
+)
+def test_fit_refuses_in_one_sentence(
+    tmp_path: Path, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    message = sentence(fit.main, ["--run", str(run), *argv], capsys)
+    assert all(word in message for word in words), message
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("svi: {learning_rate: quick}", ["tiny.yaml", "learning-rate", "quick"]),
+        ("svi: {learnin_rate: 1}", ["tiny.yaml", "learnin-rate"]),
+        ("no mapping", ["tiny.yaml"]),
+        ("svi: {steps: [", ["tiny.yaml", "YAML"]),
+        ("kernel: {members: [langevin]}", ["tiny.yaml", "kernel.members"]),
+        ("ebm: {replay_size: 1}", ["tiny.yaml", "ebm.replay-size"]),
+    ],
+)
+def test_fit_refuses_a_bad_recipe(
+    tmp_path: Path, text: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_recipe(tmp_path, text)
+    message = sentence(fit.main, ["--recipe", str(recipe), "--run", str(tmp_path / "run")], capsys)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("main", [sample.main, diagnose.main, compare.main, evaluate.main])
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, main: Main, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--stage svi" in sentence(main, [str(tmp_path)], capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("main", [sample.main, diagnose.main, compare.main, evaluate.main])
+def test_a_run_without_an_energy_is_refused(
+    tmp_path: Path, points: Path, main: Main, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    shutil.rmtree(run / "checkpoints" / "ebm")
+    before = contents(run)
+    assert "--stage ebm" in sentence(main, [str(run)], capsys)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "words"),
+    [
+        (fit.main, ["--stage", "svi"], ["--resume", "--overwrite"]),
+        (fit.main, ["--stage", "ebm"], ["--resume", "--overwrite"]),
+        (fit.main, ["--stage", "ebm", "--overwrite", "--model.width", "9"], ["model.width", "svi"]),
+        (fit.main, ["--stage", "ebm", "--resume", "--ebm.steps", "99"], ["ebm.steps", "ebm"]),
+        (fit.main, ["--stage", "svi", "--resume", "--data.std", "0.1"], ["data.std"]),
+        (compare.main, ["--kernels", "hmc,nope"], ["nope", "pyro-nuts"]),
+        (compare.main, ["--kernels", "hmc,hmc"], ["different"]),
+        (compare.main, ["--num-chains", "0"], ["num-chains"]),
+        (diagnose.main, ["--kernel", "nope"], ["nope"]),
+        (sample.main, ["--kernel", "nope"], ["nope"]),
+        (sample.main, ["--num", "0"], ["num"]),
+        (evaluate.main, ["--steps", "0"], ["steps"]),
+    ],
+)
+def test_refusals_leave_a_run_as_it_was(
+    points: Path, main: Main, argv: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(points)
+    run = ["--run", str(points)] if main is fit.main else [str(points)]
+    message = sentence(main, [*run, *argv], capsys)
+    assert all(word in message for word in words), message
+    assert contents(points) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("manifest.json", ["schema"]), ("weights.safetensors", ["sha256"]), ("state.pt", ["sha256"])],
+)
+def test_a_damaged_checkpoint_is_refused(
+    tmp_path: Path, points: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    for folder in (run / "checkpoints" / "svi").iterdir():
+        file = folder / name
+        damaged = file.read_bytes().replace(b'"schema": 1', b'"schema": 7') if words == ["schema"] else b"cut short"
+        file.write_bytes(damaged)
+    message = sentence(sample.main, [str(run)], capsys)
+    assert name in message and all(word in message for word in words), message
+
+
+def test_a_config_with_an_unknown_key_is_refused(
+    tmp_path: Path, points: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    with (run / "config.yaml").open("a") as file:
+        file.write("colour: blue\n")
+    message = sentence(sample.main, [str(run)], capsys)
+    assert "config.yaml" in message and "colour" in message

@@ -1,0 +1,146 @@
+"""Pictures keep the pixels, count what they leave out, and draw quantities with known values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import image
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ppl_vaebm import figures
+from ppl_vaebm.errors import InputError
+
+
+def normals(*shape: int) -> NDArray[np.float64]:
+    return np.random.default_rng(3).normal(size=shape)
+
+
+def test_images_are_saved_pixel_by_pixel(tmp_path: Path) -> None:
+    x = np.zeros((12, 1, 3, 2))
+    x[0] = -1.0
+    x[1] = 5.0  # cut off at white
+    x[2, 0, 1, 0] = np.nan
+    figures.save_image_grid_png(tmp_path / "grid.png", torch.from_numpy(x))
+    saved = np.round(image.imread(tmp_path / "grid.png")[..., :3] * 255).astype(int)
+    # Two rows of ten images of 3 x 2, one white pixel apart: 7 x 29, enlarged 12 times to pass 320.
+    assert saved.shape == (7 * 12, 29 * 12, 3)
+    pixels = saved[::12, ::12]
+    np.testing.assert_array_equal(saved, pixels.repeat(12, 0).repeat(12, 1))
+    expected = np.full((7, 29, 3), 255)
+    for index in range(12):
+        top, left = 4 * (index // 10), 3 * (index % 10)
+        expected[top : top + 3, left : left + 2] = 128
+    expected[:3, :2] = 0
+    expected[:3, 3:5] = 255
+    expected[1, 6] = (255, 0, 255)
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_colour_images_keep_their_channels() -> None:
+    x = np.full((1, 3, 4, 4), -1.0)
+    x[:, 1] = 1.0
+    assert (figures._grid(x) == [0, 255, 0]).all()
+
+
+def test_points_are_saved_as_a_picture(tmp_path: Path) -> None:
+    figures.save_points_png(tmp_path / "points.png", torch.from_numpy(normals(100, 2)))
+    assert image.imread(tmp_path / "points.png").shape[:2] == (5 * figures.DPI, 5 * figures.DPI)
+
+
+def test_points_outside_the_frame_of_the_data_are_counted() -> None:
+    data = np.array([[0.0, 0.0], [1.0, 1.0]])
+    stray = np.array([[0.5, 0.5], [9.0, 0.5], [np.nan, 0.5]])
+    figure = figures._scatters({"data": np.concatenate([data, data]), "VAE": stray})
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[:2] == ["data: 3 points", "VAE: 3 points, 2 of them outside"]
+
+
+@pytest.mark.parametrize(
+    ("save", "shape"),
+    [
+        (figures.save_points_png, (5, 3)),
+        (figures.save_points_png, (0, 2)),
+        (figures.save_points_png, (5, 1, 4, 4)),
+        (figures.save_image_grid_png, (5, 2)),
+        (figures.save_image_grid_png, (5, 2, 4, 4)),
+    ],
+)
+def test_arrays_of_another_shape_are_refused(
+    tmp_path: Path, save: Callable[[Path, NDArray[np.float64]], None], shape: tuple[int, ...]
+) -> None:
+    with pytest.raises(InputError, match="found"):
+        save(tmp_path / "x.png", np.zeros(shape))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_of_curves_has_a_panel_per_known_quantity() -> None:
+    records: list[figures.Record] = [
+        {"step": 1, "loss": 2.0, "kl_nats": 1.0, "kl_nats/z1": 0.4, "unheard_of": 1.0},
+        {"step": 5, "validation_elbo_nats": -1.5, "loss": None},
+    ]
+    figure = figures._curves(records, figures.SVI_PANELS)
+    curves = {
+        str(line.get_label()): line.get_xydata().tolist()  # type: ignore[union-attr]
+        for ax in figure.axes
+        for line in ax.lines
+    }
+    assert curves == {
+        "validation_elbo_nats": [[5, -1.5]],
+        "loss": [[1, 2]],
+        "kl_nats": [[1, 1]],
+        "kl_nats/z1": [[1, 0.4]],
+    }
+
+
+def test_long_curves_get_a_moving_average_that_keeps_a_straight_line() -> None:
+    ax = Figure().subplots()
+    steps = np.arange(1.0, 1001.0)
+    figures._curve(ax, np.stack([steps, 3 * steps], axis=1), "line")
+    raw, smooth = ax.lines
+    assert len(raw.get_xdata()) == 1000  # type: ignore[arg-type]
+    assert smooth.get_label() == "line"
+    x, y = np.asarray(smooth.get_xdata()), np.asarray(smooth.get_ydata())
+    assert len(x) == 1000 - 20 + 1
+    np.testing.assert_allclose(y, 3 * x)
+
+
+def test_the_first_tenth_of_a_run_does_not_set_the_frame() -> None:
+    ax = Figure().subplots()
+    steps = np.arange(1.0, 101.0)
+    figures._frame_late_values(ax, np.stack([steps, np.where(steps <= 10, -1e6, 1.0 + steps / 100)], axis=1), 0.0)
+    np.testing.assert_allclose(ax.get_ylim(), (-0.1, 2.1))
+
+
+def test_ranks_of_chains_that_agree_are_uniform_and_of_others_are_not() -> None:
+    # Chain c holds the numbers c, c + 4, c + 8, ...: each chain has the same share of every bin.
+    interleaved = np.arange(400.0).reshape(100, 4).T
+    np.testing.assert_array_equal(figures._rank_counts(interleaved), np.full((4, 20), 5.0))
+    separate = np.arange(400.0).reshape(4, 100)
+    expected = np.repeat(np.eye(4), 5, axis=1) * 20
+    np.testing.assert_array_equal(figures._rank_counts(separate), expected)
+
+
+def test_equal_draws_share_a_rank_whatever_their_chain() -> None:
+    draws = np.tile(np.array([0.0, 1.0, 1.0, 2.0]), (3, 25))
+    counts = figures._rank_counts(draws)
+    assert (counts == counts[0]).all()
+    assert (counts.sum(axis=1) == 100).all()
+    assert sorted(counts[0][counts[0] > 0]) == [25, 25, 50]
+
+
+def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
+    noise = normals(8, 5000)
+    draws = noise.copy()
+    for t in range(1, 5000):
+        draws[:, t] = 0.8 * draws[:, t - 1] + 0.6 * noise[:, t]
+    correlation = figures._autocorrelation(draws)
+    np.testing.assert_allclose(correlation[:10], 0.8 ** np.arange(10), atol=0.05)
+    assert len(correlation) == figures.MAX_LAG + 1
+    # Chains that sit at +1 and -1 share no mean, so their correlation stays at 1 / (1 + 0.1**2).
+    apart = 0.1 * noise + np.where(np.arange(8) % 2, 1.0, -1.0)[:, None]
+    np.testing.assert_allclose(figures._autocorrelation(apart)[1:20], 0.99, atol=0.01)

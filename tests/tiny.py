@@ -1,0 +1,47 @@
+"""A VAEBM run so small that every command finishes in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ppl_vaebm import fit
+
+POINTS = """
+threads: 1
+data: {name: gaussians25, num_points: 500}
+model: {latents: [1, 1], width: 8, depth: 1}
+svi: {steps: 12, batch_size: 16, kl_warmup_steps: 4, validate_every: 6, checkpoint_every: 4, log_every: 2}
+energy: {width: 8, depth: 1, num_fourier: 4}
+ebm: {steps: 12, batch_size: 8, num_importance: 16, replay_size: 16, num_transitions: 2, validate_every: 6,
+  checkpoint_every: 4, num_validation_draws: 200}
+kernel: {name: mixture, num_steps: 2}
+sampling: {kernel: {name: mixture, num_steps: 2}, num_steps: 3}
+"""
+
+IMAGES = """
+threads: 1
+data: digits
+model: {latents: [2, 1], channels: 2, x_scale: local, init_x_scale: 0.3}
+svi: {steps: 4, batch_size: 16, kl_warmup_steps: 2, validate_every: 2, checkpoint_every: 2}
+energy: {channels: 2}
+ebm: {objective: mle, steps: 4, batch_size: 8, num_importance: 16, replay_size: 16, replay_probability: 0.9,
+  num_transitions: 2, energy_l2: 0.01, spectral_penalty: 0.01, validate_every: 2, checkpoint_every: 2,
+  num_validation_draws: 200}
+kernel: {name: mala}
+sampling: {kernel: {name: mala}, num_steps: 3}
+"""
+
+
+def write_recipe(folder: Path, text: str = POINTS) -> Path:
+    """Write a recipe and return its path."""
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def fit_run(folder: Path, text: str = POINTS, *options: str) -> Path:
+    """Fit both stages into ``folder / "run"`` and return it."""
+    recipe, run = write_recipe(folder, text), folder / "run"
+    fit.main(["--stage", "svi", "--recipe", str(recipe), "--run", str(run)])
+    fit.main(["--stage", "ebm", "--run", str(run), *options])
+    return run
