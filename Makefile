@@ -61,8 +61,8 @@ demo: $(VENV)/.stamp-base  ## fit, sample, evaluate, diagnose and compare on 25 
 	@echo "The report is $(DEMO)/report.html: open it in a browser."
 
 bench: $(VENV)/.stamp-bench  ## run every script of benchmarks/; they print and never gate
-	@set -e; for script in $(filter-out benchmarks/common.py,$(sort $(wildcard benchmarks/*.py))); do \
-		echo "$(BIN)/python $$script"; $(BIN)/python "$$script"; \
+	@set -e; for name in $(filter-out common,$(sort $(notdir $(basename $(wildcard benchmarks/*.py))))); do \
+		echo "$(BIN)/python -m benchmarks.$$name"; OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$$name; \
 	done
 
 clean:  ## remove caches and build products

@@ -25,6 +25,10 @@ from ppl_vaebm.rng import seed_for, stream
 
 KERNELS: tuple[str, ...] = (*get_args(KernelName), *get_args(PyroKernelName))
 NUM_EXACT = 20_000
+# Pyro's chains run one after another: these bound the cost of one draw, to 16 and to 63 evaluations at the step that
+# their trajectory or tree starts from.
+MAX_NUM_STEPS = 16
+MAX_TREE_DEPTH = 6
 
 
 class Budget(NamedTuple):
@@ -105,7 +109,8 @@ def run_kernel(
             num_draws=budget.num_evals,
             num_warmup=budget.num_warmup,
             step_size=DEFAULT_STEP_SIZES["hmc"],
-            trajectory_length=config.trajectory_length,
+            trajectory_length=(config.num_steps or MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
+            max_tree_depth=MAX_TREE_DEPTH,
             functionals=functionals,
             max_evals=budget.num_evals,
         )

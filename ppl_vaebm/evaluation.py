@@ -109,20 +109,35 @@ def modes(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
         seed: of all draws.
 
     Returns:
-        A section for each set of draws.
+        A section for each set of draws; where rejection gives up, that of the exact draws says so.
     """
-    device = loaded.config.device
-    exact = exact_draws(loaded.potential, stream(seed, "exact", device=device), effort.num_samples)
     chains = sample_by_chains(
         loaded.potential, loaded.config.sampling.kernel, num=effort.num_samples, steps=[0, *effort.steps], seed=seed
     )
-    sets = {"VAE": chains.positions[0], "VAEBM, exact draws": exact.position}
+    sections = {"modes: VAE": mode_section(loaded, chains.positions[0])}
+    try:
+        exact = exact_draws(
+            loaded.potential, stream(seed, "exact", device=loaded.config.device), effort.num_samples
+        ).position
+        sections["modes: VAEBM, exact draws"] = mode_section(loaded, exact)
+    except RuntimeError as error:
+        sections["modes: VAEBM, exact draws"] = {"none": str(error)}
     for count in effort.steps:
-        sets[f"VAEBM, {loaded.config.sampling.kernel.name} chains, {count} steps"] = chains.positions[count]
-    return {f"modes: {name}": _modes_of(loaded, position) for name, position in sets.items()}
+        name = f"modes: VAEBM, {loaded.config.sampling.kernel.name} chains, {count} steps"
+        sections[name] = mode_section(loaded, chains.positions[count])
+    return sections
 
 
-def _modes_of(loaded: LoadedRun, position: Tensor) -> Section:
+def mode_section(loaded: LoadedRun, position: Tensor) -> Section:
+    """Describe one set of draws on data with known modes.
+
+    Args:
+        loaded: the fitted VAEBM.
+        position: noise, ``(num, D)``.
+
+    Returns:
+        Share of good points, modes found, evenness of the modes, mean energy.
+    """
     data = loaded.data
     assert data.modes is not None and data.mode_std is not None
     found = mode_statistics(decode_in_blocks(loaded.potential, position), data.modes, data.mode_std)

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig, ModelConfig
@@ -72,6 +73,11 @@ def shipped_vaebm(name: str, gain: float = 1.5) -> VAEBM:
         energy = build_energy(EnergyConfig(width=16, num_fourier=8, channels=4), vae.model.event_shape).double()
     strengthen(energy, 2 * gain)
     return VAEBM(vae, energy)
+
+
+def sites_of(trace: Trace) -> dict[str, Any]:
+    """Return the sites of a trace by name; Pyro's own types say less of them than is known."""
+    return dict(trace.nodes)
 
 
 def draw_noise(vae: HierarchicalVAE, num: int, seed: int = 0) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class KernelInfo(NamedTuple):
     is_accepted: Tensor
     """Whether the chain moved to its proposal."""
     is_divergent: Tensor
-    """Proposal was not finite, or its energy error passed :data:`DIVERGENCE_THRESHOLD_NATS`."""
+    """The proposal was not finite, or an integrated one's energy rose by :data:`DIVERGENCE_THRESHOLD_NATS`."""
     energy: Tensor
     """Nats, float64: the Hamiltonian that the step starts from, with the momentum drawn for it; or U
     where the step ends, for a kernel without momentum. BFMI reads it."""
@@ -196,6 +196,8 @@ def acceptance(proposal: KernelState, energy_change: Tensor) -> tuple[Tensor, Te
         total += proposal.grad.sum(-1)
     is_not_finite = ~(total.abs() < math.inf)
     rate = (-energy_change).exp().clamp(max=1.0).masked_fill(is_not_finite, 0.0)
+    if proposal.grad is None:  # nothing was integrated: a high energy is an honest proposal's, and only rejects it
+        return rate, is_not_finite
     return rate, is_not_finite | (energy_change > DIVERGENCE_THRESHOLD_NATS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,12 +29,14 @@ class AnnealedELBO(TraceMeanField_ELBO):
 
     def _differentiable_loss_particle(self, model_trace: Trace, guide_trace: Trace) -> tuple[float, Tensor]:
         loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        priors: Mapping[str, Any] = model_trace.nodes
+        posteriors: Mapping[str, Any] = guide_trace.nodes
         kl = {
             name: scale_and_mask(
-                kl_divergence(site["fn"], model_trace.nodes[name]["fn"]), scale=site["scale"], mask=site["mask"]
+                kl_divergence(site["fn"], priors[name]["fn"]), scale=site["scale"], mask=site["mask"]
             ).sum()
-            for name, site in guide_trace.nodes.items()
-            if site["type"] == "sample" and name in model_trace.nodes
+            for name, site in posteriors.items()
+            if site["type"] == "sample" and name in priors
         }
         self.kl_nats = {name: float(value.detach()) for name, value in kl.items()}
         if self.kl_weight == 1.0:

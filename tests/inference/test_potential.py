@@ -20,7 +20,7 @@ from ppl_vaebm.inference.potential import NoisePotential, Packing, noise_potenti
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
-from tests.small_models import FEW, SHIPPED, ZeroEnergy, linear_vae, shipped_vae, shipped_vaebm
+from tests.small_models import FEW, SHIPPED, ZeroEnergy, shipped_vae, shipped_vaebm, sites_of
 
 SITES = {"a": torch.Size([2]), "b": torch.Size([1, 2, 2])}
 
@@ -128,7 +128,7 @@ def test_the_official_potential_differs_by_the_log_scales(name: str) -> None:
     with torch.no_grad():
         x, z = vaebm.vae.transport(potential.packing.unravel(position))
         trace = poutine.trace(poutine.condition(vaebm.vae.model, data=z)).get_trace(x)
-        nodes = [trace.nodes[site] for site in (*z, "x")]
+        nodes = [sites_of(trace)[site] for site in (*z, "x")]
         log_scales = torch.stack([node["fn"].base_dist.scale.log().flatten(1).sum(1) for node in nodes]).sum(0)
     constant = potential.packing.dim * math.log(2 * math.pi) / 2
     torch.testing.assert_close((official.value - ours.value).detach(), log_scales + constant)
@@ -230,7 +230,7 @@ def test_the_hierarchy_has_scales_that_vary() -> None:
         x, z = vae.transport(potential.packing.unravel(positions(potential, 1_000)))
         trace = poutine.trace(poutine.condition(vae.model, data=z)).get_trace(x)
     for site in ("z_2", "z_3", "x"):
-        assert trace.nodes[site]["fn"].base_dist.scale.log().std(0).min() > 0.2, site
+        assert sites_of(trace)[site]["fn"].base_dist.scale.log().std(0).min() > 0.2, site
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -17,11 +17,10 @@ from tests.small_models import strengthen
 SHAPES = [(2,), (1, 8, 8), (3, 32, 32)]
 
 
-def new_energy(shape: tuple[int, ...], seed: int = 0, **options: int) -> Energy:
-    with global_rng(seed):
-        energy = build_energy(
-            EnergyConfig(**{"width": 16, "channels": 4, "num_fourier": 8} | options), torch.Size(shape)
-        )
+def new_energy(shape: tuple[int, ...], num_fourier: int = 8, depth: int = 2) -> Energy:
+    config = EnergyConfig(width=16, channels=4, num_fourier=num_fourier, depth=depth)
+    with global_rng(0):
+        energy = build_energy(config, torch.Size(shape))
     strengthen(energy.double(), 1.5)
     return energy
 
@@ -117,6 +116,16 @@ def test_the_penalty_becomes_the_sum_of_spectral_norms(shape: tuple[int, ...]) -
     assert first < sum(norms)  # power iteration comes from below: one call is not enough, and calls go on
     assert value.item() == pytest.approx(sum(norms), rel=1e-3)
     assert value.item() <= sum(norms) * (1 + 1e-12)
+
+
+def test_a_call_is_four_power_iterations() -> None:
+    with global_rng(0):
+        net = nn.Linear(6, 5).double()
+    penalty = penalty_of(net)
+    u, matrix = penalty.get_buffer("u_0").clone(), net.weight.detach()
+    penalty()
+    expected = torch.linalg.matrix_power(matrix @ matrix.mT, 4) @ u
+    torch.testing.assert_close(penalty.get_buffer("u_0"), expected / expected.norm())
 
 
 def test_its_gradient_is_the_outer_product_of_the_singular_vectors() -> None:

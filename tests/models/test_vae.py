@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, TraceMeanField_ELBO
 from pyro.infer.inspect import get_dependencies, get_model_relations
+from pyro.optim import Adam  # type: ignore[attr-defined]
 from pyro.poutine import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -33,6 +34,7 @@ from tests.small_models import (
     linear_vae,
     log_normal,
     shipped_vae,
+    sites_of,
 )
 
 IMAGE = "image (1, 8, 8), 3 groups, local scale"
@@ -57,7 +59,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 def test_transport_is_the_program_with_its_noise_fixed(name: str, seed: int) -> None:
     vae = shipped_vae(name)
     trace = model_trace(vae, seed, 5)
-    sites = {site: trace.nodes[site] for site in (*vae.model.latent_shapes, "x")}
+    sites = {site: sites_of(trace)[site] for site in (*vae.model.latent_shapes, "x")}
     # What Pyro drew, standardised under the distribution that it drew from.
     eps = {
         f"eps_{site}": (node["value"] - node["fn"].base_dist.loc) / node["fn"].base_dist.scale
@@ -93,7 +95,7 @@ def test_rows_are_independent(name: str) -> None:
     assert (one - other)[0].abs().max() > 0.1
     assert (one - other)[1:].abs().max() < 1e-12
     for site in vae.model.latent_shapes:
-        gap = posterior.nodes[site]["fn"].base_dist.loc - other_posterior.nodes[site]["fn"].base_dist.loc
+        gap = sites_of(posterior)[site]["fn"].base_dist.loc - sites_of(other_posterior)[site]["fn"].base_dist.loc
         assert gap[1:].abs().max() < 1e-12
 
 
@@ -104,7 +106,7 @@ def test_the_posterior_does_see_its_own_row() -> None:
         one = poutine.trace(vae.guide).get_trace(x)
         other = poutine.trace(poutine.replay(vae.guide, trace=one)).get_trace(x + 1)
     for site in vae.model.latent_shapes:
-        assert (one.nodes[site]["fn"].base_dist.loc - other.nodes[site]["fn"].base_dist.loc).abs().min() > 0
+        assert (sites_of(one)[site]["fn"].base_dist.loc - sites_of(other)[site]["fn"].base_dist.loc).abs().min() > 0
 
 
 def test_transport_of_the_linear_model_is_its_formula() -> None:
@@ -139,16 +141,16 @@ def test_later_groups_of_images_live_on_finer_grids(
 def test_the_first_group_is_standard_normal_and_later_scales_depend_on_it(name: str, seed: int) -> None:
     vae = shipped_vae(name)
     trace = model_trace(vae, seed, 6)
-    first = trace.nodes["z_1"]["fn"].base_dist
+    first = sites_of(trace)["z_1"]["fn"].base_dist
     assert (first.loc == 0).all() and (first.scale == 1).all()
     for site in [*vae.model.latent_shapes][1:]:
-        assert trace.nodes[site]["fn"].base_dist.scale.std(0).min() > 0.01
+        assert sites_of(trace)[site]["fn"].base_dist.scale.std(0).min() > 0.01
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_the_scale_of_x_starts_where_the_configuration_says(name: str, seed: int) -> None:
     vae = shipped_vae(name)
-    scale = model_trace(vae, seed, 3).nodes["x"]["fn"].base_dist.scale
+    scale = sites_of(model_trace(vae, seed, 3))["x"]["fn"].base_dist.scale
     if SHIPPED[name].options["x_scale"] == "global":
         assert scale.unique().item() == pytest.approx(0.08)
     else:  # the same number, times the exponential of what the decoder says of each coordinate
@@ -156,8 +158,31 @@ def test_the_scale_of_x_starts_where_the_configuration_says(name: str, seed: int
         assert scale.min() > 0.03
         for parameter in vae.model.get_submodule("decoder" if name.startswith("vector") else "head").parameters():
             nn.init.zeros_(parameter)
-        scale = model_trace(vae, seed, 3).nodes["x"]["fn"].base_dist.scale
+        scale = sites_of(model_trace(vae, seed, 3))["x"]["fn"].base_dist.scale
         assert scale.flatten().tolist() == pytest.approx([0.08] * scale.numel())
+
+
+def test_raw_outputs_are_bounded_smoothly(seed: int) -> None:
+    vae = shipped_vae("vector, 2 groups, local scale, 0 features")
+
+    def say(net: str, value: float) -> None:
+        """Make a net's last layer give one number whatever it reads."""
+        last = [module for module in vae.get_submodule(net).modules() if isinstance(module, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, value)
+
+    for net in ("model.priors.0", "model.decoder", "guide.heads.z_2"):
+        say(net, 1e9)
+    trace = model_trace(vae, seed, 2)
+    prior, x = sites_of(trace)["z_2"]["fn"].base_dist, sites_of(trace)["x"]["fn"].base_dist
+    assert prior.loc.unique().tolist() == pytest.approx([5.0])
+    assert prior.scale.unique().tolist() == pytest.approx([math.exp(5) + 0.01])
+    assert x.scale.unique().tolist() == pytest.approx([0.03 + 0.05 * math.exp(5)])
+    with torch.no_grad(), global_rng(seed):
+        posterior = sites_of(poutine.trace(vae.guide).get_trace(x.loc))["z_2"]["fn"].base_dist
+    # The guide's shift and ratio are relative to the prior; a shift is not bounded.
+    assert posterior.scale.unique().tolist() == pytest.approx([float(prior.scale.max()) * math.exp(5)])
+    assert posterior.loc.unique().tolist() == pytest.approx([5 + float(prior.scale.max()) * 1e9])
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -170,7 +195,7 @@ def test_heads_of_zero_make_the_posterior_the_prior(name: str) -> None:
             guide = poutine.trace(vae.guide).get_trace(x)
             model = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
         sites = vae.model.latent_shapes
-        return [float(kl_divergence(guide.nodes[site]["fn"], model.nodes[site]["fn"]).sum()) for site in sites]
+        return [float(kl_divergence(sites_of(guide)[site]["fn"], sites_of(model)[site]["fn"]).sum()) for site in sites]
 
     assert min(kl()) > 0.01
     for part in ("heads", "vector_head", "grid_heads"):
@@ -183,7 +208,7 @@ def test_a_posterior_is_relative_to_its_prior() -> None:
     vae = linear_vae(slope=0.6, spread=0.4, dim=2)
     x = torch.tensor([[1.0, -2.0]], dtype=torch.float64)
     with global_rng(0):
-        posterior = poutine.trace(vae.guide).get_trace(x).nodes["z_1"]["fn"].base_dist
+        posterior = sites_of(poutine.trace(vae.guide).get_trace(x))["z_1"]["fn"].base_dist
     torch.testing.assert_close(posterior.loc, 0.6 * x)
     torch.testing.assert_close(posterior.scale, torch.full_like(x, 0.4))
 
@@ -210,13 +235,13 @@ def test_a_deep_copy_is_independent_and_its_guide_walks_its_own_model(name: str)
 
     def last_posterior(one: HierarchicalVAE) -> Tensor:
         with torch.no_grad(), global_rng(0):
-            return poutine.trace(one.guide).get_trace(x).nodes[[*one.model.latent_shapes][-1]]["fn"].base_dist.loc
+            return sites_of(poutine.trace(one.guide).get_trace(x))[[*one.model.latent_shapes][-1]]["fn"].base_dist.loc
 
     before, posterior = loss(vae), last_posterior(vae)
     assert loss(twin) == before
     with torch.no_grad():
         for parameter in twin.model.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
     assert loss(twin) != before
     assert loss(vae) == before
     assert torch.equal(last_posterior(vae), posterior)
@@ -233,9 +258,9 @@ def test_the_log_density_of_the_linear_program_is_the_closed_form() -> None:
     z = torch.tensor([[0.5, 0.5], [-1.0, 0.2]], dtype=torch.float64)
     trace = poutine.trace(poutine.condition(vae.model, data={"z_1": z})).get_trace(x)
     trace.compute_log_prob()
-    torch.testing.assert_close(trace.nodes["z_1"]["log_prob"], log_normal(z, 0.0, 1.0))
-    torch.testing.assert_close(trace.nodes["x"]["log_prob"], log_normal(x, A * z, S**2))
-    assert trace.nodes["x"]["is_observed"] and trace.nodes["z_1"]["is_observed"]
+    torch.testing.assert_close(sites_of(trace)["z_1"]["log_prob"], log_normal(z, 0.0, 1.0))
+    torch.testing.assert_close(sites_of(trace)["x"]["log_prob"], log_normal(x, A * z, S**2))
+    assert sites_of(trace)["x"]["is_observed"] and sites_of(trace)["z_1"]["is_observed"]
 
 
 def test_the_program_samples_what_it_is_not_given(seed: int) -> None:
@@ -275,8 +300,8 @@ def test_pyro_reads_the_structure_of_the_program(name: str) -> None:
     vae = shipped_vae(name)
     x = data_for(vae, 2)
     with global_rng(0):
-        relations = get_model_relations(vae.model, (x,))
-        dependencies = get_dependencies(vae.model, (x,))
+        relations: dict[str, Any] = get_model_relations(vae.model, (x,))
+        dependencies: dict[str, Any] = get_dependencies(vae.model, (x,))
     sites = [*vae.model.latent_shapes, "x"]
     above = {site: sites[:index] for index, site in enumerate(sites)}
     assert relations["sample_sample"] == above
@@ -306,7 +331,7 @@ def first_adam_moves(vae: HierarchicalVAE, rate: float) -> dict[str, float]:
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     # pyro.optim needs the parameters in Pyro's store, where the package's setting does not put them.
     with pyro.settings.context(module_local_params=False), global_rng(0):
-        SVI(vae.model, vae.guide, pyro.optim.Adam({"lr": rate}), TraceMeanField_ELBO()).step(x)
+        SVI(vae.model, vae.guide, Adam({"lr": rate}), TraceMeanField_ELBO()).step(x)
     return {name: float((p.detach() - before[name]).abs().max()) for name, p in vae.named_parameters()}
 
 

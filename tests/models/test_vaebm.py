@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng
-from tests.small_models import FEW, A, QuadraticEnergy, S, draw_noise, linear_vae, log_normal, shipped_vaebm
+from tests.small_models import FEW, A, QuadraticEnergy, S, draw_noise, linear_vae, log_normal, shipped_vaebm, sites_of
 
 
 def points(vaebm: VAEBM, num: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -29,7 +30,7 @@ def test_its_log_density_is_that_of_the_vae_minus_the_energy() -> None:
     expected = log_normal(z, 0.0, 1.0) + log_normal(x, A * z, S**2) - 0.5 * ((x - 0.4) / 0.9).square().squeeze(-1)
     torch.testing.assert_close(trace.log_prob_sum(), expected.sum())
     torch.testing.assert_close(
-        trace.nodes["energy"]["fn"].log_prob(trace.nodes["energy"]["value"]),
+        sites_of(trace)["energy"]["fn"].log_prob(sites_of(trace)["energy"]["value"]),
         -0.5 * ((x - 0.4) / 0.9).square().squeeze(-1),
     )
 
@@ -59,7 +60,7 @@ def test_the_vae_is_frozen_and_the_energy_learns(name: str) -> None:
     assert not vaebm.vae.training
     assert not any(parameter.requires_grad for parameter in vaebm.vae.parameters())
     trace = poutine.trace(poutine.condition(vaebm, data=z)).get_trace(x)
-    (-trace.log_prob_sum()).backward()
+    torch.as_tensor(trace.log_prob_sum()).backward()
     learning = {key.split(".")[0] for key, parameter in vaebm.named_parameters() if parameter.grad is not None}
     assert learning == {"energy"}
 
@@ -70,8 +71,8 @@ def test_pyro_reads_its_structure(name: str) -> None:
     vaebm = shipped_vaebm(name)
     sites = [*vaebm.vae.model.latent_shapes, "x"]
     with global_rng(0):
-        relations = get_model_relations(vaebm, (), {"num": 2})
-        dependencies = get_dependencies(vaebm, (), {"num": 2})
+        relations: dict[str, Any] = get_model_relations(vaebm, (), {"num": 2})
+        dependencies: dict[str, Any] = get_dependencies(vaebm, (), {"num": 2})
     # The factor reads x alone, which depends on every latent.
     assert relations["sample_sample"]["x"] == sites[:-1]
     assert relations["sample_sample"]["energy"] == ["x"]
@@ -110,7 +111,7 @@ def test_a_deep_copy_is_independent(name: str) -> None:
     before = vaebm.energy(x, z)
     with torch.no_grad():
         for parameter in twin.parameters():
-            parameter += 0.1
+            parameter.add_(0.1)
     assert torch.equal(vaebm.energy(x, z), before)
     assert not torch.equal(twin.energy(x, z), before)
     assert not torch.equal(points(twin, 3)[0], x)

@@ -1,0 +1,147 @@
+"""Stage 2 by every objective and kernel on one VAE of gaussians25, with the density that each leaves behind.
+
+``python -m ppl_vaebm.experiments.objectives FOLDER`` fits the VAE and then each setting below (about half an hour
+on one core), and writes FOLDER/objectives.json and a table. A short-run sampler's draws can look perfect while the
+density that it was trained with is worthless, so each line holds both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppl_vaebm.config import Config, from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.evaluation import Effort, Section, likelihood, mode_section
+from ppl_vaebm.files import write_atomic
+from ppl_vaebm.inference.ebm import fit_ebm
+from ppl_vaebm.inference.likelihood import exact_draws
+from ppl_vaebm.inference.potential import noise_potential
+from ppl_vaebm.inference.sampling import sample_by_chains
+from ppl_vaebm.inference.svi import fit_svi
+from ppl_vaebm.loading import LoadedRun, load_vae
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.rng import stream
+from ppl_vaebm.run import Run
+
+# Langevin's eta is step_size squared: 0.0316 is 1e-3.
+LANGEVIN = {"name": "langevin", "step_size": 0.0316}
+# A gradient step takes a lower rate than the other settings, or its energies explode at once.
+GENTLE = {"learning_rate": 2e-4, "final_learning_rate": 2e-6}
+REGULARISED = {**GENTLE, "energy_l2": 0.2}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ratio": {"ebm": {"objective": "ratio"}},
+    "mle, importance weights": {"ebm": {"negatives": "importance"}},
+    "mle, independence": {"kernel": {"name": "independence"}},
+    "mle, mixture (independence + hmc)": {"kernel": {"name": "mixture", "num_steps": 5}, "ebm": {"num_transitions": 2}},
+    "mle, pcn": {"kernel": {"name": "pcn"}, "ebm": {"replay_probability": 0.95}},
+    "mle, elliptical": {"kernel": {"name": "elliptical"}, "ebm": {"num_transitions": 3, "replay_probability": 0.95}},
+    "mle, mala, p .95, L2 .2": {"kernel": {"name": "mala"}, "ebm": {**REGULARISED, "replay_probability": 0.95}},
+    "mle, hmc, L2 .2": {"kernel": {"name": "hmc", "num_steps": 5}, "ebm": {**REGULARISED, "num_transitions": 2}},
+    "mle, langevin, p .6, L2 .2": {"kernel": LANGEVIN, "ebm": {**REGULARISED, "replay_probability": 0.6}},
+    "mle, langevin, short run (the paper's style)": {"kernel": LANGEVIN, "ebm": GENTLE},
+    "mle, langevin, p .95": {"kernel": LANGEVIN, "ebm": {**GENTLE, "replay_probability": 0.95}},
+    "ratio for 500 steps, then mle, mala, L2 .02": {
+        "kernel": {"name": "mala"},
+        "ebm": {**GENTLE, "ratio_steps": 500, "energy_l2": 0.02, "learning_rate": 1e-3},
+    },
+}
+EFFORT = Effort(num_test=2_000, num_importance=300, num_z_draws=100_000, num_samples=5_000, steps=())
+SEED = 0
+
+
+def with_setting(base: Config, setting: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Apply one setting to the recipe; its objective is mle unless it says otherwise."""
+    tree = to_dict(base)
+    tree["ebm"] |= {"objective": "mle", "energy_l2": 0.0, **setting.get("ebm", {})}
+    tree["kernel"] |= setting.get("kernel", {})
+    return from_dict(tree, "a setting of objectives.py")
+
+
+def measure(run: Run, config: Config, data: Data, vae: HierarchicalVAE) -> dict[str, Section | float]:
+    """Fit one setting and measure it.
+
+    Args:
+        run: folder for its metrics and checkpoints.
+        config: the setting.
+        data: the data.
+        vae: the VAE that all settings share.
+
+    Returns:
+        Processor seconds, the likelihood, and modes of exact draws and of the chain it was trained with.
+    """
+    start = time.process_time()
+    vaebm = fit_ebm(run, config, data, vae)
+    seconds = time.process_time() - start
+    loaded = LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
+    result: dict[str, Section | float] = {"seconds": seconds, "likelihood": likelihood(loaded, EFFORT, SEED)}
+    try:
+        exact = exact_draws(loaded.potential, stream(SEED, "exact"), EFFORT.num_samples, max_proposals=2_000_000)
+        result["exact"] = mode_section(loaded, exact.position)
+    except RuntimeError as error:
+        result["exact"] = {"none": str(error)}
+    if config.ebm.objective == "mle" and config.ebm.negatives == "chains":
+        steps = config.ebm.num_transitions
+        chains = sample_by_chains(
+            loaded.potential, config.kernel, num=EFFORT.num_samples, steps=[steps, 20 * steps], seed=SEED
+        )
+        result["chains"] = mode_section(loaded, chains.positions[steps])
+        result["chains, 20 times as long"] = mode_section(loaded, chains.positions[20 * steps])
+    return result
+
+
+def row(name: str, result: Mapping[str, Any]) -> str:
+    """Format one setting as a line of a Markdown table."""
+
+    def modes(key: str) -> str:
+        section = result.get(key)
+        if section is None:
+            return "-"
+        if "none" in section:
+            return "none"
+        share, found = section["share within 3 std of a mode"]["value"], section["modes of 25"]
+        return f"{100 * share:.1f} % / {found} / {section['KL of the mode histogram to uniform (nats)']:.4f}"
+
+    density = result["likelihood"]
+    log_h, ess = density["log h (VAEBM)"], density["effective draws behind log Z"]
+    mark = "" if density["log Z certified"] == "yes" else " (not certified)"
+    return (
+        f"| {name} | {result['seconds']:.0f} | {log_h['value']:.3f}{mark} | {ess:.0f} | {modes('exact')} "
+        f"| {modes('chains')} | {modes('chains, 20 times as long')} |"
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Run all settings into a folder, skipping those that it holds already.
+
+    Args:
+        argv: the folder.
+    """
+    torch.set_num_threads(1)
+    (folder,) = map(Path, argv)
+    base = from_dict(load_yaml(recipe_path("gaussians25")), "the recipe gaussians25")
+    data = load_data(base.data, base.seed)
+    vae_run = Run.create(folder / "vae")
+    if not vae_run.checkpoints("svi").is_dir():
+        fit_svi(vae_run, base, data)
+    vae = load_vae(vae_run, base, data)
+    file = folder / "objectives.json"
+    results = json.loads(file.read_text()) if file.is_file() else {}
+    for index, (name, setting) in enumerate(SETTINGS.items()):
+        if name not in results:
+            config = with_setting(replace(base), setting)
+            results[name] = measure(Run.create(folder / f"setting-{index}"), config, data, vae)
+            write_atomic(file, json.dumps(results, indent=2) + "\n")
+        print(row(name, results[name]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
