@@ -38,6 +38,8 @@ class Options:
         """Refuse values that cannot work."""
         for name in ("num_test", "num_importance", "num_z_draws", "num_samples"):
             cli.positive(name.replace("_", "-"), getattr(self, name))
+        if self.num_importance < 2:
+            raise ValueError(f"num-importance must be at least 2 for its error to be known, got {self.num_importance}")
         for count in self.steps:
             cli.positive("steps", count)
 

@@ -251,7 +251,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, stage: str) -> None:
 
 def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
     """The comparison of bytes can fail."""
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
     first, second = fit_run(tmp_path / "a"), fit_run(tmp_path / "b", POINTS + "seed: 1\n")
     assert weights(first, "svi") != weights(second, "svi")
 

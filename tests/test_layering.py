@@ -68,7 +68,7 @@ LAYERS = {
         "figures",
         "report",
     ),
-    "4": ("experiments",),
+    "4": ("experiments", "experiments.objectives"),
     "5": ("cli", "fit", "sample", "diagnose", "compare", "evaluate"),
 }
 

@@ -71,7 +71,7 @@ class GuardedOptimizer:
     def __init__(self, parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> None:
         self.parameters = list(parameters)
         self.loop = loop
-        self.adam = torch.optim.Adam(self.parameters, lr=loop.learning_rate)
+        self.adam = torch.optim.Adam(self.parameters, lr=loop.learning_rate, fused=True)
         self.num_skipped = 0
         self.num_bad_in_a_row = 0
 
