@@ -18,7 +18,7 @@ from ppl_vaebm.inference import diagnostics
 from ppl_vaebm.inference.chains import Chains, run_chains
 from ppl_vaebm.inference.functionals import noise_functionals
 from ppl_vaebm.inference.kernels import DEFAULT_STEP_SIZES, build_kernel, start_params
-from ppl_vaebm.inference.likelihood import exact_draws
+from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.pyro_kernel import PyroKernelName, run_pyro
 from ppl_vaebm.rng import seed_for, stream
@@ -90,7 +90,7 @@ def run_kernel(
     Args:
         name: of the kernel, one of :data:`KERNELS`.
         potential: of the VAEBM.
-        config: options; the step size is used only by the kernel that the configuration names.
+        config: options; step size and target acceptance are used only by the kernel that the configuration names.
         start: ``(num_chains, D)``.
         budget: what it may spend.
         seed: of the chains.
@@ -115,8 +115,7 @@ def run_kernel(
             max_evals=budget.num_evals,
         )
         return replace(chains, attrs={**chains.attrs, "seed": seed})
-    if name != config.name:
-        config = replace(config, name=cast(KernelName, name), step_size=None)
+    config = config.of(cast(KernelName, name))
     chains = run_chains(
         build_kernel(config, potential),
         stream(seed, "chains", name, device=start.device),
@@ -132,9 +131,10 @@ def run_kernel(
 
 def exact_energy(potential: NoisePotential, seed: int) -> tuple[float, float]:
     """Return the mean energy of exact draws and its standard error, or nan where there are none to be had."""
+    generator = stream(seed, "exact", device=next(potential.vaebm.parameters()).device)
     try:
-        draws = exact_draws(potential, stream(seed, "exact"), NUM_EXACT, max_proposals=2_000_000)
-    except RuntimeError:
+        draws = exact_draws(potential, generator, NUM_EXACT, max_proposals=2_000_000)
+    except RejectionError:
         return math.nan, math.nan
     with torch.no_grad():
         energy = potential(draws.position).double()
@@ -149,13 +149,16 @@ def summary_row(chains: Chains, reference_energy: float) -> Row:
         reference_energy: mean energy of exact draws, or nan.
 
     Returns:
-        The line.
+        The line; what too few draws cannot tell is nan.
     """
-    summaries = diagnostics.summarize(diagnostics.to_inference_data(chains))
+    num_chains, num_draws = chains.stats["lp"].shape
+    if num_draws >= diagnostics.MIN_DRAWS:
+        summaries = diagnostics.summarize(diagnostics.to_inference_data(chains))
+    else:  # the budget is spent: this kernel's line says so, and the other kernels keep theirs
+        summaries = [_unknown_summary(chains)]
     slowest = min(summaries, key=lambda row: -math.inf if math.isnan(row.ess_bulk) else row.ess_bulk)
     energy = next(row for row in summaries if row.name == "energy")
     max_r_hat, min_ess = diagnostics.worst(summaries)
-    num_chains, num_draws = chains.stats["lp"].shape
     return Row(
         kernel=chains.kernel,
         step_size=float(chains.params.step_size.mean()),
@@ -172,6 +175,11 @@ def summary_row(chains: Chains, reference_energy: float) -> Row:
         divergences=int(chains.stats["diverging"].sum()),
         seconds=chains.seconds + chains.warmup_seconds,
     )
+
+
+def _unknown_summary(chains: Chains) -> diagnostics.FunctionalSummary:
+    energy = chains.draws["energy"].double()
+    return diagnostics.FunctionalSummary("energy", float(energy.mean()), *[math.nan] * 7)
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -38,6 +38,8 @@ DataName = Literal[
 ]
 NetKind = Literal["auto", "vector", "image"]
 KernelName = Literal["langevin", "mala", "hmc", "pcn", "independence", "elliptical", "mixture"]
+TUNABLE_KERNELS = ("mala", "hmc", "pcn")
+"""Kernels whose step warm-up tunes."""
 Objective = Literal["mle", "ratio"]
 Negatives = Literal["chains", "importance"]
 
@@ -249,7 +251,7 @@ class KernelConfig:
     jitter: float = 0.2
     """hmc: relative spread of the trajectory's angle, one draw per step; 0 is a fixed trajectory."""
     target_acceptance: float | None = None
-    """What warm-up tunes the step size to; the kernel's own if not given."""
+    """What warm-up tunes the step size to; the kernel's own target if not given."""
     members: tuple[KernelName, ...] = ("independence", "hmc")
     """mixture: the kernels of one cycle; at most one of them may have a step to tune."""
 
@@ -258,13 +260,31 @@ class KernelConfig:
         h = self.step_size
         _require(h is None or 0 < h <= math.pi / 2, "kernel.step-size", "an angle in (0, pi/2]", h)
         _require(self.num_steps is None or self.num_steps > 0, "kernel.num-steps", "positive", self.num_steps)
-        _require(self.trajectory_length > 0, "kernel.trajectory-length", "positive", self.trajectory_length)
+        angle = self.trajectory_length
+        _require(0 < angle < math.inf, "kernel.trajectory-length", "positive and finite", angle)
         _require(0 <= self.jitter < 1, "kernel.jitter", "in [0, 1)", self.jitter)
         target = self.target_acceptance
         _require(target is None or 0 < target < 1, "kernel.target-acceptance", "in (0, 1)", target)
         _require(bool(self.members), "kernel.members", "at least one kernel", self.members)
         refused = {"mixture", "langevin"} & set(self.members)
         _require(not refused, "kernel.members", "adjusted kernels, not langevin or another mixture", self.members)
+        expected = f"a cycle with at most one kernel that has a step to tune ({', '.join(TUNABLE_KERNELS)})"
+        num_tunable = sum(name in TUNABLE_KERNELS for name in self.members)
+        _require(num_tunable <= 1, "kernel.members", expected, self.members)
+
+    def of(self, name: KernelName) -> KernelConfig:
+        """Return the options of another kernel.
+
+        Args:
+            name: of the kernel.
+
+        Returns:
+            The same options, but for the step size and the target acceptance, which belong to the kernel that they
+            were chosen for.
+        """
+        if name == self.name:
+            return self
+        return dataclasses.replace(self, name=name, step_size=None, target_acceptance=None)
 
 
 @dataclass(frozen=True)
@@ -277,12 +297,12 @@ class TrainingKernelConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How `sample`, `evaluate`, `diagnose` and `compare` run chains, from fresh noise, with the trained energy."""
+    """How chains on the trained energy run, from fresh noise."""
 
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    """Kernel of the final chains; the training kernel is `kernel`."""
+    """Kernel of `sample`, `evaluate`, `diagnose` and `compare`; the training kernel is `kernel`."""
     num_steps: int = 200
-    """Steps from fresh noise to a sample, half of them warm-up of the step size."""
+    """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -333,7 +353,7 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, description: str | 
         cls: dataclass of options.
         argv: tokens.
         prog: the program's name in messages, and the file that tokens came from, if any.
-        description: first paragraph of ``--help``.
+        description: first paragraph of ``--help``; without one, as for a file, there is no ``--help``.
 
     Returns:
         An instance.
@@ -341,10 +361,36 @@ def parse(cls: type[Parsed], argv: Sequence[str], prog: str, description: str | 
     Raises:
         InputError: the parser refused; the message is its own, on one line.
     """
+    has_help = description is not None
+    with _refusals(prog):
+        return tyro.cli(cls, args=list(argv), prog=prog, description=description, add_help=has_help)
+
+
+def parse_known(cls: type[Parsed], argv: Sequence[str], prog: str) -> Parsed:
+    """Parse the tokens that a dataclass knows, and pass over the others.
+
+    Args:
+        cls: dataclass of options.
+        argv: tokens.
+        prog: the program's name in messages.
+
+    Returns:
+        An instance.
+
+    Raises:
+        InputError: as :func:`parse`.
+    """
+    with _refusals(prog):
+        return tyro.cli(cls, args=list(argv), prog=prog, add_help=False, return_unknown_args=True)[0]
+
+
+@contextlib.contextmanager
+def _refusals(prog: str) -> Iterator[None]:
+    """Turn the parser's exit on a mistake into an :class:`InputError`."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(cls, args=list(argv), prog=prog, description=description)
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise

@@ -25,7 +25,7 @@ class Options:
     """Chains, from fresh noise."""
     num_warmup: int = 200
     """Steps of warm-up, in which the step size is tuned."""
-    num_evals: int = 3_000
+    num_evals: int = 6_000
     """Evaluations of the potential per chain for the draws."""
     seed: int = 0
     """Seed of starts and chains."""
@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> None:
     budget = comparison.Budget(options.num_chains, options.num_warmup, options.num_evals)
     chains = comparison.run_kernel(options.kernel or config.name, loaded.potential, config, start, budget, options.seed)
     inference_data = diagnostics.to_inference_data(chains)
+    summaries = diagnostics.summarize(inference_data)  # before anything is written, for it refuses too few draws
     diagnostics.save_netcdf(inference_data, loaded.run.chains_file)
-    print(diagnostics.text_table(diagnostics.summarize(inference_data), inference_data))
+    print(diagnostics.text_table(summaries, inference_data))
     print(f"\n{loaded.run.chains_file}\nreport: {write_report(loaded.run)}")
 
 

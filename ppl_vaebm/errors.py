@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import sys
 from typing import Protocol
+
+# What a disk says when it is not ours to write to, or full.
+DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class InputError(ValueError):
@@ -50,5 +54,15 @@ def exits_with_one_sentence(main: Main) -> Main:
         except (InputError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from None
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            place = error.filename or "the run's folder"
+            print(
+                f"error: expected to read and write {place}, found: {error.strerror}; "
+                "change its permissions, make room, or name another folder",
+                file=sys.stderr,
+            )
+            raise SystemExit(InputError.exit_status) from None
 
     return wrapped

@@ -23,7 +23,7 @@ class Options:
     """Folder of the run."""
     num_test: int = 5_000
     """Test points for the likelihood."""
-    num_importance: int = 500
+    num_importance: int = 600
     """Draws of the guide per test point."""
     num_z_draws: int = 200_000
     """Draws of the VAE for log Z."""
@@ -37,9 +37,9 @@ class Options:
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         for name in ("num_test", "num_importance", "num_z_draws", "num_samples"):
-            cli.positive(name.replace("_", "-"), getattr(self, name))
-        if self.num_importance < 2:
-            raise ValueError(f"num-importance must be at least 2 for its error to be known, got {self.num_importance}")
+            value = getattr(self, name)
+            if value < 2:
+                raise ValueError(f"{name.replace('_', '-')} must be at least 2 for an error to be known, got {value}")
         for count in self.steps:
             cli.positive("steps", count)
 

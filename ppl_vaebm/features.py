@@ -5,17 +5,17 @@ Such a distance is comparable only with others of the same network, so results c
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ppl_vaebm.data import Data, KeyedSampler, Split
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.files import write_atomic
 from ppl_vaebm.rng import global_rng, seed_for, stream
 
 NUM_FEATURES = 64
@@ -172,11 +172,7 @@ def load_or_train(path: Path, data: Data, seed: int, *, steps: int = 600) -> Cla
     if path.exists():
         return _load(path, data)
     classifier = train_classifier(data, seed, steps=steps)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes may train the same network at once; each writes its own file, and the last one stays.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(classifier.state_dict(), temporary, metadata=_description(classifier))
-    os.replace(temporary, path)
+    write_atomic(path, save(classifier.state_dict(), metadata=_description(classifier)))
     return classifier
 
 

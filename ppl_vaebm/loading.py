@@ -1,10 +1,13 @@
-"""From a run's folder back to the model, its data and its potential."""
+"""From a run's folder back to the model, its data and its potential; what stands there when a stage begins."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, differences, from_dict, load_yaml, to_dict
@@ -19,6 +22,8 @@ from ppl_vaebm.run import Run
 
 # What a checkpoint's weights depend on; the other options may change between stages.
 BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "energy")}
+# What the rest of a stage depends on too.
+RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,26 @@ class LoadedRun:
     data: Data
     vaebm: VAEBM
     potential: NoisePotential
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that cannot do what every stage needs: draw float64 from a generator of its own.
+
+    Args:
+        device: as PyTorch names it.
+
+    Raises:
+        InputError: no such device here, or it lacks float64.
+    """
+    try:
+        generator = torch.Generator(device=device)
+        torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
+    # torch raises these for unknown names, missing drivers, a build without the device, and a missing dtype.
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"expected a device that PyTorch can use here with float64, found {device!r} ({reason}); set --device cpu"
+        ) from None
 
 
 def run_config(run: Run) -> Config:
@@ -87,6 +112,7 @@ def load_run(path: Path | str) -> LoadedRun:
     """
     run = Run.open(path)
     config = run_config(run)
+    check_device(config.device)
     data = load_data(config.data, config.seed)
     vae = load_vae(run, config, data)
     if not checkpoints.available(run.checkpoints("ebm")):
@@ -100,6 +126,95 @@ def load_run(path: Path | str) -> LoadedRun:
     vaebm.energy.load_state_dict(saved.weights["energy_average"])
     vaebm.requires_grad_(False)
     return LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
+
+
+def check_absent(run: Run, stage: str) -> None:
+    """Refuse to start a stage that the run already holds.
+
+    Args:
+        run: the run.
+        stage: the stage.
+
+    Raises:
+        InputError: it has checkpoints.
+    """
+    steps = checkpoints.available(run.checkpoints(stage))
+    if steps:
+        raise InputError(
+            f"{run.path} already holds stage {stage}, {steps[-1]} steps; "
+            "continue it with --resume, start it again with --overwrite, or name another --run"
+        )
+
+
+def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoint:
+    """Load the checkpoint to continue a stage from.
+
+    Args:
+        run: the run.
+        stage: the stage.
+        config: the configuration asked for.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        InputError: there is none, or it was made with other options.
+    """
+    folder = run.checkpoints(stage)
+    if not checkpoints.available(folder):
+        raise InputError(f"expected a checkpoint of stage {stage} in {run.path}, found none; leave out --resume")
+    saved = checkpoints.load(folder, "last")
+    check_same(saved.config, config, RESUMING[stage], f"stage {stage} in {run.path}")
+    return saved
+
+
+def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
+    """Load the VAE that an energy is to be learned for.
+
+    Were stage svi to go on afterwards, the energy would be left with another VAE than its own.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        data: its data.
+
+    Returns:
+        As :func:`load_vae`.
+
+    Raises:
+        InputError: as :func:`load_vae`, or stage svi has steps to go.
+    """
+    vae = load_vae(run, config, data)
+    num_done = checkpoints.available(run.checkpoints("svi"))[-1]
+    if num_done < config.svi.steps:
+        raise InputError(
+            f"expected stage svi in {run.path} to be done, found {num_done} of {config.svi.steps} steps; "
+            f"finish it with --stage svi --resume, or take it as it is with --svi.steps {num_done}"
+        )
+    return vae
+
+
+def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
+    """Make room for a stage.
+
+    The energy belongs to its VAE, so a new stage svi makes the old stage ebm void. Either makes void what was drawn
+    and measured, which the report would show as the new stage's.
+
+    Args:
+        run: the run; its configuration stays.
+        stage: the stage to start.
+
+    Raises:
+        InputError: a line of the record of metrics is not a JSON object; nothing was removed.
+    """
+    stages = ("svi", "ebm") if stage == "svi" else ("ebm",)
+    for void in stages:
+        run.rewind_metrics(void, 0)
+    for void in stages:
+        shutil.rmtree(run.checkpoints(void), ignore_errors=True)
+    shutil.rmtree(run.samples_dir, ignore_errors=True)
+    for file in (run.chains_file, run.evaluation_file, run.comparison_file):
+        file.unlink(missing_ok=True)
 
 
 def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_run(options.run)
     cli.set_threads(loaded.config.threads)
     sampling = loaded.config.sampling
-    kernel = sampling.kernel if options.kernel is None else dataclasses.replace(sampling.kernel, name=options.kernel)
+    kernel = sampling.kernel.of(options.kernel or sampling.kernel.name)
     num_steps = options.num_steps or sampling.num_steps
     chains = sample_by_chains(loaded.potential, kernel, num=options.num, steps=[0, num_steps], seed=options.seed)
 
@@ -76,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path}: {len(x)} draws, shape {tuple(x.shape[1:])}")
     print(
         f"{kernel.name}: {num_steps} steps from fresh noise, step size {chains.step_size:.3g}, "
-        f"acceptance {chains.acceptance_rate:.2f}, {chains.num_evals / options.num:.0f} evaluations a draw"
+        f"acceptance {chains.acceptance_rate:.2f}, {chains.num_evals:.0f} evaluations a draw"
     )
     print(f"report: {write_report(loaded.run)}")
 

@@ -42,12 +42,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mle, importance weights": {"ebm": {"negatives": "importance"}},
     "mle, independence": {"kernel": {"name": "independence"}},
     "mle, mixture (independence + hmc)": {"kernel": {"name": "mixture", "num_steps": 5}, "ebm": {"num_transitions": 2}},
+    "mle, mixture, p .95": {
+        "kernel": {"name": "mixture", "num_steps": 5},
+        "ebm": {"num_transitions": 2, "replay_probability": 0.95},
+    },
     "mle, pcn": {"kernel": {"name": "pcn"}, "ebm": {"replay_probability": 0.95}},
     "mle, elliptical": {"kernel": {"name": "elliptical"}, "ebm": {"num_transitions": 3, "replay_probability": 0.95}},
     "mle, mala, p .95, L2 .2": {"kernel": {"name": "mala"}, "ebm": {**REGULARISED, "replay_probability": 0.95}},
     "mle, hmc, L2 .2": {"kernel": {"name": "hmc", "num_steps": 5}, "ebm": {**REGULARISED, "num_transitions": 2}},
     "mle, langevin, p .6, L2 .2": {"kernel": LANGEVIN, "ebm": {**REGULARISED, "replay_probability": 0.6}},
     "mle, langevin, short run (the paper's style)": {"kernel": LANGEVIN, "ebm": GENTLE},
+    "the same, stopped after 800 steps": {"kernel": LANGEVIN, "ebm": {**GENTLE, "steps": 800}},
     "mle, langevin, p .95": {"kernel": LANGEVIN, "ebm": {**GENTLE, "replay_probability": 0.95}},
     "ratio for 500 steps, then mle, mala, L2 .02": {
         "kernel": {"name": "mala"},

@@ -226,7 +226,8 @@ def summarize(idata: InferenceData) -> list[FunctionalSummary]:
             f"expected at least {MIN_DRAWS} draws per chain, found {posterior.sizes['draw']}: draw longer chains"
         )
     evals, seconds = (float(posterior.attrs.get(key, _NAN)) for key in ("num_evals", "seconds"))
-    with np.errstate(invalid="ignore"):  # moments of infinite draws are nan, and that is the answer
+    # Moments of infinite draws are nan, and chains that each stand still somewhere else have an infinite R-hat.
+    with np.errstate(invalid="ignore", divide="ignore"):
         return [_summary(name, draws, evals, seconds) for name, draws in _elements(idata)]
 
 

@@ -53,7 +53,7 @@ class Phase:
     loss: Tensor
     """The objective, ``()``."""
     energy_model: Tensor
-    """Mean energy of the negatives, ``()``."""
+    """Mean energy under h as the negatives estimate it, ``()``; at the optimum it equals the data's."""
     penalty_energies: Tensor
     """Energies of the negatives, for the L2 penalty."""
     record: dict[str, float] = field(default_factory=dict)
@@ -105,7 +105,6 @@ class Negatives:
         )
         self.replay = Replay(reference)
         self.params: KernelParams = start_params(config.kernel, reference)
-        self.target_acceptance = config.kernel.target_acceptance or self.kernel.target_acceptance
 
     def __call__(self, energy_data: Tensor, step: int) -> Phase:
         """Run the negative phase of one step.
@@ -131,12 +130,11 @@ class Negatives:
     def _ratio(self, energy_data: Tensor, generator: torch.Generator) -> Phase:
         energy = self._vae_energies(generator, self.config.ebm.num_importance)
         loss = softplus(energy_data).mean() + softplus(-energy).mean()
-        return Phase(loss, energy.mean(), energy, {"weight_ess": weights_ess(-energy.detach())})
+        return Phase(loss, _weighted_mean(energy), energy, {"weight_ess": weights_ess(-energy.detach())})
 
     def _importance(self, energy_data: Tensor, generator: torch.Generator) -> Phase:
         energy = self._vae_energies(generator, self.config.ebm.num_importance)
-        weights = (-energy.detach()).softmax(0)
-        model = weights @ energy
+        model = _weighted_mean(energy)
         return Phase(energy_data.mean() - model, model, energy, {"weight_ess": weights_ess(-energy.detach())})
 
     def _chains(self, energy_data: Tensor, generator: torch.Generator, probability: float) -> Phase:
@@ -169,10 +167,15 @@ class Negatives:
 
     def _adapt(self, acceptance_rate: float) -> None:
         """Let the step follow the energy as it changes, by its acceptance rate."""
-        if self.target_acceptance is None or self.kernel.target_acceptance is None:
+        if self.kernel.target_acceptance is None:
             return
-        log_step = math.log(self.params.step_size) + STEP_SIZE_GAIN * (acceptance_rate - self.target_acceptance)
+        log_step = math.log(self.params.step_size) + STEP_SIZE_GAIN * (acceptance_rate - self.kernel.target_acceptance)
         self.params = with_step_size(self.params, min(MAX_STEP_SIZE, math.exp(log_step)))
+
+
+def _weighted_mean(energy: Tensor) -> Tensor:
+    """Estimate the mean energy under h from draws of the VAE, by self-normalised weights, ``()``."""
+    return (-energy.detach()).softmax(0) @ energy
 
 
 def replay_probability(loop: EbmConfig, step: int) -> float:
@@ -269,6 +272,7 @@ def fit_ebm(
                     "stage": stage,
                     "step": done,
                     "validation_gain_nats": gain.nats,
+                    "validation_gain_error_nats": gain.error,
                     "log_z": gain.log_z.value,
                     "log_z_ess": gain.log_z.ess,
                 }

@@ -7,11 +7,13 @@ its weights exp(-E) have many effective samples; the estimate says how many.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
 import torch
+from pyro.distributions import Independent, Normal
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -24,6 +26,11 @@ BATCH = 10_000
 """Rows that one pass evaluates. It bounds memory; which random numbers a row gets depends on it."""
 NUM_PILOT = 50_000
 """Draws of the VAE that set the first bound of the rejection sampler."""
+WIDE_SCALES = (1.0, 2.0, 4.0)
+"""Mixture of guides for few latents. On gaussians25 with 500 draws per point it took the bias of the mean log p from
+-0.021 to -0.004 nats, against 3,000 draws."""
+MAX_WIDE_DIM = 8
+"""Latent values d up to which they are used: a guide twice as wide has 2^-d of its mass where the narrow one is."""
 CERTIFIED_ESS = 100.0
 """Effective samples below which a log Z from draws of the VAE is reported as not certified."""
 
@@ -46,6 +53,10 @@ class LogLikelihood(NamedTuple):
     """``(n,)``, nats."""
     error: Tensor
     """Monte Carlo standard error of each, ``(n,)``, nats."""
+
+
+class RejectionError(RuntimeError):
+    """Rejection from the VAE gave up, for h is too far from it to be drawn that way."""
 
 
 class ExactDraws(NamedTuple):
@@ -128,7 +139,7 @@ def exact_draws(
         The draws.
 
     Raises:
-        RuntimeError: not enough were kept within ``max_proposals``; h is too far from the VAE to be drawn this way.
+        RejectionError: not enough were kept within ``max_proposals``.
     """
     bound = float((-reference_energies(potential, generator, NUM_PILOT)).max())
     kept: list[Tensor] = []
@@ -144,7 +155,7 @@ def exact_draws(
         kept_count += len(kept[-1])
         if kept_count >= num:
             return ExactDraws(torch.cat(kept)[:num], kept_count / proposals, proposals)
-    raise RuntimeError(
+    raise RejectionError(
         f"rejection kept {kept_count} of {proposals} draws of the VAE where {num} were asked for: "
         "h is too far from the VAE to be drawn this way; sample it by chains"
     )
@@ -163,39 +174,71 @@ def _thin(position: Tensor, log_probability: float, generator: torch.Generator) 
     return position[uniform.log() < log_probability]
 
 
-def log_p(vae: HierarchicalVAE, x: Tensor, seed: int, num_importance: int) -> LogLikelihood:
-    """Estimate the VAE's log density by importance weighting with its guide (Burda et al. 2016).
+def log_p(
+    vae: HierarchicalVAE, x: Tensor, seed: int, num_importance: int, scales: Sequence[float] | None = None
+) -> LogLikelihood:
+    """Estimate the VAE's log density by importance weighting (Burda et al. 2016) with its guide.
+
+    A guide is often narrower than the posterior, and then a few draws carry the estimate. So the draws come from an
+    equal mixture of the guide and of copies whose standard deviations are multiplied, and are weighted by the
+    mixture's density (multiple importance sampling's balance heuristic, Veach and Guibas 1995).
 
     Args:
         vae: the VAE, in evaluation mode.
         x: ``(n, *event_shape)``.
         seed: of the guide's draws.
-        num_importance: draws per data point, K.
+        num_importance: draws per data point, at least 2; raised to a multiple of the number of scales.
+        scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` where the latents are few enough for a wide
+            copy to be of use, else the guide alone.
 
     Returns:
-        The estimate; its expectation is a lower bound that tightens with K.
+        The estimate; its expectation is a lower bound that tightens with ``num_importance``.
     """
-    per_pass = max(1, BATCH // num_importance)
+    if scales is None:
+        latent_dim = sum(shape.numel() for shape in vae.model.latent_shapes.values())
+        scales = WIDE_SCALES if latent_dim <= MAX_WIDE_DIM else (1.0,)
+    per_scale = -(-num_importance // len(scales))
+    total = per_scale * len(scales)
     values, errors = [], []
     with torch.no_grad(), global_rng(seed):
-        for rows in x.split(per_pass):
-            log_weights = _log_weights(vae, rows.repeat_interleave(num_importance, 0)).unflatten(0, (len(rows), -1))
-            value = log_weights.logsumexp(1) - math.log(num_importance)
+        for rows in x.split(max(1, BATCH // total)):
+            repeated = rows.repeat_interleave(per_scale, 0)
+            parts = [_log_weights(vae, repeated, scale, scales).unflatten(0, (len(rows), -1)) for scale in scales]
+            log_weights = torch.cat(parts, dim=1)
+            value = log_weights.logsumexp(1) - math.log(total)
             ratios = (log_weights - value.unsqueeze(1)).exp()
             values.append(value)
-            errors.append(ratios.std(1) / math.sqrt(num_importance))
+            errors.append(ratios.std(1) / math.sqrt(total))
     return LogLikelihood(torch.cat(values), torch.cat(errors))
 
 
-def _log_weights(vae: HierarchicalVAE, x: Tensor) -> Tensor:
-    """``log p(x, z) - log q(z | x)`` for one draw of z per row, ``(n,)``, by Pyro's own traces."""
-    guide_trace = poutine.trace(vae.guide).get_trace(x)
-    model_trace = poutine.trace(poutine.replay(vae.model, trace=guide_trace)).get_trace(x)
-    guide_trace.compute_log_prob()
-    model_trace.compute_log_prob()
-    return (_log_prob(model_trace) - _log_prob(guide_trace)).double()
+def _log_weights(vae: HierarchicalVAE, x: Tensor, scale: float, scales: Sequence[float]) -> Tensor:
+    """``log p(x, z) - log q(z | x)`` for one draw of z per row from one component, ``(n,)``, by Pyro's own traces."""
+    with _Widened(scale):
+        guide_trace = poutine.trace(vae.guide).get_trace(x)
+    log_joint = _log_prob(poutine.trace(poutine.replay(vae.model, trace=guide_trace)).get_trace(x))
+    components = []
+    for other in scales:
+        with _Widened(other):
+            components.append(_log_prob(poutine.trace(poutine.replay(vae.guide, trace=guide_trace)).get_trace(x)))
+    return (log_joint - torch.stack(components).logsumexp(0) + math.log(len(scales))).double()
+
+
+class _Widened(Messenger):
+    """Effect handler that multiplies the standard deviation of every Normal site."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, Independent) and isinstance(fn.base_dist, Normal):
+            wide = Normal(fn.base_dist.loc, self.factor * fn.base_dist.scale)
+            msg["fn"] = Independent(wide, fn.reinterpreted_batch_ndims)
 
 
 def _log_prob(trace: poutine.Trace) -> Tensor:
+    trace.compute_log_prob()
     sites = [site for site in trace.nodes.values() if site["type"] == "sample" and not site_is_subsample(site)]
     return torch.stack([site["log_prob"] for site in sites]).sum(0)

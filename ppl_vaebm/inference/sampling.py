@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,8 +29,8 @@ class ChainSamples(NamedTuple):
     acceptance_rate: float
     """Mean over chains and steps."""
     step_size: float
-    num_evals: int
-    """Evaluations of the potential, over all chains, the pilot's not included."""
+    num_evals: float
+    """Evaluations of the potential per chain, the pilot's not included."""
 
 
 def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int) -> KernelParams:
@@ -71,8 +70,9 @@ def sample_by_chains(
     """
     kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed)
     noted: dict[int, list[Tensor]] = {count: [] for count in steps}
-    acceptance, num_evals = [], 0
-    for block in range(-(-num // BLOCK)):
+    acceptance, num_evals = [], 0.0
+    num_blocks = -(-num // BLOCK)
+    for block in range(num_blocks):
         generator = stream(seed, "block", block, device=_device(potential))
         state = kernel.init(potential.draw_reference(generator, BLOCK))
         for step in range(max(steps) + 1):
@@ -81,7 +81,7 @@ def sample_by_chains(
             if step < max(steps):
                 state, info = kernel.step(generator, state, params)
                 acceptance.append(float(info.acceptance_rate.mean()))
-                num_evals += int(info.num_evals.sum())
+                num_evals += float(info.num_evals.double().mean()) / num_blocks
     positions = {count: torch.cat(blocks)[:num] for count, blocks in noted.items()}
     mean_acceptance = sum(acceptance) / len(acceptance) if acceptance else 1.0
     return ChainSamples(positions, mean_acceptance, float(params.step_size), num_evals)
@@ -89,11 +89,7 @@ def sample_by_chains(
 
 def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:
     """Map noise ``(num, D)`` to x, ``(num, *event_shape)``, on the CPU, a block at a time."""
-    return torch.cat([potential.decode(rows).cpu() for rows in _blocks(position)])
-
-
-def _blocks(position: Tensor) -> Iterator[Tensor]:
-    yield from position.split(BLOCK)
+    return torch.cat([potential.decode(rows).cpu() for rows in position.split(BLOCK)])
 
 
 def _device(potential: NoisePotential) -> torch.device:

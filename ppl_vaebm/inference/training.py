@@ -102,7 +102,7 @@ class GuardedOptimizer:
         if self.num_bad_in_a_row == MAX_BAD_STEPS:
             raise TrainingError(
                 f"step {step}: the loss is {float(loss.detach())} and its gradient has not been finite for "
-                f"{MAX_BAD_STEPS} steps; the last checkpoint is kept: continue from it with a lower learning rate"
+                f"{MAX_BAD_STEPS} steps; the last checkpoint is kept: start the stage again with a lower learning rate"
             )
         return norm
 

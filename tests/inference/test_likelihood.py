@@ -131,7 +131,7 @@ POINTS = torch.tensor([[-1.5], [0.0], [0.4], [2.0]], dtype=torch.float64)
 
 @pytest.mark.parametrize("num_importance", [2, 30])
 def test_the_exact_posterior_gives_the_evidence_without_error(num_importance: int, seed: int) -> None:
-    estimate = log_p(linear_vae(), POINTS, seed, num_importance)
+    estimate = log_p(linear_vae(), POINTS, seed, num_importance, scales=(1.0,))
     torch.testing.assert_close(estimate.value, log_normal(POINTS, 0.0, VARIANCE), rtol=1e-12, atol=0)
     assert estimate.error.max() < 1e-12
 
@@ -142,6 +142,23 @@ def test_another_guide_gives_it_within_its_errors(seed: int) -> None:
     errors = (estimate.value - log_normal(POINTS, 0.0, VARIANCE)).abs() / estimate.error
     assert errors.max() < 4
     assert estimate.error.min() > 1e-4 and estimate.error.max() < 0.02
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 2.0), (1.0, 2.0, 4.0)])
+def test_wide_guides_leave_the_estimate_unbiased(scales: tuple[float, ...], seed: int) -> None:
+    """Two draws a point, so that a wrong weight of any component would show in the mean of the weights."""
+    vae = linear_vae(slope=0.9 * POSTERIOR_SLOPE, spread=0.8 * POSTERIOR_SPREAD)
+    x = torch.full((60_000, 1), 0.7, dtype=torch.float64)
+    weights = (log_p(vae, x, seed, 2, scales).value - log_normal(x[:1], 0.0, VARIANCE)).exp()
+    assert abs(weights.mean() - 1) < 4 * weights.std() / math.sqrt(len(x))
+
+
+def test_wide_guides_mend_a_narrow_one(seed: int) -> None:
+    vae = linear_vae(slope=POSTERIOR_SLOPE, spread=0.4 * POSTERIOR_SPREAD)
+    x = torch.linspace(-1, 1, 200, dtype=torch.float64).unsqueeze(1)
+    evidence = log_normal(x, 0.0, VARIANCE)
+    narrow, wide = ((log_p(vae, x, seed, 300, scales).value - evidence).abs().mean() for scales in ((1.0,), None))
+    assert wide < 0.5 * narrow
 
 
 def test_few_draws_from_another_guide_fall_short_on_average(seed: int) -> None:
@@ -156,7 +173,7 @@ def test_few_draws_from_another_guide_fall_short_on_average(seed: int) -> None:
 def test_rows_keep_their_order_over_several_passes(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(likelihood, "BATCH", 100)
     x = torch.linspace(-2, 2, 33, dtype=torch.float64).unsqueeze(1)
-    estimate = log_p(linear_vae(), x, seed, 20)  # five rows a pass
+    estimate = log_p(linear_vae(), x, seed, 20, scales=(1.0,))  # five rows a pass
     torch.testing.assert_close(estimate.value, log_normal(x, 0.0, VARIANCE), rtol=1e-12, atol=0)
 
 

@@ -296,7 +296,6 @@ def test_predictive_draws_from_the_guide(seed: int) -> None:
 
 @pytest.mark.parametrize("name", FEW)
 def test_pyro_reads_the_structure_of_the_program(name: str) -> None:
-    """``pyro.render_model`` draws these relations, with the binary of graphviz."""
     vae = shipped_vae(name)
     x = data_for(vae, 2)
     with global_rng(0):
@@ -313,6 +312,16 @@ def test_pyro_reads_the_structure_of_the_program(name: str) -> None:
     assert {site: set(parents) for site, parents in dependencies["prior_dependencies"].items()} == prior
     posterior = {site: set(sites) - set(above[site]) for site in sites[:-1]}
     assert {site: set(found) for site, found in dependencies["posterior_dependencies"].items()} == posterior
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_pyro_draws_the_program(name: str) -> None:
+    vae = shipped_vae(name)
+    with global_rng(0):
+        source = pyro.render_model(vae.model, model_args=(data_for(vae, 2),)).source
+    sites = [*vae.model.latent_shapes, "x"]
+    assert all(f"\t{site} [" in source or f"\t\t{site} [" in source for site in sites)
+    assert all(f"{above} -> {below}" in source for above, below in zip(sites[:-1], sites[1:], strict=True))
 
 
 @pytest.mark.parametrize("name", FEW)
