@@ -99,7 +99,7 @@ def load_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
 
 
 def load_run(path: Path | str) -> LoadedRun:
-    """Load a run with both stages fitted.
+    """Load a run with both stages fitted: stage 1's best weights and stage 2's last, averaged ones.
 
     Args:
         path: the run's folder.
@@ -120,7 +120,8 @@ def load_run(path: Path | str) -> LoadedRun:
             f"expected a checkpoint of stage ebm in {run.path}, found none; "
             f"fit it first: python -m ppl_vaebm.fit --stage ebm --run {run.path}"
         )
-    saved = checkpoints.load(run.checkpoints("ebm"), "best")
+    # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
+    saved = checkpoints.load(run.checkpoints("ebm"), "last")
     check_same(saved.config, config, BINDING["ebm"], f"stage ebm in {run.path}")
     vaebm = new_vaebm(config, vae)
     vaebm.energy.load_state_dict(saved.weights["energy_average"])

@@ -22,6 +22,7 @@ from ppl_vaebm.config import (
     from_dict,
     load_yaml,
     parse,
+    parse_known,
     recipe_names,
     recipe_path,
     to_dict,
@@ -91,6 +92,8 @@ def test_a_recipe_sets_an_option_and_no_other(text: str, option: str, value: obj
         ("kernel: {name: nuts}", "--kernel.name"),
         ("kernel: {members: [hmc, nuts]}", "--kernel.members"),
         ("data: {std: -1}", "data.std must be positive, got -1.0"),
+        ("kernel: {members: [hmc, mala]}", "kernel.members must be a cycle with at most one kernel that has a step"),
+        ("kernel: {trajectory_length: .inf}", "kernel.trajectory-length must be positive and finite, got inf"),
         ("data: {std: .nan}", "data.std must be positive, got nan"),
         ("model: {latents: []}", "model.latents must be positive sizes"),
         ("model: {latents: [2, 0]}", "model.latents must be positive sizes"),
@@ -262,3 +265,25 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(content: bytes, message
 def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no.yaml cannot be read \(No such file or directory\)"):
         load_yaml(tmp_path / "no.yaml")
+
+
+def test_a_file_cannot_ask_for_help() -> None:
+    with pytest.raises(InputError, match="^recipe.yaml: Unrecognized options: --help$"):
+        parsed("help: true")
+
+
+def test_another_kernel_takes_the_options_but_not_the_step() -> None:
+    config = KernelConfig("mala", step_size=0.3, target_acceptance=0.9, integrator="leapfrog", num_steps=4)
+    assert config.of("mala") is config
+    assert config.of("hmc") == KernelConfig("hmc", integrator="leapfrog", num_steps=4)
+
+
+def test_known_tokens_are_found_among_others() -> None:
+    @dataclasses.dataclass
+    class Places:
+        run: str = "here"
+
+    assert parse_known(Places, ["--svi.steps", "5", "--run", "there", "--help"], "fit").run == "there"
+    assert parse_known(Places, ["--model.latents", "2", "2"], "fit").run == "here"
+    with pytest.raises(InputError, match="^fit: Missing value for argument '--run'"):
+        parse_known(Places, ["--run"], "fit")

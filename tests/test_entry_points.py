@@ -192,6 +192,40 @@ def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
     assert options.config.model.latents == (1, 1)
 
 
+def test_the_command_line_is_read_beside_the_recipe_and_not_beside_the_defaults() -> None:
+    """0.1 is above the default starting value of 0.08, and below the recipe's."""
+    options, _ = fit.resolve(["--data", "digits", "--run", "nowhere", "--model.min-x-scale", "0.1"])
+    assert options.config.model.min_x_scale == 0.1 < options.config.model.init_x_scale
+
+
+def test_a_stage_that_starts_again_leaves_nothing_of_the_old_one(tmp_path: Path, points: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    old = [run / name for name in ("samples/vaebm.npz", "chains.nc", "evaluate.json", "compare.csv")]
+    for file in old:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("of the old energy")
+    fit.main(["--stage", "ebm", "--run", str(run), "--resume"])
+    assert all(file.is_file() for file in old)
+    fit.main(["--stage", "ebm", "--run", str(run), "--overwrite"])
+    assert not any(file.exists() for file in old)
+    fit.main(["--stage", "svi", "--run", str(run), "--overwrite"])
+    assert {record["stage"] for record in Run(run).metrics()} == {"svi"}
+    assert not (run / "checkpoints" / "ebm").exists()
+
+
+def test_options_that_an_objective_ignores_are_named(points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--stage", "ebm", "--run", str(points), "--dry-run", "--kernel", "hmc"]
+    for options, words in (
+        (["--objective", "ratio"], "kernel, ebm.negatives and ebm.replay-* are not used"),
+        (["--objective", "mle", "--negatives", "importance"], "kernel and ebm.replay-* are not used"),
+        (["--objective", "mle"], ""),
+    ):
+        fit.main([*command, *options])
+        out = capsys.readouterr().out
+        assert words in out and ("note:" in out) == bool(words)
+
+
 @pytest.mark.parametrize("module", ["fit", "sample", "diagnose", "compare", "evaluate"])
 def test_help_does_not_import_torch(module: str) -> None:
     code = (
@@ -239,8 +273,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path: Path, stage: str) -> None:
     whole = fit_run(tmp_path / "whole", POINTS.replace("steps: 12", "steps: 400"))
     killed = tmp_path / "killed"
     shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints" / stage)
     command = [sys.executable, "-m", "ppl_vaebm.fit", "--run", str(killed), "--stage"]
-    with subprocess.Popen([*command, stage, "--overwrite"], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, stage], stdout=subprocess.DEVNULL) as process:
         while len(list((killed / "checkpoints" / stage).glob("step-*"))) < 2:
             assert process.poll() is None, "it ended before it could be killed"
         process.kill()
@@ -271,6 +306,10 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
         (["--svi.steps", "0"], ["svi.steps", "positive", "0"]),
         (["--model.min-x-scale", "1"], ["model.init-x-scale"]),
         (["--resume", "--overwrite"], ["resume", "overwrite"]),
+        (["--run", ""], ["run", "empty"]),
+        (["--device", "nonsense"], ["nonsense", "--device cpu"]),
+        (["--device", "meta"], ["meta", "--device cpu"]),
+        (["--kernel.members", "hmc", "mala"], ["kernel.members", "hmc", "mala"]),
         (["--stage", "svi", "--resume"], ["checkpoint", "svi", "--resume"]),
         (["--stage", "ebm"], ["stage svi", "--stage svi"]),
         (["--data", "mnist", "--data.root", "nowhere"], ["mnist", "nowhere", "--data.download"]),
@@ -296,6 +335,9 @@ def test_fit_refuses_in_one_sentence(
         ("no mapping", ["tiny.yaml"]),
         ("svi: {steps: [", ["tiny.yaml", "YAML"]),
         ("kernel: {members: [langevin]}", ["tiny.yaml", "kernel.members"]),
+        ("data: {download: 'yes'}", ["tiny.yaml", "yes"]),
+        ("run: elsewhere", ["tiny.yaml", "--run"]),
+        ("overwrite: true", ["tiny.yaml", "--overwrite"]),
         ("ebm: {replay_size: 1}", ["tiny.yaml", "ebm.replay-size"]),
     ],
 )
@@ -334,6 +376,11 @@ def test_a_run_without_an_energy_is_refused(
         (fit.main, ["--stage", "ebm", "--overwrite", "--model.width", "9"], ["model.width", "svi"]),
         (fit.main, ["--stage", "ebm", "--resume", "--ebm.steps", "99"], ["ebm.steps", "ebm"]),
         (fit.main, ["--stage", "svi", "--resume", "--data.std", "0.1"], ["data.std"]),
+        (fit.main, ["--stage", "ebm", "--overwrite", "--ebm.batch-size", "999", "--ebm.replay-size", "999"], ["999"]),
+        (fit.main, ["--stage", "svi", "--overwrite", "--svi.batch-size", "999"], ["999"]),
+        (fit.main, ["--stage", "ebm", "--overwrite", "--svi.steps", "13"], ["12 of 13", "--resume", "--svi.steps 12"]),
+        (fit.main, ["--stage", "ebm", "--overwrite", "--kernel.members", "hmc", "pcn"], ["kernel.members"]),
+        (diagnose.main, ["--kernel", "hmc", "--num-chains", "2", "--num-evals", "3"], ["4 draws"]),
         (compare.main, ["--kernels", "hmc,nope"], ["nope", "pyro-nuts"]),
         (compare.main, ["--kernels", "hmc,hmc"], ["different"]),
         (compare.main, ["--num-chains", "0"], ["num-chains"]),
@@ -341,6 +388,7 @@ def test_a_run_without_an_energy_is_refused(
         (sample.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--num", "0"], ["num"]),
         (evaluate.main, ["--steps", "0"], ["steps"]),
+        (evaluate.main, ["--num-z-draws", "1"], ["num-z-draws", "2"]),
     ],
 )
 def test_refusals_leave_a_run_as_it_was(

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, from_dict, load_yaml, recipe_path, to_dict
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.evaluation import Effort, Section, likelihood, mode_section
@@ -135,7 +136,7 @@ def main(argv: list[str]) -> None:
     base = from_dict(load_yaml(recipe_path("gaussians25")), "the recipe gaussians25")
     data = load_data(base.data, base.seed)
     vae_run = Run.create(folder / "vae")
-    if not vae_run.checkpoints("svi").is_dir():
+    if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
         fit_svi(vae_run, base, data)
     vae = load_vae(vae_run, base, data)
     file = folder / "objectives.json"

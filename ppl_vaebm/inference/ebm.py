@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def likelihood_gain(potential: NoisePotential, split: Split, seed: int, num_draw
     return Gain(-float(energy.mean()) - log_z.value, error, log_z)
 
 
-class Negatives:
+class NegativePhase:
     """The three ways to the negative phase: ratio, importance weights, chains.
 
     Args:
@@ -123,6 +124,11 @@ class Negatives:
         if loop.negatives == "importance":
             return self._importance(energy_data, generator)
         return self._chains(energy_data, generator, replay_probability(loop, step))
+
+    def load(self, state: Mapping[str | int, Any]) -> None:
+        """Take up the replay and the step size of a checkpoint's state."""
+        self.replay.positions.copy_(state["replay"])
+        self.params = with_step_size(self.params, state["step_size"])
 
     def _vae_energies(self, generator: torch.Generator, num: int) -> Tensor:
         return self.potential(self.potential.draw_reference(generator, num))
@@ -213,25 +219,21 @@ def fit_ebm(
     with global_rng(seed_for(seed, "spectral")):
         spectral = SpectralPenalty(energy).to(config.device)
     optimizer = GuardedOptimizer(energy.parameters(), loop)
-    negatives = Negatives(config, noise_potential(vaebm))
+    negatives = NegativePhase(config, noise_potential(vaebm))
     averaged_potential = noise_potential(VAEBM(vae, average.module))
     sampler = KeyedSampler(len(data.train), loop.batch_size, seed_for(seed, "order", stage))
     first = 0
     if resume is not None:
+        first = average.num_updates = resume.step
         energy.load_state_dict(resume.weights["energy"])
         average.module.load_state_dict(resume.weights["energy_average"])
         spectral.load_state_dict(resume.weights["spectral"])
-        average.num_updates = resume.step
         optimizer.load_state_dict(resume.state["optimizer"])
-        negatives.replay.positions.copy_(resume.state["replay"])
-        negatives.params = with_step_size(negatives.params, resume.state["step_size"])
-        first = resume.step
+        negatives.load(resume.state)
         run.rewind_metrics(stage, first)
 
-    start, progress = (
-        time.perf_counter(),
-        tqdm(range(first, loop.steps), "stage ebm", loop.steps, initial=first, disable=None, mininterval=1),
-    )
+    start = time.perf_counter()
+    progress = tqdm(range(first, loop.steps), "stage ebm", loop.steps, initial=first, disable=None, mininterval=1)
     for step in progress:
         x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step)).to(config.device)
         energy_data = energy(x)
@@ -246,38 +248,25 @@ def fit_ebm(
         done = step + 1
 
         if done % loop.log_every == 0 or done == loop.steps:
-            mean_data, mean_model = float(energy_data.detach().mean()), float(phase.energy_model.detach())
-            run.log(
-                {
-                    "stage": stage,
-                    "step": done,
-                    "seconds": time.perf_counter() - start,
-                    "loss": float(loss.detach()),
-                    "energy_data": mean_data,
-                    "energy_model": mean_model,
-                    "energy_gap": mean_data - mean_model,
-                    "lr": cosine_rate(loop, step),
-                    "grad_norm": grad_norm,
-                    "num_skipped": optimizer.num_skipped,
-                    **phase.record,
-                }
-            )
-            progress.set_postfix(gap=f"{mean_data - mean_model:.3f}", refresh=False)
-        if done % loop.checkpoint_every == 0 or done % loop.validate_every == 0 or done == loop.steps:
-            gain = likelihood_gain(
-                averaged_potential, data.validation, seed_for(seed, "validation"), loop.num_validation_draws
-            )
-            run.log(
-                {
-                    "stage": stage,
-                    "step": done,
-                    "validation_gain_nats": gain.nats,
-                    "validation_gain_error_nats": gain.error,
-                    "log_z": gain.log_z.value,
-                    "log_z_ess": gain.log_z.ess,
-                }
-            )
-        if done % loop.checkpoint_every == 0 or done == loop.steps:
+            gap = float(energy_data.detach().mean()) - float(phase.energy_model.detach())
+            record: dict[str, float | int | str] = {
+                "stage": stage,
+                "step": done,
+                "seconds": time.perf_counter() - start,
+                "loss": float(loss.detach()),
+                "energy_data": float(energy_data.detach().mean()),
+                "energy_model": float(phase.energy_model.detach()),
+                "energy_gap": gap,
+                "lr": cosine_rate(loop, step),
+                "grad_norm": grad_norm,
+                "num_skipped": optimizer.num_skipped,
+            }
+            run.log(record | phase.record)
+            progress.set_postfix(gap=f"{gap:.3f}", refresh=False)
+        is_checkpoint = done % loop.checkpoint_every == 0 or done == loop.steps
+        if is_checkpoint or done % loop.validate_every == 0:
+            gain = _validate(run, config, averaged_potential, data.validation, done)
+        if is_checkpoint:
             is_certified = gain.log_z.ess >= CERTIFIED_ESS and math.isfinite(gain.nats)
             checkpoints.save(
                 run.checkpoints(stage),
@@ -297,3 +286,19 @@ def fit_ebm(
                 score=gain.nats if is_certified else None,
             )
     return VAEBM(vae, average.module)
+
+
+def _validate(run: Run, config: Config, potential: NoisePotential, split: Split, step: int) -> Gain:
+    """Measure the likelihood gain on held-out data, and log it."""
+    gain = likelihood_gain(potential, split, seed_for(config.seed, "validation"), config.ebm.num_validation_draws)
+    run.log(
+        {
+            "stage": "ebm",
+            "step": step,
+            "validation_gain_nats": gain.nats,
+            "validation_gain_error_nats": gain.error,
+            "log_z": gain.log_z.value,
+            "log_z_ess": gain.log_z.ess,
+        }
+    )
+    return gain

@@ -141,7 +141,14 @@ def exact_draws(
     Raises:
         RejectionError: not enough were kept within ``max_proposals``.
     """
-    bound = float((-reference_energies(potential, generator, NUM_PILOT)).max())
+    pilot = -reference_energies(potential, generator, NUM_PILOT).double()
+    bound = float(pilot.max())
+    # Twice over, for the pilot's own chance; it also spares the wait where there is no hope.
+    if 2 * max_proposals * float((pilot - bound).exp().mean()) < num:
+        raise RejectionError(
+            f"rejection would keep about {float((pilot - bound).exp().mean()):.2g} of the VAE's draws: "
+            "h is too far from the VAE to be drawn this way; sample it by chains"
+        )
     kept: list[Tensor] = []
     kept_count, proposals = 0, 0
     for position, log_weight in _proposals(potential, generator, max_proposals):

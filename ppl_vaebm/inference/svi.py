@@ -94,10 +94,8 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
         run.rewind_metrics(stage, first)
 
     vae.train()
-    start, progress = (
-        time.perf_counter(),
-        tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=None, mininterval=1),
-    )
+    start = time.perf_counter()
+    progress = tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=None, mininterval=1)
     for step in progress:
         x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step)).to(config.device)
         elbo.kl_weight = min(1.0, step / loop.kl_warmup_steps) if loop.kl_warmup_steps else 1.0

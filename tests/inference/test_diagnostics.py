@@ -161,6 +161,13 @@ def test_bfmi_of_known_energies() -> None:
     np.testing.assert_allclose(values, arviz.bfmi(energies), rtol=1e-12)
 
 
+def test_chains_that_each_stand_still_elsewhere_disagree_without_bound() -> None:
+    (summary,) = diagnostics.summarize(make_idata(x=np.arange(4.0)[:, None].repeat(50, axis=1)))
+    assert math.isinf(summary.r_hat)
+    assert not diagnostics.is_converged(summary)
+    assert summary.ess_bulk < 10
+
+
 def test_bfmi_of_an_energy_that_never_moves_is_nan() -> None:
     idata = diagnostics.to_inference_data(make_chains({"x": normals(2, 9)}, np.ones((2, 9))))
     assert np.isnan(diagnostics.bfmi(idata)).all()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import Config, EbmConfig, KernelConfig, KernelName, TrainingKernelConfig
-from ppl_vaebm.inference.ebm import Negatives, likelihood_gain, replay_probability
+from ppl_vaebm.inference.ebm import NegativePhase, likelihood_gain, replay_probability
 from ppl_vaebm.inference.kernels import build_kernel
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import Energy
@@ -35,13 +35,13 @@ class WeightedSquare(Energy):
         return 0.5 * self.weight * x.square().sum(-1)
 
 
-def negatives(weight: float, kernel: TrainingKernelConfig | None = None, **options: object) -> Negatives:
+def negatives(weight: float, kernel: TrainingKernelConfig | None = None, **options: object) -> NegativePhase:
     ebm = EbmConfig(**{"objective": "mle", "batch_size": 4, **options})  # type: ignore[arg-type]
     config = Config(ebm=ebm, kernel=kernel or TrainingKernelConfig("independence"))
-    return Negatives(config, noise_potential(VAEBM(linear_vae(), WeightedSquare(weight))))
+    return NegativePhase(config, noise_potential(VAEBM(linear_vae(), WeightedSquare(weight))))
 
 
-def loss_and_gradient(phase_of: Negatives, data: Tensor = DATA) -> tuple[float, float]:
+def loss_and_gradient(phase_of: NegativePhase, data: Tensor = DATA) -> tuple[float, float]:
     """Evaluate the loss of the first step and its derivative by w."""
     energy = phase_of.potential.vaebm.energy
     loss = phase_of(energy(data), 0).loss

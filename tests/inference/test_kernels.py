@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.config import TUNABLE_KERNELS, KernelConfig, KernelName
 from ppl_vaebm.inference import crank_nicolson, diagnostics, elliptical, hmc, kernels, langevin, mixture, targets
 from ppl_vaebm.inference.base import (
     Kernel,
@@ -471,3 +471,9 @@ def test_acceptance_is_zero_where_anything_is_not_finite(part: str, bad: float) 
     rate, is_divergent = acceptance(proposal, parts["energy_change"])
     assert rate.tolist() == pytest.approx([0.0, 0.25, 1.0, 0.0])
     assert is_divergent.tolist() == [True, False, False, True]
+
+
+def test_the_configuration_knows_which_kernels_are_tuned() -> None:
+    names = [name for name in get_args(KernelName) if name != "mixture"]
+    tuned = [name for name in names if named(name)(targets.reference(1).potential).target_acceptance is not None]
+    assert tuned == list(TUNABLE_KERNELS)

@@ -13,6 +13,7 @@ from ppl_vaebm.inference import likelihood
 from ppl_vaebm.inference.base import init_params
 from ppl_vaebm.inference.kernels import build_kernel
 from ppl_vaebm.inference.likelihood import (
+    RejectionError,
     exact_draws,
     log_mean_exp,
     log_p,
@@ -248,6 +249,12 @@ def test_raising_the_bound_thins_what_was_kept_before(
 
 
 def test_it_gives_up_with_the_numbers(generator: torch.Generator) -> None:
-    potential = linear_potential(QuadraticEnergy(4.0, 0.1))
-    with pytest.raises(RuntimeError, match=r"rejection kept \d+ of 30000 draws of the VAE where 20000 were asked for"):
-        exact_draws(potential, generator, 20_000, max_proposals=25_000)
+    share = exact_draws(linear_potential(), generator, 1_000).acceptance_rate
+    num = round(30_000 * share * 1.4)  # more than 30,000 proposals give, but not twice as many
+    with pytest.raises(RejectionError, match=rf"rejection kept \d+ of 30000 draws of the VAE where {num} were asked"):
+        exact_draws(linear_potential(), generator, num, max_proposals=30_000)
+
+
+def test_it_gives_up_at_once_where_there_is_no_hope(generator: torch.Generator) -> None:
+    with pytest.raises(RejectionError, match=r"would keep about \d.*e-\d+ of the VAE's draws"):
+        exact_draws(linear_potential(QuadraticEnergy(4.0, 1e-4)), generator, 20_000)
