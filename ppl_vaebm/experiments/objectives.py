@@ -8,6 +8,7 @@ density that it was trained with is worthless, so each line holds both.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping
@@ -141,10 +142,10 @@ def main(argv: list[str]) -> None:
     vae = load_vae(vae_run, base, data)
     file = folder / "objectives.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
-    for index, (name, setting) in enumerate(SETTINGS.items()):
+    for name, setting in SETTINGS.items():
         if name not in results:
             config = with_setting(replace(base), setting)
-            results[name] = measure(Run.create(folder / f"setting-{index}"), config, data, vae)
+            results[name] = measure(Run.create(folder / re.sub(r"[^a-z0-9]+", "-", name).strip("-")), config, data, vae)
             write_atomic(file, json.dumps(results, indent=2) + "\n")
         print(row(name, results[name]), flush=True)
 
