@@ -6,34 +6,23 @@ import sys
 from dataclasses import dataclass
 
 from ppl_vaebm import cli
-from ppl_vaebm.config import parse
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.options import parse
 
 DESCRIPTION = """Run several kernels from the same starts on a fitted VAEBM, with the same number of evaluations of the
 potential for each, and print one table. Writes compare.csv and the report."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(cli.ChainOptions):
     """Options of compare."""
 
-    run: cli.RunFolder
-    """Folder of the run."""
     kernels: str = "langevin,mala,hmc,pcn,elliptical,mixture,pyro-hmc,pyro-nuts"
     """Kernels, separated by commas."""
     num_chains: int = 8
     """Chains of each kernel; Pyro's run one after another."""
-    num_warmup: int = 200
-    """Steps of warm-up, counted and timed apart."""
     num_evals: int = 1_000
     """Evaluations of the potential per chain for the draws."""
-    seed: int = 0
-    """Seed of starts and chains."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        for name in ("num_chains", "num_warmup", "num_evals"):
-            cli.positive(name.replace("_", "-"), getattr(self, name))
 
 
 @exits_with_one_sentence

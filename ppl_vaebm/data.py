@@ -12,7 +12,7 @@ from ppl_vaebm import image_sets
 from ppl_vaebm.config import DataConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Split, dequantize, image_data, to_unit
+from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Split, dequantize, image_data
 
 __all__ = [
     "Data",
@@ -25,7 +25,6 @@ __all__ = [
     "gaussians25_log_prob",
     "gaussians25_modes",
     "load_data",
-    "to_unit",
 ]
 
 NUM_DIGIT_LEVELS = 17  # sklearn's digits count the dark ones of 4x4 binary pixels: 0 to 16

@@ -6,34 +6,19 @@ import sys
 from dataclasses import dataclass
 
 from ppl_vaebm import cli
-from ppl_vaebm.config import parse
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.options import parse
 
 DESCRIPTION = """Run real chains on a fitted VAEBM, warm-up then draws, and say how well they mixed: R-hat, effective
 sample sizes, Monte Carlo errors, BFMI, divergences. Writes chains.nc (ArviZ's InferenceData) and the report."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(cli.ChainOptions):
     """Options of diagnose."""
 
-    run: cli.RunFolder
-    """Folder of the run."""
     kernel: str | None = None
     """Kernel, pyro-hmc and pyro-nuts included; the run's sampling kernel if not given."""
-    num_chains: int = 16
-    """Chains, from fresh noise."""
-    num_warmup: int = 200
-    """Steps of warm-up, in which the step size is tuned."""
-    num_evals: int = 6_000
-    """Evaluations of the potential per chain for the draws."""
-    seed: int = 0
-    """Seed of starts and chains."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        for name in ("num_chains", "num_warmup", "num_evals"):
-            cli.positive(name.replace("_", "-"), getattr(self, name))
 
 
 @exits_with_one_sentence

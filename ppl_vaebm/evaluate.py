@@ -7,8 +7,8 @@ import sys
 from dataclasses import dataclass
 
 from ppl_vaebm import cli
-from ppl_vaebm.config import parse
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.options import parse
 
 DESCRIPTION = """Measure a fitted VAEBM: its normalised log-likelihood on test data; modes, where the data's are known;
 Frechet distances in the features of a small classifier, where the data are labelled images. Prints one table and

@@ -149,7 +149,9 @@ def mode_section(loaded: LoadedRun, position: Tensor) -> Section:
     return {
         "share within 3 std of a mode": {"value": share, "error": math.sqrt(share * (1 - share) / len(position))},
         f"modes of {len(data.modes)}": found.num_modes,
-        "KL of the mode histogram to uniform (nats)": found.kl_to_uniform,
+        "KL of the mode histogram to uniform (nats)": (
+            found.kl_to_uniform if share else "undefined: no point is near a mode"
+        ),
         "mean energy": _mean(_energies(loaded.potential, position)),
     }
 
@@ -174,7 +176,9 @@ def frechet(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
         count: frechet_distance(_features(net, decode_in_blocks(loaded.potential, position)), reference)
         for count, position in chains.positions.items()
     }
-    section: Section = {"held-out data": frechet_distance(_features(net, _all(data, "test", seed)), reference)}
+    section: Section = {
+        f"held-out data, {len(data.test)} images": frechet_distance(_features(net, _all(data, "test", seed)), reference)
+    }
     section["VAE"] = vae_distance = distances.pop(0)
     for count, distance in distances.items():
         section[f"VAEBM, {count} {kernel.name} steps"] = distance

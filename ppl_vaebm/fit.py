@@ -11,8 +11,9 @@ import tyro
 import yaml
 
 from ppl_vaebm import cli
-from ppl_vaebm.config import Config, load_yaml, parse, parse_known, recipe_names, recipe_path, to_dict, tokens
+from ppl_vaebm.config import Config
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.options import load_yaml, parse, parse_known, recipe_names, recipe_path, to_dict, tokens
 
 DESCRIPTION = """Fit a VAEBM. Stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options come from the run's config.yaml if it has one, else from the data set's own recipe; then from the recipe

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import Config, differences, from_dict, load_yaml, to_dict
+from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm import new_vaebm
@@ -18,6 +18,7 @@ from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.options import differences, from_dict, load_yaml, to_dict
 from ppl_vaebm.run import Run
 
 # What a checkpoint's weights depend on; the other options may change between stages.
@@ -86,16 +87,22 @@ def load_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
     Raises:
         InputError: no checkpoint of stage svi, or one of another model.
     """
-    if not checkpoints.available(run.checkpoints("svi")):
-        raise InputError(
-            f"expected a checkpoint of stage svi in {run.path}, found none; "
-            f"fit it first: python -m ppl_vaebm.fit --stage svi --run {run.path}"
-        )
-    saved = checkpoints.load(run.checkpoints("svi"), "best")
-    check_same(saved.config, config, BINDING["svi"], f"stage svi in {run.path}")
+    saved = _fitted(run, "svi", "best", config)
     vae = new_vae(config, data)
     vae.load_state_dict(saved.weights["vae_average"])
     return vae.eval()
+
+
+def _fitted(run: Run, stage: str, which: Literal["last", "best"], config: Config) -> checkpoints.Checkpoint:
+    """Load a stage's checkpoint, given that it has one and belongs to the configuration."""
+    if not checkpoints.available(run.checkpoints(stage)):
+        raise InputError(
+            f"expected a checkpoint of stage {stage} in {run.path}, found none; "
+            f"fit it first: python -m ppl_vaebm.fit --stage {stage} --run {run.path}"
+        )
+    saved = checkpoints.load(run.checkpoints(stage), which)
+    check_same(saved.config, config, BINDING[stage], f"stage {stage} in {run.path}")
+    return saved
 
 
 def load_run(path: Path | str) -> LoadedRun:
@@ -115,14 +122,8 @@ def load_run(path: Path | str) -> LoadedRun:
     check_device(config.device)
     data = load_data(config.data, config.seed)
     vae = load_vae(run, config, data)
-    if not checkpoints.available(run.checkpoints("ebm")):
-        raise InputError(
-            f"expected a checkpoint of stage ebm in {run.path}, found none; "
-            f"fit it first: python -m ppl_vaebm.fit --stage ebm --run {run.path}"
-        )
     # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
-    saved = checkpoints.load(run.checkpoints("ebm"), "last")
-    check_same(saved.config, config, BINDING["ebm"], f"stage ebm in {run.path}")
+    saved = _fitted(run, "ebm", "last", config)
     vaebm = new_vaebm(config, vae)
     vaebm.energy.load_state_dict(saved.weights["energy_average"])
     vaebm.requires_grad_(False)

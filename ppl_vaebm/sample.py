@@ -9,8 +9,9 @@ from typing import Annotated
 import tyro
 
 from ppl_vaebm import cli
-from ppl_vaebm.config import KernelName, parse
+from ppl_vaebm.config import KernelName
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.options import parse
 
 DESCRIPTION = """Draw from a fitted VAEBM by chains from fresh noise, and from its VAE. Writes samples/vaebm.npz,
 samples/vae.npz and samples/data.npz (array x, draws first), a PNG of each, and the report."""

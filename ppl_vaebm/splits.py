@@ -42,18 +42,6 @@ def dequantize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     return y
 
 
-def to_unit(y: Tensor) -> Tensor:
-    """Map the models' range to [0, 1] for pictures.
-
-    Args:
-        y: any shape, nominally in [-1, 1); what lies outside is cut off.
-
-    Returns:
-        The same shape, in [0, 1].
-    """
-    return ((y + 1) / 2).clamp(0, 1)
-
-
 # --- splits --------------------------------------------------------------------------------------
 
 

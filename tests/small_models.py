@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig, ModelConfig
 from ppl_vaebm.models.energy import Energy, build_energy
-from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE, build_vae
+from ppl_vaebm.models.small_vae import build_vae
+from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
 

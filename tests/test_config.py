@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from ppl_vaebm.config import (
-    Config,
-    DataConfig,
-    EbmConfig,
-    EnergyConfig,
-    KernelConfig,
-    ModelConfig,
-    SviConfig,
+from ppl_vaebm.config import Config, DataConfig, EbmConfig, EnergyConfig, KernelConfig, ModelConfig, SviConfig
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.options import (
     differences,
     from_dict,
     load_yaml,
@@ -28,7 +23,6 @@ from ppl_vaebm.config import (
     to_dict,
     tokens,
 )
-from ppl_vaebm.errors import InputError
 
 
 def parsed(text: str) -> Config:

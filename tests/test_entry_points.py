@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from ppl_vaebm import compare, diagnose, evaluate, fit, report, sample
-from ppl_vaebm.config import KernelName, recipe_names
+from ppl_vaebm.config import KernelName
 from ppl_vaebm.inference.diagnostics import load_netcdf
+from ppl_vaebm.options import recipe_names
 from ppl_vaebm.run import Run
 from tests.tiny import IMAGES, POINTS, fit_run, write_recipe
 

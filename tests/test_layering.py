@@ -19,7 +19,7 @@ PACKAGE = "ppl_vaebm"
 
 # Names relative to the package; "." is ppl_vaebm/__init__.py, and a folder's name is its __init__.py.
 LAYERS = {
-    "0": ("version", ".", "errors", "rng", "files", "config"),
+    "0": ("version", ".", "errors", "rng", "files", "config", "options"),
     "1": (
         "run",
         "splits",
@@ -32,6 +32,7 @@ LAYERS = {
         "models.distributions",
         "models.cells",
         "models.vae",
+        "models.small_vae",
         "models.energy",
         "models.vaebm",
     ),

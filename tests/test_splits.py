@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import stream
-from ppl_vaebm.splits import IntegerImages, LazyImages, Points, dequantize, to_unit
+from ppl_vaebm.splits import IntegerImages, LazyImages, Points, dequantize
 from tests.pixels import noise, pixels, quantized
 
 # --- pixel range ---
@@ -45,10 +45,6 @@ def test_dequantization_is_a_function_of_its_generator() -> None:
     k = torch.zeros(10, dtype=torch.uint8)
     assert torch.equal(dequantize(k, 256, stream(0, "a")), dequantize(k, 256, stream(0, "a")))
     assert not torch.equal(dequantize(k, 256, stream(0, "a")), dequantize(k, 256, stream(0, "b")))
-
-
-def test_to_unit_maps_the_range_and_cuts_off_the_rest() -> None:
-    assert torch.equal(to_unit(torch.tensor([-2.0, -1.0, 0.0, 1.0, 7.0])), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
 # --- splits in memory ---

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import Config, from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.evaluation import Effort, Section, likelihood, mode_section
 from ppl_vaebm.files import write_atomic
@@ -30,6 +30,7 @@ from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.inference.svi import fit_svi
 from ppl_vaebm.loading import LoadedRun, load_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
 from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
 

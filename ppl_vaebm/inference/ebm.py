@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from tqdm import tqdm
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import Config, EbmConfig, to_dict
+from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.data import Data, KeyedSampler, Split
 from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE, with_step_size
 from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams
@@ -29,6 +29,7 @@ from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, cosi
 from ppl_vaebm.models.energy import SpectralPenalty, build_energy
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.options import to_dict
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.run import Run
 

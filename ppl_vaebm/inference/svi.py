@@ -11,11 +11,13 @@ import torch
 from tqdm import tqdm
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import Config, to_dict
+from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, KeyedSampler, Split
 from ppl_vaebm.inference.elbo import AnnealedELBO
 from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, cosine_rate
-from ppl_vaebm.models.vae import HierarchicalVAE, build_vae
+from ppl_vaebm.models.small_vae import build_vae
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.options import to_dict
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.run import Run
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ppl_vaebm.errors import InputError
+
 LEAK = 0.1  # of LeakyReLU: with SiLU the VAE of a staircase-like density reached -2.5 nats, with this -0.7
 LIPSWISH_SCALE = 1.1  # swish(u) / 1.1 has a Lipschitz constant of about 1 (Chen et al. 2019, residual flows)
 
@@ -106,3 +108,37 @@ def num_halvings(side: int) -> int:
         The number of halvings, at least 1.
     """
     return max(1, round(math.log2(side)) - (1 if side < 16 else 2))
+
+
+def check_side(event_shape: torch.Size, halvings: int) -> None:
+    """Refuse images that are not square or cannot be halved that often.
+
+    Raises:
+        InputError: with the shape and the multiple that it takes.
+    """
+    multiple = 1 << halvings
+    if event_shape[-1] != event_shape[-2] or event_shape[-1] % multiple:
+        raise InputError(
+            f"the small convolutional nets take square images whose side is a multiple of {multiple}, "
+            f"got shape {tuple(event_shape)}: set data.image-size"
+        )
+
+
+def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
+    """Resolve ``auto`` and refuse a kind that does not fit the data.
+
+    Args:
+        kind: ``auto``, ``vector`` or ``image``.
+        event_shape: of the data.
+        option: the option's name, for the message.
+
+    Returns:
+        ``vector`` or ``image``.
+
+    Raises:
+        InputError: the kind does not fit.
+    """
+    fitting = {1: "vector", 3: "image"}.get(len(event_shape))
+    if fitting is None or kind not in ("auto", fitting):
+        raise InputError(f"{option} {kind!r} does not fit data of shape {tuple(event_shape)}: leave it at auto")
+    return fitting

@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig
-from ppl_vaebm.models.cells import FourierFeatures, LipSwish, ResidualBlock, mlp, num_halvings
-from ppl_vaebm.models.vae import check_side, net_kind
+from ppl_vaebm.models.cells import (
+    FourierFeatures,
+    LipSwish,
+    ResidualBlock,
+    check_side,
+    mlp,
+    net_kind,
+    num_halvings,
+)
 
 # NVAE's schedule of its spectral regularisation: four power iterations a call on vectors that persist.
 NUM_POWER_ITERATIONS = 4

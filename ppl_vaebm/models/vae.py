@@ -1,4 +1,4 @@
-"""The small hierarchical VAE, as a Pyro model and guide over one top-down pass.
+"""What every hierarchical VAE is here: a Pyro model and guide over one top-down pass.
 
 The generator walks down its latent groups, ``z_1`` to ``z_L``, each a diagonal Normal given the groups
 above, and ends in ``x``, a Normal given all of them. Who walks decides how each value is chosen: the
@@ -19,11 +19,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from ppl_vaebm.config import ModelConfig
-from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.cells import FourierFeatures, ResidualBlock, leaky_relu, mlp, num_halvings
-from ppl_vaebm.models.distributions import diagonal_normal, positive_scale, soft_clamp
-
-ENCODER_FOURIER_SCALE = 4.0  # radians per unit of x; the energy network's value, chosen by us
+from ppl_vaebm.models.distributions import diagonal_normal, soft_clamp
 
 
 class Choose(Protocol):
@@ -140,116 +136,6 @@ class XScale(nn.Module):
         return loc, (self.min_scale + log_excess.exp()).expand_as(loc)
 
 
-class VectorGenerator(Generator):
-    """Fully connected hierarchy for points.
-
-    Args:
-        config: sizes.
-        event_shape: ``(d,)``.
-    """
-
-    def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
-        super().__init__()
-        self.event_shape = event_shape
-        self.latent_shapes = {f"z_{i}": torch.Size([size]) for i, size in enumerate(config.latents, 1)}
-        above = [sum(config.latents[:i]) for i in range(len(config.latents) + 1)]
-        self.priors = nn.ModuleList(
-            mlp(above[i], config.width, config.depth, 2 * config.latents[i], leaky_relu)
-            for i in range(1, len(config.latents))
-        )
-        self.x_scale = XScale(config)
-        num_out = event_shape[0] * self.x_scale.num_outputs
-        self.decoder = mlp(above[-1], config.width, config.depth, num_out, leaky_relu)
-
-    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        z: dict[str, Tensor] = {}
-        state = next(self.parameters()).new_zeros(num, 0)
-        for index, name in enumerate(self.latent_shapes):
-            if index == 0:
-                loc, scale = self._reference(name, num)
-            else:
-                raw_loc, raw_scale = self.priors[index - 1](state).chunk(2, dim=-1)
-                loc, scale = soft_clamp(raw_loc), positive_scale(raw_scale)
-            z[name] = choose(name, loc, scale, state)
-            state = torch.cat([state, z[name]], dim=-1)
-        return z, state
-
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode; see :meth:`Generator.decode`."""
-        loc, scale = self.x_scale(self.decoder(state))
-        return loc, scale
-
-
-class ImageGenerator(Generator):
-    """Convolutional hierarchy for small square images: a vector first, then grids twice as fine each.
-
-    Args:
-        config: sizes.
-        event_shape: ``(channels, side, side)``.
-
-    Raises:
-        InputError: the image cannot be halved often enough, or there are more groups than grids.
-    """
-
-    def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
-        super().__init__()
-        self.event_shape = event_shape
-        num_ups = num_halvings(event_shape[-1])
-        check_side(event_shape, num_ups)
-        if len(config.latents) > num_ups + 1:
-            raise InputError(
-                f"model.latents has {len(config.latents)} groups, but images of side {event_shape[-1]} "
-                f"have {num_ups + 1} grids: give at most that many"
-            )
-        side = event_shape[-1] >> num_ups
-        widths = [config.channels << (num_ups - level) for level in range(num_ups + 1)]
-        self.base = torch.Size([widths[0], side, side])
-        shapes = [torch.Size([config.latents[0]])]
-        shapes += [torch.Size([n, side << i, side << i]) for i, n in enumerate(config.latents[1:], 1)]
-        self.latent_shapes = {f"z_{i}": shape for i, shape in enumerate(shapes, 1)}
-        self.stem = nn.Linear(config.latents[0], self.base.numel())
-        self.ups = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "up") for i in range(num_ups))
-        self.priors = nn.ModuleList(nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1))
-        self.combiners = nn.ModuleList(nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1))
-        self.x_scale = XScale(config)
-        num_out = event_shape[0] * self.x_scale.num_outputs
-        self.head = nn.Conv2d(widths[-1], num_out, 3, padding=1)
-
-    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        loc, scale = self._reference("z_1", num)
-        z = {"z_1": choose("z_1", loc, scale, loc)}
-        state = nn.functional.silu(self.stem(z["z_1"])).unflatten(1, self.base)
-        for index, up in enumerate(self.ups):
-            state = up(state)
-            if index < len(self.priors):
-                raw_loc, raw_scale = self.priors[index](state).chunk(2, dim=1)
-                name = f"z_{index + 2}"
-                z[name] = choose(name, soft_clamp(raw_loc), positive_scale(raw_scale), state)
-                state = state + self.combiners[index](z[name])
-        return z, state
-
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode; see :meth:`Generator.decode`."""
-        loc, scale = self.x_scale(self.head(state))
-        return loc, scale
-
-
-def check_side(event_shape: torch.Size, halvings: int) -> None:
-    """Refuse images that are not square or cannot be halved that often.
-
-    Raises:
-        InputError: with the shape and the multiple that it takes.
-    """
-    multiple = 1 << halvings
-    if event_shape[-1] != event_shape[-2] or event_shape[-1] % multiple:
-        raise InputError(
-            f"the small convolutional nets take square images whose side is a multiple of {multiple}, "
-            f"got shape {tuple(event_shape)}: set data.image-size"
-        )
-
-
 class Guide(PyroModule):
     """The Pyro guide ``q(z | x)``: the generator's walk with each group's posterior in place of its prior.
 
@@ -292,76 +178,6 @@ class Guide(PyroModule):
 
         with pyro.plate("data", len(x)):
             return self._generator[0].walk(choose, len(x))[0]
-
-
-class VectorGuide(Guide):
-    """Fully connected posterior heads over shared features of ``x``.
-
-    Args:
-        generator: the model.
-        config: sizes.
-    """
-
-    def __init__(self, generator: VectorGenerator, config: ModelConfig) -> None:
-        super().__init__(generator)
-        dim = generator.event_shape[0]
-        self.fourier = FourierFeatures(dim, config.num_fourier, ENCODER_FOURIER_SCALE) if config.num_fourier else None
-        num_in = 2 * config.num_fourier or dim
-        above = [sum(config.latents[:i]) for i in range(len(config.latents))]
-        self.heads = nn.ModuleDict(
-            {
-                f"z_{i}": mlp(num_in + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
-                for i, size in enumerate(config.latents, 1)
-            }
-        )
-
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Give every head ``x``, or its Fourier features."""
-        features = self.fourier(x) if self.fourier is not None else x
-        return dict.fromkeys(self.heads, features)
-
-    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
-        """Run one head; see :meth:`Guide.head`."""
-        out: Tensor = self.heads[name](torch.cat([features, state], dim=-1))
-        return out
-
-
-class ImageGuide(Guide):
-    """A bottom-up tower whose features meet the top-down state on each group's grid.
-
-    Args:
-        generator: the model.
-        config: sizes.
-    """
-
-    def __init__(self, generator: ImageGenerator, config: ModelConfig) -> None:
-        super().__init__(generator)
-        num_downs = len(generator.ups)
-        widths = [config.channels << level for level in range(num_downs + 1)]
-        self.stem = nn.Conv2d(generator.event_shape[0], widths[0], 3, padding=1)
-        self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
-        self.vector_head = nn.Linear(generator.base.numel(), 2 * config.latents[0])
-        self.grid_heads = nn.ModuleDict(
-            {
-                f"z_{i + 1}": nn.Conv2d(2 * widths[num_downs - i], 2 * size, 3, padding=1)
-                for i, size in enumerate(config.latents[1:], 1)
-            }
-        )
-
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Run the tower, and give each group the features of its grid."""
-        features = [nn.functional.silu(self.stem(x))]
-        for down in self.downs:
-            features.append(down(features[-1]))
-        return {f"z_{i}": level for i, level in enumerate(reversed(features), 1)}
-
-    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
-        """Run one head; see :meth:`Guide.head`."""
-        if name == "z_1":
-            out: Tensor = self.vector_head(features.flatten(1))
-        else:
-            out = self.grid_heads[name](torch.cat([features, state], dim=1))
-        return out
 
 
 class HierarchicalVAE(nn.Module):
@@ -419,44 +235,3 @@ class HierarchicalVAE(nn.Module):
         loc, scale = self.model.decode(self.model.walk(choose, len(x))[1])
         eps["eps_x"] = (x - loc) / scale
         return eps
-
-
-def build_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
-    """Make the VAE that fits the data.
-
-    Args:
-        config: kind and sizes.
-        event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
-
-    Returns:
-        The VAE, freshly initialised from the global generator.
-
-    Raises:
-        InputError: a kind that does not fit the data's shape.
-    """
-    kind = net_kind(config.kind, event_shape, "model.kind")
-    if kind == "vector":
-        vector = VectorGenerator(config, event_shape)
-        return HierarchicalVAE(vector, VectorGuide(vector, config))
-    image = ImageGenerator(config, event_shape)
-    return HierarchicalVAE(image, ImageGuide(image, config))
-
-
-def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
-    """Resolve ``auto`` and refuse a kind that does not fit the data.
-
-    Args:
-        kind: ``auto``, ``vector`` or ``image``.
-        event_shape: of the data.
-        option: the option's name, for the message.
-
-    Returns:
-        ``vector`` or ``image``.
-
-    Raises:
-        InputError: the kind does not fit.
-    """
-    fitting = {1: "vector", 3: "image"}.get(len(event_shape))
-    if fitting is None or kind not in ("auto", fitting):
-        raise InputError(f"{option} {kind!r} does not fit data of shape {tuple(event_shape)}: leave it at auto")
-    return fitting

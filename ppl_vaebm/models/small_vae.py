@@ -1,0 +1,209 @@
+"""The small hierarchical VAEs: fully connected for points, convolutional for small square images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ppl_vaebm.config import ModelConfig
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.models.cells import (
+    FourierFeatures,
+    ResidualBlock,
+    check_side,
+    leaky_relu,
+    mlp,
+    net_kind,
+    num_halvings,
+)
+from ppl_vaebm.models.distributions import positive_scale, soft_clamp
+from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE, XScale
+
+ENCODER_FOURIER_SCALE = 4.0  # radians per unit of x; the energy network's value, chosen by us
+
+
+class VectorGenerator(Generator):
+    """Fully connected hierarchy for points.
+
+    Args:
+        config: sizes.
+        event_shape: ``(d,)``.
+    """
+
+    def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
+        super().__init__()
+        self.event_shape = event_shape
+        self.latent_shapes = {f"z_{i}": torch.Size([size]) for i, size in enumerate(config.latents, 1)}
+        above = [sum(config.latents[:i]) for i in range(len(config.latents) + 1)]
+        self.priors = nn.ModuleList(
+            mlp(above[i], config.width, config.depth, 2 * config.latents[i], leaky_relu)
+            for i in range(1, len(config.latents))
+        )
+        self.x_scale = XScale(config)
+        num_out = event_shape[0] * self.x_scale.num_outputs
+        self.decoder = mlp(above[-1], config.width, config.depth, num_out, leaky_relu)
+
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Walk down the hierarchy; see :meth:`Generator.walk`."""
+        z: dict[str, Tensor] = {}
+        state = next(self.parameters()).new_zeros(num, 0)
+        for index, name in enumerate(self.latent_shapes):
+            if index == 0:
+                loc, scale = self._reference(name, num)
+            else:
+                raw_loc, raw_scale = self.priors[index - 1](state).chunk(2, dim=-1)
+                loc, scale = soft_clamp(raw_loc), positive_scale(raw_scale)
+            z[name] = choose(name, loc, scale, state)
+            state = torch.cat([state, z[name]], dim=-1)
+        return z, state
+
+    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode; see :meth:`Generator.decode`."""
+        loc, scale = self.x_scale(self.decoder(state))
+        return loc, scale
+
+
+class VectorGuide(Guide):
+    """Fully connected posterior heads over shared features of ``x``.
+
+    Args:
+        generator: the model.
+        config: sizes.
+    """
+
+    def __init__(self, generator: VectorGenerator, config: ModelConfig) -> None:
+        super().__init__(generator)
+        dim = generator.event_shape[0]
+        self.fourier = FourierFeatures(dim, config.num_fourier, ENCODER_FOURIER_SCALE) if config.num_fourier else None
+        num_in = 2 * config.num_fourier or dim
+        above = [sum(config.latents[:i]) for i in range(len(config.latents))]
+        self.heads = nn.ModuleDict(
+            {
+                f"z_{i}": mlp(num_in + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
+                for i, size in enumerate(config.latents, 1)
+            }
+        )
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Give every head ``x``, or its Fourier features."""
+        features = self.fourier(x) if self.fourier is not None else x
+        return dict.fromkeys(self.heads, features)
+
+    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
+        """Run one head; see :meth:`Guide.head`."""
+        out: Tensor = self.heads[name](torch.cat([features, state], dim=-1))
+        return out
+
+
+class ImageGenerator(Generator):
+    """Convolutional hierarchy for small square images: a vector first, then grids twice as fine each.
+
+    Args:
+        config: sizes.
+        event_shape: ``(channels, side, side)``.
+
+    Raises:
+        InputError: the image cannot be halved often enough, or there are more groups than grids.
+    """
+
+    def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
+        super().__init__()
+        self.event_shape = event_shape
+        num_ups = num_halvings(event_shape[-1])
+        check_side(event_shape, num_ups)
+        if len(config.latents) > num_ups + 1:
+            raise InputError(
+                f"model.latents has {len(config.latents)} groups, but images of side {event_shape[-1]} "
+                f"have {num_ups + 1} grids: give at most that many"
+            )
+        side = event_shape[-1] >> num_ups
+        widths = [config.channels << (num_ups - level) for level in range(num_ups + 1)]
+        self.base = torch.Size([widths[0], side, side])
+        shapes = [torch.Size([config.latents[0]])]
+        shapes += [torch.Size([n, side << i, side << i]) for i, n in enumerate(config.latents[1:], 1)]
+        self.latent_shapes = {f"z_{i}": shape for i, shape in enumerate(shapes, 1)}
+        self.stem = nn.Linear(config.latents[0], self.base.numel())
+        self.ups = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "up") for i in range(num_ups))
+        self.priors = nn.ModuleList(nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1))
+        self.combiners = nn.ModuleList(nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1))
+        self.x_scale = XScale(config)
+        num_out = event_shape[0] * self.x_scale.num_outputs
+        self.head = nn.Conv2d(widths[-1], num_out, 3, padding=1)
+
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Walk down the hierarchy; see :meth:`Generator.walk`."""
+        loc, scale = self._reference("z_1", num)
+        z = {"z_1": choose("z_1", loc, scale, loc)}
+        state = nn.functional.silu(self.stem(z["z_1"])).unflatten(1, self.base)
+        for index, up in enumerate(self.ups):
+            state = up(state)
+            if index < len(self.priors):
+                raw_loc, raw_scale = self.priors[index](state).chunk(2, dim=1)
+                name = f"z_{index + 2}"
+                z[name] = choose(name, soft_clamp(raw_loc), positive_scale(raw_scale), state)
+                state = state + self.combiners[index](z[name])
+        return z, state
+
+    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Decode; see :meth:`Generator.decode`."""
+        loc, scale = self.x_scale(self.head(state))
+        return loc, scale
+
+
+class ImageGuide(Guide):
+    """A bottom-up tower whose features meet the top-down state on each group's grid.
+
+    Args:
+        generator: the model.
+        config: sizes.
+    """
+
+    def __init__(self, generator: ImageGenerator, config: ModelConfig) -> None:
+        super().__init__(generator)
+        num_downs = len(generator.ups)
+        widths = [config.channels << level for level in range(num_downs + 1)]
+        self.stem = nn.Conv2d(generator.event_shape[0], widths[0], 3, padding=1)
+        self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
+        self.vector_head = nn.Linear(generator.base.numel(), 2 * config.latents[0])
+        self.grid_heads = nn.ModuleDict(
+            {
+                f"z_{i + 1}": nn.Conv2d(2 * widths[num_downs - i], 2 * size, 3, padding=1)
+                for i, size in enumerate(config.latents[1:], 1)
+            }
+        )
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Run the tower, and give each group the features of its grid."""
+        features = [nn.functional.silu(self.stem(x))]
+        for down in self.downs:
+            features.append(down(features[-1]))
+        return {f"z_{i}": level for i, level in enumerate(reversed(features), 1)}
+
+    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
+        """Run one head; see :meth:`Guide.head`."""
+        if name == "z_1":
+            out: Tensor = self.vector_head(features.flatten(1))
+        else:
+            out = self.grid_heads[name](torch.cat([features, state], dim=1))
+        return out
+
+
+def build_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
+    """Make the VAE that fits the data.
+
+    Args:
+        config: kind and sizes.
+        event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
+
+    Returns:
+        The VAE, freshly initialised from the global generator.
+
+    Raises:
+        InputError: a kind that does not fit the data's shape.
+    """
+    kind = net_kind(config.kind, event_shape, "model.kind")
+    if kind == "vector":
+        vector = VectorGenerator(config, event_shape)
+        return HierarchicalVAE(vector, VectorGuide(vector, config))
+    image = ImageGenerator(config, event_shape)
+    return HierarchicalVAE(image, ImageGuide(image, config))
