@@ -11,6 +11,9 @@ from typing import Protocol
 DISK_ERRORS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
 class InputError(ValueError):
     """Something the user gave is not usable.
 
@@ -51,6 +54,11 @@ def exits_with_one_sentence(main: Main) -> Main:
     def wrapped(argv: list[str] | None = None) -> None:
         try:
             main(argv)
+        except KeyboardInterrupt:
+            print(
+                "interrupted; what was written is kept, and an interrupted fit goes on with --resume", file=sys.stderr
+            )
+            raise SystemExit(INTERRUPTED) from None
         except (InputError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_status) from None

@@ -80,7 +80,13 @@ def resolve(argv: list[str]) -> tuple[Options, Path]:
     for file in files:
         base += tokens(load_yaml(file))
         parse(Config, base, f"fit (options in {file})")  # so that a message names the file
-    return parse(Options, [*base, *argv], "fit", DESCRIPTION), folder
+    options = parse(Options, [*base, *argv], "fit", DESCRIPTION)
+    if options.config.kernel.name != parse(Config, base, "fit").kernel.name:
+        # The files chose these for another kernel than the command line names.
+        foreign = ("--kernel.step-size=", "--kernel.target-acceptance=")
+        base = [token for token in base if not token.startswith(foreign)]
+        options = parse(Options, [*base, *argv], "fit", DESCRIPTION)
+    return options, folder
 
 
 @exits_with_one_sentence

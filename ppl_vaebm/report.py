@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_vaebm import figures
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference import diagnostics
 from ppl_vaebm.run import Run
@@ -75,9 +77,9 @@ def write_report(run: Run) -> Path:
         The path of the report.
 
     Raises:
-        InputError: a file of samples or chains that the report cannot show.
+        InputError: a file that the report cannot show.
     """
-    sections = [(part, part.build(run)) for part in PARTS]
+    sections = [(part, _built(part, run)) for part in PARTS]
     page = _template().render(
         name=run.path.name,
         version=__version__,
@@ -87,6 +89,18 @@ def write_report(run: Run) -> Path:
     )
     write_atomic(run.report_file, page)
     return run.report_file
+
+
+def _built(part: Part, run: Run) -> Section | None:
+    try:
+        return part.build(run)
+    except InputError:
+        raise
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:  # what damaged JSON, CSV and NPZ files raise
+        raise InputError(
+            f"the file behind the report's section {part.title!r} in {run.path} cannot be read ({error}); "
+            f"remove it, or make it again: {part.command}"
+        ) from None
 
 
 def _template() -> jinja2.Template:

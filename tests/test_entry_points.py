@@ -16,6 +16,7 @@ import yaml
 
 from ppl_vaebm import compare, diagnose, evaluate, fit, report, sample
 from ppl_vaebm.config import KernelName
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.diagnostics import load_netcdf
 from ppl_vaebm.options import recipe_names
 from ppl_vaebm.run import Run
@@ -227,6 +228,16 @@ def test_options_that_an_objective_ignores_are_named(points: Path, capsys: pytes
         assert words in out and ("note:" in out) == bool(words)
 
 
+def test_another_kernel_does_not_inherit_the_recipes_tuning() -> None:
+    recipe = ["--recipe", "digits", "--run", "nowhere"]
+    kept, _ = fit.resolve([*recipe, "--kernel", "mala"])
+    assert kept.config.kernel.target_acceptance == 0.75
+    other, _ = fit.resolve([*recipe, "--kernel", "pcn"])
+    assert other.config.kernel.target_acceptance is None
+    named, _ = fit.resolve([*recipe, "--kernel", "pcn", "--kernel.target-acceptance", "0.4"])
+    assert named.config.kernel.target_acceptance == 0.4
+
+
 @pytest.mark.parametrize("module", ["fit", "sample", "diagnose", "compare", "evaluate"])
 def test_help_does_not_import_torch(module: str) -> None:
     code = (
@@ -417,6 +428,16 @@ def test_a_damaged_checkpoint_is_refused(
         file.write_bytes(damaged)
     message = sentence(sample.main, [str(run)], capsys)
     assert name in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", ["evaluate.json", "samples/vae.npz"])
+def test_a_damaged_result_is_named_by_the_report(tmp_path: Path, points: Path, name: str) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).write_text("{cut short")
+    with pytest.raises(InputError, match="cannot be read"):
+        write_report(Run(run))
 
 
 def test_a_config_with_an_unknown_key_is_refused(

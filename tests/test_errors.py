@@ -52,3 +52,14 @@ def test_an_error_of_the_users_is_one_sentence(
 def test_an_error_of_ours_passes_through(error: Exception) -> None:
     with pytest.raises(type(error)):
         command(error)
+
+
+def test_an_interrupt_ends_in_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    @exits_with_one_sentence
+    def main(argv: list[str] | None = None) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.count("\n") == 1

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
@@ -125,6 +125,10 @@ class NegativePhase:
         if loop.negatives == "importance":
             return self._importance(energy_data, generator)
         return self._chains(energy_data, generator, replay_probability(loop, step))
+
+    def state(self) -> dict[str, Any]:
+        """Return the replay and the step size, for a checkpoint."""
+        return {"replay": self.replay.positions, "step_size": float(self.params.step_size)}
 
     def load(self, state: Mapping[str | int, Any]) -> None:
         """Take up the replay and the step size of a checkpoint's state."""
@@ -267,26 +271,27 @@ def fit_ebm(
         is_checkpoint = done % loop.checkpoint_every == 0 or done == loop.steps
         if is_checkpoint or done % loop.validate_every == 0:
             gain = _validate(run, config, averaged_potential, data.validation, done)
+            progress.write(f"step {done}: validation gain {gain.nats:.3f} nats, log Z {gain.log_z.value:.3f}")
         if is_checkpoint:
-            is_certified = gain.log_z.ess >= CERTIFIED_ESS and math.isfinite(gain.nats)
-            checkpoints.save(
-                run.checkpoints(stage),
-                stage=stage,
-                step=done,
-                weights={
-                    "energy": energy.state_dict(),
-                    "energy_average": average.module.state_dict(),
-                    "spectral": spectral.state_dict(),
-                },
-                state={
-                    "optimizer": optimizer.state_dict(),
-                    "replay": negatives.replay.positions,
-                    "step_size": float(negatives.params.step_size),
-                },
-                config=to_dict(config),
-                score=gain.nats if is_certified else None,
-            )
+            weights = {"energy": energy, "energy_average": average.module, "spectral": spectral}
+            _save(run, config, done, weights, {"optimizer": optimizer.state_dict(), **negatives.state()}, gain)
     return VAEBM(vae, average.module)
+
+
+def _save(
+    run: Run, config: Config, step: int, modules: Mapping[str, nn.Module], state: dict[str, Any], gain: Gain
+) -> None:
+    """Write a checkpoint; only a certified likelihood gain is a score."""
+    is_certified = gain.log_z.ess >= CERTIFIED_ESS and math.isfinite(gain.nats)
+    checkpoints.save(
+        run.checkpoints("ebm"),
+        stage="ebm",
+        step=step,
+        weights={name: module.state_dict() for name, module in modules.items()},
+        state=state,
+        config=to_dict(config),
+        score=gain.nats if is_certified else None,
+    )
 
 
 def _validate(run: Run, config: Config, potential: NoisePotential, split: Split, step: int) -> Gain:

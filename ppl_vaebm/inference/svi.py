@@ -128,6 +128,7 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
         if done % loop.checkpoint_every == 0 or done % loop.validate_every == 0 or done == loop.steps:
             validation = mean_elbo(average.module, data.validation, seed_for(seed, "validation"))
             run.log({"stage": stage, "step": done, "validation_elbo_nats": validation.elbo_nats})
+            progress.write(f"step {done}: validation ELBO {validation.elbo_nats:.3f} nats")
         if done % loop.checkpoint_every == 0 or done == loop.steps:
             checkpoints.save(
                 run.checkpoints(stage),
