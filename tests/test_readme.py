@@ -1,0 +1,27 @@
+"""The README's Python example runs as it stands, on a tiny run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ppl_vaebm import report
+from ppl_vaebm.rng import global_rng
+from ppl_vaebm.run import Run
+from tests.tiny import fit_run
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "write_report", lambda run: Run(run.path).report_file)
+    run = fit_run(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert '"runs/demo"' in example
+    names: dict[str, object] = {}
+    with global_rng(0):
+        exec(example.replace('"runs/demo"', repr(str(run))), names)
+    assert tuple(names["x"].shape) == (100, 2)  # type: ignore[attr-defined]
+    assert {"z_1", "z_2", "x", "energy"} <= set(names["trace"].nodes)  # type: ignore[attr-defined]
