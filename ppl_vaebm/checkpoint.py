@@ -32,7 +32,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import TEMPORARY_PREFIX, replace, sync, write_synced
 
 # Raised by one whenever a checkpoint of the version before can no longer be read.
-SCHEMA = 1
+SCHEMA = 2
 
 WEIGHTS_FILE = "weights.safetensors"
 STATE_FILE = "state.pt"

@@ -18,10 +18,13 @@ DataName = Literal[
     "cifar100",
     "svhn",
     "celeba",
+    "celeba-hq",
     "lsun-church",
     "stacked-mnist",
 ]
 NetKind = Literal["auto", "vector", "image"]
+ModelKind = Literal["auto", "vector", "image", "nvae"]
+DecoderName = Literal["normal", "bernoulli", "logistic", "logistic-mixture"]
 KernelName = Literal["langevin", "mala", "hmc", "pcn", "independence", "elliptical", "mixture"]
 TUNABLE_KERNELS = ("mala", "hmc", "pcn")
 """Kernels whose step warm-up tunes."""
@@ -46,6 +49,18 @@ class DataConfig:
     """Let torchvision fetch missing files."""
     image_size: int | None = None
     """Side in pixels to resize to; the data set's own size if not given."""
+    padding: int | None = None
+    """Black pixels to add on each side, before image-size resizes; 2 for the MNIST family and 0 else if not given."""
+    num_bits: int = 8
+    """Bits to keep of each channel's 8: an image has 2**num_bits levels."""
+    binarize: bool = False
+    """Grey images: draw every pixel of a batch anew, white (1) with probability level / 255, else black (-1)."""
+    flips: Literal["auto", "random", "never"] = "auto"
+    """Mirror training images left to right with probability 1/2; auto: where the data set's own recipe does."""
+    num_validation: int | None = None
+    """Training images to hold out for validation, where the data set has no such part; a tenth if not given."""
+    skip_unreadable: bool = False
+    """Image folders: leave out files that cannot be read instead of refusing them; reads every file at the start."""
     spacing: float = 1.0
     """gaussians25: distance of neighbouring modes."""
     std: float = 0.05
@@ -59,14 +74,81 @@ class DataConfig:
         _require(self.std > 0, "data.std", "positive", self.std)
         _require(self.num_points >= 10, "data.num-points", "at least 10", self.num_points)
         _require(self.image_size is None or self.image_size >= 4, "data.image-size", "at least 4", self.image_size)
+        _require(self.padding is None or self.padding >= 0, "data.padding", "0 or more", self.padding)
+        _require(1 <= self.num_bits <= 8, "data.num-bits", "in 1..8", self.num_bits)
+        expected = "8 with data.binarize, which draws from all levels"
+        _require(self.num_bits == 8 or not self.binarize, "data.num-bits", expected, self.num_bits)
+        num = self.num_validation
+        _require(num is None or num >= 1, "data.num-validation", "at least 1", num)
+
+
+@dataclass(frozen=True)
+class NvaeConfig:
+    """NVAE (Vahdat and Kautz 2020): towers of residual cells, latent groups on several grids."""
+
+    channels: int = 32
+    """Channels at full resolution; every halving of the grid doubles them."""
+    num_latents: int = 20
+    """Channels of every latent group."""
+    num_scales: int = 1
+    """Latent grids; each is half as wide as the one before."""
+    groups_per_scale: int = 10
+    """Latent groups on the finest grid, and on every other unless adaptive-groups is set."""
+    adaptive_groups: bool = False
+    """Each coarser grid has half the groups of the one before, rounded down."""
+    min_groups_per_scale: int = 1
+    """Fewest groups of a grid with adaptive-groups."""
+    encoder_cells: int = 2
+    """Residual cells per group on the way up."""
+    decoder_cells: int = 2
+    """Residual cells per group on the way down."""
+    num_pre_blocks: int = 1
+    """Halvings before the first latent grid, and doublings after it on the way down."""
+    pre_cells: int = 2
+    """Cells of each such block on the way up; the last one halves the grid."""
+    post_cells: int = 2
+    """Cells of each such block on the way down; the first one doubles the grid."""
+    num_flows: int = 0
+    """Pairs of autoregressive flow cells on each group's posterior."""
+    squeeze_excite: bool = True
+    """Rescale the channels of every cell by what the whole image says."""
+    residual_posterior: bool = True
+    """The posterior's raw outputs add to the prior's."""
+    padding: int = 0
+    """Pixels added on each side inside the network, so that the grids divide the image; the likelihood leaves them
+    out."""
+    decoder: DecoderName = "normal"
+    """Distribution of x given z. The logistic ones score the levels of pixels; bernoulli is for binarised images and
+    has no stage ebm."""
+    num_mixtures: int = 10
+    """Components of the logistic mixture."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        positive = ("channels", "num_latents", "num_scales", "groups_per_scale", "min_groups_per_scale")
+        for name in (*positive, "encoder_cells", "decoder_cells", "pre_cells", "post_cells", "num_mixtures"):
+            _require(getattr(self, name) > 0, f"model.nvae.{name.replace('_', '-')}", "positive", getattr(self, name))
+        for name in ("num_pre_blocks", "num_flows", "padding"):
+            flag = f"model.nvae.{name.replace('_', '-')}"
+            _require(getattr(self, name) >= 0, flag, "0 or more", getattr(self, name))
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Latent groups of every grid, finest first."""
+        counts = [self.groups_per_scale]
+        while len(counts) < self.num_scales:
+            halved = max(self.min_groups_per_scale, counts[-1] // 2)
+            counts.append(halved if self.adaptive_groups else self.groups_per_scale)
+        return tuple(counts)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The hierarchical VAE."""
 
-    kind: NetKind = "auto"
-    """Fully connected for points, convolutional for images; auto follows the data."""
+    kind: ModelKind = "auto"
+    """Fully connected for points, convolutional for images; auto follows the data. nvae is for images, with options of
+    its own."""
     latents: tuple[int, ...] = (2,)
     """Size of each latent group, coarsest first. For images the first is a vector; each later group has that many
     channels on a grid twice as fine as the one before."""
@@ -84,6 +166,7 @@ class ModelConfig:
     """Its starting value."""
     min_x_scale: float = 0.03
     """Its floor."""
+    nvae: NvaeConfig = field(default_factory=NvaeConfig)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -106,18 +189,50 @@ class SviConfig:
 
     steps: int = 10_000
     """Optimiser steps."""
+    epochs: float | None = None
+    """Passes over the training data; sets the steps, and the options that are shares or epochs of them."""
     batch_size: int = 256
-    """Data points per step."""
+    """Data points per step, and process."""
+    optimizer: Literal["adam", "adamax"] = "adam"
+    """Update rule; adamax is NVAE's."""
+    epsilon: float = 1e-8
+    """Added to the update rule's denominator."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient."""
     learning_rate: float = 4e-3
-    """Adam's, at the start of the cosine."""
+    """At the start of the cosine."""
     final_learning_rate: float = 4e-5
     """At its end."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0, before the cosine."""
+    warmup_epochs: float | None = None
+    """The same in passes over the data."""
     kl_warmup_steps: int = 5_000
     """Steps over which the weight of the KL term rises from 0 to 1."""
+    kl_warmup_share: float | None = None
+    """The same as a share of all steps."""
+    min_kl_weight: float = 0.0
+    """Floor of that weight."""
+    kl_balance: bool = False
+    """While the weight rises, weigh the latent groups so that each takes a share of the KL in proportion to its grid
+    (NVAE)."""
+    free_bits: float = 0.0
+    """Nats of KL that each latent group has for nothing."""
+    spectral_penalty: float = 0.0
+    """Weight of the convolutions' largest singular values and the normalisations' largest gains (NVAE's lambda)."""
+    spectral_penalty_start: float | None = None
+    """Its value at the start; it moves to the final one in log scale as the KL's weight rises."""
     ema_decay: float = 0.999
     """Of the averaged weights, which validation and stage 2 use."""
     grad_clip: float = 100.0
     """Largest gradient norm; a larger gradient is scaled down to it."""
+    bf16: bool = False
+    """Run the networks in bfloat16; log densities stay in float32."""
+    norm_temperature: float | None = None
+    """Temperature of the prior draws from which the batch normalisations of the generator get their statistics when
+    training ends; sampling and stage 2 use these. If not given, those of training are kept."""
+    norm_batches: int = 500
+    """Batches of 16 such draws."""
     validate_every: int = 1_000
     """Steps between validation ELBOs."""
     checkpoint_every: int = 2_000
@@ -128,7 +243,33 @@ class SviConfig:
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         _require_loop("svi", self)
-        _require(self.kl_warmup_steps >= 0, "svi.kl-warmup-steps", "0 or more", self.kl_warmup_steps)
+        for name in ("warmup_steps", "kl_warmup_steps", "weight_decay", "free_bits", "spectral_penalty"):
+            _require(getattr(self, name) >= 0, f"svi.{name.replace('_', '-')}", "0 or more", getattr(self, name))
+        for name in ("epochs", "warmup_epochs", "spectral_penalty_start", "norm_temperature"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"svi.{name.replace('_', '-')}", "positive", value)
+        share = self.kl_warmup_share
+        _require(share is None or 0 <= share <= 1, "svi.kl-warmup-share", "in [0, 1]", share)
+        _require(self.epsilon > 0, "svi.epsilon", "positive", self.epsilon)
+        _require(0 <= self.min_kl_weight <= 1, "svi.min-kl-weight", "in [0, 1]", self.min_kl_weight)
+        _require(self.norm_batches > 0, "svi.norm-batches", "positive", self.norm_batches)
+        if self.spectral_penalty_start is not None:
+            _require(self.spectral_penalty > 0, "svi.spectral-penalty", "positive with a start", self.spectral_penalty)
+
+    def resolved(self, steps_per_epoch: int) -> SviConfig:
+        """Turn epochs and shares into steps.
+
+        Args:
+            steps_per_epoch: steps of one pass over the training data.
+
+        Returns:
+            Options in which ``steps``, ``warmup_steps`` and ``kl_warmup_steps`` say it all.
+        """
+        steps = self.steps if self.epochs is None else max(1, round(self.epochs * steps_per_epoch))
+        warmup = self.warmup_steps if self.warmup_epochs is None else round(self.warmup_epochs * steps_per_epoch)
+        kl_warmup = self.kl_warmup_steps if self.kl_warmup_share is None else round(self.kl_warmup_share * steps)
+        counts = replace(self, steps=steps, warmup_steps=warmup, kl_warmup_steps=kl_warmup)
+        return replace(counts, epochs=None, warmup_epochs=None, kl_warmup_share=None)
 
 
 @dataclass(frozen=True)
@@ -304,6 +445,9 @@ class Config:
     """CPU threads; 0 leaves the choice to PyTorch."""
     device: str = "cpu"
     """PyTorch device to compute on."""
+    tensorboard: bool = False
+    """Mirror the metrics and stage 1's pictures for TensorBoard, in the run's folder tensorboard; needs the packages of
+    ppl_vaebm[log]."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     svi: SviConfig = field(default_factory=SviConfig)

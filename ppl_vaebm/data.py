@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,17 +17,20 @@ from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Split, deq
 
 __all__ = [
     "Data",
+    "DataForm",
     "IntegerImages",
     "KeyedSampler",
     "LazyImages",
     "Points",
     "Split",
     "dequantize",
+    "form_without_files",
     "gaussians25_log_prob",
     "gaussians25_modes",
     "load_data",
 ]
 
+DIGIT_SIDE = 8
 NUM_DIGIT_LEVELS = 17  # sklearn's digits count the dark ones of 4x4 binary pixels: 0 to 16
 # Beyond 10 standard deviations the neighbours of a mode change its log density by less than 1e-5 nats on average.
 MIN_SEPARATION = 10.0
@@ -45,9 +49,64 @@ def load_data(config: DataConfig, seed: int) -> Data:
     Raises:
         InputError: files or a package are missing, or an option does not fit the data set.
     """
+    _refuse_unused(config)
     if config.name == "gaussians25":
         return _gaussians25(config, seed)
     return _IMAGE_SETS[config.name](config)
+
+
+class DataForm(NamedTuple):
+    """What models have to know of a data set; each is what :class:`Data` says of it."""
+
+    event_shape: torch.Size
+    levels: int | None
+    is_dequantized: bool
+
+
+def form_without_files(config: DataConfig) -> DataForm | None:
+    """Tell the form of a data set without loading it.
+
+    Args:
+        config: which one; its files need not be there.
+
+    Returns:
+        The form; ``None`` for an image folder, whose files decide.
+
+    Raises:
+        InputError: an option does not fit the data set.
+    """
+    _refuse_unused(config)
+    if config.name == "gaussians25":
+        return DataForm(torch.Size([2]), None, False)
+    if config.name == "digits":
+        return DataForm(torch.Size([1, DIGIT_SIDE, DIGIT_SIDE]), NUM_DIGIT_LEVELS, True)
+    shape = image_sets.shape_without_files(config)
+    if shape is None:
+        return None
+    return DataForm(shape, 2 if config.binarize else 2**config.num_bits, not config.binarize)
+
+
+_BYTE_SETS = tuple(image_sets.LOADERS)
+_APPLIES_TO = {
+    "image_size": _BYTE_SETS,
+    "padding": _BYTE_SETS,
+    "num_bits": _BYTE_SETS,
+    "flips": _BYTE_SETS,
+    "binarize": image_sets.BINARIZABLE,
+    "num_validation": image_sets.DIVISIBLE,
+    "skip_unreadable": image_sets.FOLDERS,
+}
+
+
+def _refuse_unused(config: DataConfig) -> None:
+    """Refuse an option that would do nothing."""
+    for option, names in _APPLIES_TO.items():
+        value = getattr(config, option)
+        if value != getattr(DataConfig, option) and config.name not in names:
+            raise InputError(
+                f"--data.{option.replace('_', '-')} is for {', '.join(names)}, got {value} for {config.name}; "
+                "leave it out"
+            )
 
 
 # --- gaussians25 ---------------------------------------------------------------------------------
@@ -80,7 +139,6 @@ def gaussians25_log_prob(x: Tensor, spacing: float, std: float) -> Tensor:
 
 
 def _gaussians25(config: DataConfig, seed: int) -> Data:
-    _refuse_image_size(config)
     modes = gaussians25_modes(config.spacing)
 
     def draw(split: str, num_points: int) -> Points:
@@ -97,13 +155,9 @@ def _gaussians25(config: DataConfig, seed: int) -> Data:
         draw("test", config.num_points // 5),
         modes=modes,
         mode_std=config.std,
+        is_dequantized=False,
         max_log_density_nats=-math.log(25 * 2 * math.pi * config.std**2) - 1 if is_separated else None,
     )
-
-
-def _refuse_image_size(config: DataConfig) -> None:
-    if config.image_size is not None:
-        raise InputError(f"data set {config.name} has one size only; leave --data.image-size out")
 
 
 # --- digits --------------------------------------------------------------------------------------
@@ -111,7 +165,6 @@ def _refuse_image_size(config: DataConfig) -> None:
 
 def _digits(config: DataConfig) -> Data:
     """Load sklearn's 1,797 digits: 1,260 train, 140 validation, 397 test, by a permutation fixed for good."""
-    _refuse_image_size(config)
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -127,7 +180,7 @@ def _digits(config: DataConfig) -> Data:
     def part(indices: Tensor) -> IntegerImages:
         return IntegerImages(images[indices], labels[indices], NUM_DIGIT_LEVELS)
 
-    return image_data("digits", [part(order[:1260]), part(order[1260:1400]), part(order[1400:])])
+    return image_data("digits", images.shape[1:], [part(order[:1260]), part(order[1260:1400]), part(order[1400:])])
 
 
 _IMAGE_SETS: dict[str, Callable[[DataConfig], Data]] = {"digits": _digits, **image_sets.LOADERS}

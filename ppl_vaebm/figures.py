@@ -1,4 +1,4 @@
-"""Every picture of a run as a PNG: curves of training, samples, chains."""
+"""Pictures of a run as PNGs: what they share, curves of training, and samples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from matplotlib import image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference import diagnostics
 
 FloatArray: TypeAlias = NDArray[np.float64]
 Record: TypeAlias = Mapping[str, Any]
@@ -35,10 +33,6 @@ GRID_SIDE = 10  # images per row and per column
 GRID_PIXELS = 320  # smallest side of a saved grid; smaller images are enlarged by whole factors
 NOT_FINITE_RGB = (1.0, 0.0, 1.0)  # magenta: seen at once among images
 MAX_POINTS = 5_000  # drawn per scatter plot
-MAX_FUNCTIONALS = 4  # drawn per report, worst effective sample size first
-MAX_TRACE_DRAWS = 500  # per chain; longer traces are thinned
-MAX_LAG = 200  # of the autocorrelations
-NUM_RANK_BINS = 20  # Vehtari et al. (2021), doi 10.1214/20-BA1221
 EARLY_PART = 0.1  # of a run; curves may leave the frame in it
 SMOOTH_ABOVE = 200  # records; a longer curve is drawn faint, with its moving average over 1/50 of the run
 
@@ -85,8 +79,8 @@ EBM_PANELS = (
 )
 
 
-def _picture(title: str, figure: Figure) -> Picture:
-    return Picture(title, _encode(_png(figure)), round(figure.get_figwidth() * PIXELS_PER_INCH))
+def picture(title: str, figure: Figure) -> Picture:
+    return Picture(title, encode(_png(figure)), round(figure.get_figwidth() * PIXELS_PER_INCH))
 
 
 def _png(figure: Figure) -> bytes:
@@ -95,11 +89,11 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _encode(png: bytes) -> str:
+def encode(png: bytes) -> str:
     return base64.b64encode(png).decode("ascii")
 
 
-def _panels(num_rows: int, num_columns: int, height: float = PANEL_HEIGHT) -> tuple[Figure, list[list[Axes]]]:
+def panels(num_rows: int, num_columns: int, height: float = PANEL_HEIGHT) -> tuple[Figure, list[list[Axes]]]:
     # A Figure without pyplot draws with Agg and is forgotten when it goes out of scope.
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)
     figure = Figure(figsize=(FIGURE_WIDTH, height * num_rows), layout=layout, facecolor="white")
@@ -124,12 +118,12 @@ def curves_picture(title: str, records: Sequence[Record], panels: Sequence[Panel
     Returns:
         The picture.
     """
-    return _picture(title, _curves(records, panels))
+    return picture(title, _curves(records, panels))
 
 
 def _curves(records: Sequence[Record], panels: Sequence[Panel]) -> Figure:
     drawn = [(panel, keys) for panel in panels if (keys := _present_keys(records, panel))]
-    figure, rows = _panels(max(1, math.ceil(len(drawn) / PANELS_PER_ROW)), PANELS_PER_ROW)
+    figure, rows = panels(max(1, math.ceil(len(drawn) / PANELS_PER_ROW)), PANELS_PER_ROW)
     axes = list(itertools.chain.from_iterable(rows))
     for ax, (panel, keys) in zip(axes, drawn, strict=False):
         ax.set_title(panel.title, fontsize=TITLE_POINTS)
@@ -196,8 +190,8 @@ def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
     """
     samples = {title: _checked_samples(x) for title, x in sets.items()}
     if all(map(_are_points, samples.values())):
-        return [_picture("samples side by side", _scatters(samples))]
-    return [Picture(title, _encode(_grid_png(x)), GRID_PIXELS) for title, x in samples.items()]
+        return [picture("samples side by side", scatters(samples))]
+    return [Picture(title, encode(_grid_png(x)), GRID_PIXELS) for title, x in samples.items()]
 
 
 def save_samples_png(path: str | Path, x: ArrayLike) -> None:
@@ -264,10 +258,10 @@ def _are_points(x: FloatArray) -> bool:
     return x.ndim == 2 and x.shape[1] == 2
 
 
-def _scatters(sets: Mapping[str, FloatArray]) -> Figure:
+def scatters(sets: Mapping[str, FloatArray]) -> Figure:
     num_points = min(MAX_POINTS, min(map(len, sets.values())))
     frame = _frame(next(iter(sets.values())))
-    figure, (axes,) = _panels(1, PANELS_PER_ROW, height=3.6)
+    figure, (axes,) = panels(1, PANELS_PER_ROW, height=3.6)
     for ax, (title, points) in zip(axes, sets.items(), strict=False):
         _scatter(ax, title, points[:num_points], frame)
     for ax in axes[len(sets) :]:
@@ -316,104 +310,3 @@ def _grid(images: FloatArray) -> NDArray[np.uint8]:
         grid[top : top + height, left : left + width] = pixels[index]
     factor = math.ceil(GRID_PIXELS / max(grid.shape))
     return (grid * 255).round().astype(np.uint8).repeat(factor, axis=0).repeat(factor, axis=1)
-
-
-# Chains
-
-
-def chain_pictures(
-    idata: diagnostics.InferenceData, summaries: Sequence[diagnostics.FunctionalSummary]
-) -> list[Picture]:
-    """Draw the functionals with the fewest effective draws, and the energies.
-
-    Args:
-        idata: the chains.
-        summaries: of every functional.
-
-    Returns:
-        The two pictures.
-    """
-    return [
-        _picture("functionals with the fewest effective draws", _functionals_figure(idata, summaries)),
-        _picture("energies, and every chain on its own", _energy_figure(idata)),
-    ]
-
-
-def _functionals_figure(idata: diagnostics.InferenceData, summaries: Sequence[diagnostics.FunctionalSummary]) -> Figure:
-    by_ess = sorted(summaries, key=lambda s: math.inf if math.isnan(s.ess_bulk) else s.ess_bulk)
-    draws = diagnostics.scalar_draws(idata)
-    shown = [summary.name for summary in by_ess[:MAX_FUNCTIONALS]]
-    figure, axes = _panels(len(shown), 3, height=1.9)
-    for (trace, ranks, correlation), name in zip(axes, shown, strict=True):
-        _trace(trace, draws[name])
-        trace.set_title(f"{name}: trace of every chain", fontsize=TITLE_POINTS)
-        _ranks(ranks, draws[name])
-        ranks.set_title(f"{name}: ranks of every chain", fontsize=TITLE_POINTS)
-        correlation.plot(_autocorrelation(draws[name]), linewidth=1.2)
-        correlation.axhline(0, color="black", linestyle="--", linewidth=0.8)
-        correlation.set_title(f"{name}: autocorrelation by lag", fontsize=TITLE_POINTS)
-    return figure
-
-
-def _trace(ax: Axes, draws: FloatArray) -> None:
-    num_chains, num_draws = draws.shape
-    shown = np.arange(0, num_draws, math.ceil(num_draws / MAX_TRACE_DRAWS))
-    ax.plot(shown, draws[:, shown].T, linewidth=0.6, alpha=_alpha(num_chains))
-
-
-def _alpha(num_chains: int) -> float:
-    return max(0.15, min(0.8, 4 / num_chains))
-
-
-def _ranks(ax: Axes, draws: FloatArray) -> None:
-    counts = _rank_counts(draws)
-    num_chains, num_draws = draws.shape
-    centre = counts.mean(axis=0)
-    spread = 2 * np.sqrt(centre * (1 - centre / num_draws))
-    edges = np.linspace(0, 1, NUM_RANK_BINS + 1)
-    ax.stairs(centre + spread, edges, baseline=centre - spread, fill=True, color="lightgrey")
-    for row in counts:
-        ax.stairs(row, edges, baseline=None, linewidth=0.8, alpha=_alpha(num_chains))
-
-
-def _rank_counts(draws: FloatArray) -> FloatArray:
-    """Count each chain's draws by their rank among all chains' draws, ``(C, bins)``; equal draws share a rank."""
-    _, inverse, counts = np.unique(draws, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts + 1) / 2)[inverse].reshape(draws.shape)
-    bins = (ranks / draws.size * NUM_RANK_BINS).astype(int)
-    return np.stack([np.bincount(row, minlength=NUM_RANK_BINS) for row in bins]).astype(np.float64)
-
-
-def _autocorrelation(draws: FloatArray) -> FloatArray:
-    """Average the chains' autocorrelation, ``(lags,)``, about the mean of all: chains that disagree stay correlated."""
-    num_draws = draws.shape[1]
-    with np.errstate(invalid="ignore"):  # draws that never move or are not finite have none, and get no curve
-        spectrum = np.fft.rfft(draws - draws.mean(), n=2 * num_draws, axis=1)
-        covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1).mean(axis=0)[: min(num_draws // 2, MAX_LAG) + 1]
-        correlation: FloatArray = covariance / covariance[0]
-    return correlation
-
-
-def _energy_figure(idata: diagnostics.InferenceData) -> Figure:
-    stats = idata["sample_stats"]
-    energy = stats["energy"].transpose("chain", "draw").to_numpy().astype(np.float64)
-    figure, ((histogram, bfmi, acceptance),) = _panels(1, 3)
-    finite = energy[np.isfinite(energy)]
-    with np.errstate(invalid="ignore"):
-        changes = np.diff(energy, axis=1)
-    histogram.hist(finite - finite.mean(), bins=40, density=True, histtype="step", label="energy - mean")
-    histogram.hist(changes[np.isfinite(changes)], bins=40, density=True, histtype="step", label="change per draw")
-    histogram.set_title("energy (nats)", fontsize=TITLE_POINTS)
-    histogram.legend(fontsize=7)
-    _per_chain(bfmi, diagnostics.bfmi(idata), "BFMI of every chain")
-    bfmi.axhline(diagnostics.MIN_BFMI, color="black", linestyle="--", linewidth=0.8)
-    rates = stats["acceptance_rate"].transpose("chain", "draw").to_numpy()
-    _per_chain(acceptance, rates.mean(axis=1), "acceptance rate of every chain")
-    return figure
-
-
-def _per_chain(ax: Axes, values: FloatArray, title: str) -> None:
-    ax.plot(np.arange(len(values)), values, linestyle="none", marker=".")
-    ax.set_ylim(0, 1.1 * values[np.isfinite(values)].max(initial=0) or 1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_title(title, fontsize=TITLE_POINTS)

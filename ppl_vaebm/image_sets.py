@@ -1,14 +1,12 @@
-"""Image sets that are read from files: torchvision's archives, CelebA, LSUN, and any folder of images."""
+"""Image sets by name: torchvision's archives, CelebA and LSUN."""
 
 from __future__ import annotations
 
 import io
-import math
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +14,17 @@ from torch.nn import functional
 
 from ppl_vaebm.config import DataConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.splits import NUM_BYTE_LEVELS, Data, IntegerImages, LazyImages, image_data
-
-VALIDATION_SHARE = 0.1
-
-K = TypeVar("K")
+from ppl_vaebm.image_files import (
+    OWN_SIZES,
+    ImageForm,
+    decode,
+    has_flips,
+    num_train,
+    root_folder,
+)
+from ppl_vaebm.image_folder import load_image_folder
+from ppl_vaebm.rng import stream
+from ppl_vaebm.splits import Data, IntegerImages, LazyImages, image_data
 
 # --- image sets held in memory -------------------------------------------------------------------
 
@@ -32,32 +35,44 @@ class _Archive(NamedTuple):
     class_name: str
     files: tuple[str, ...]
     """What must lie under the root."""
+    channels: int = 3
+    side: int = 32
+    """Before padding, in pixels."""
     padding: int = 0
-    """Black pixels added on each side."""
+    """Black pixels added on each side, if the configuration does not say."""
     has_flips: bool = False
+
+    def padding_for(self, config: DataConfig) -> int:
+        """Return the padding that the configuration asks for, or else the set's own."""
+        return self.padding if config.padding is None else config.padding
 
 
 _IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _MNIST_FILES = tuple(f"MNIST/raw/{file}" for file in _IDX_FILES)
+_FASHION_FILES = tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES)
 _CIFAR10_FILES = (*(f"data_batch_{index}" for index in range(1, 6)), "test_batch", "batches.meta")
 _ARCHIVES = {
-    "mnist": _Archive("MNIST", _MNIST_FILES, padding=2),
-    "fashion-mnist": _Archive("FashionMNIST", tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES), padding=2),
+    "mnist": _Archive("MNIST", _MNIST_FILES, 1, 28, padding=2),
+    "fashion-mnist": _Archive("FashionMNIST", _FASHION_FILES, 1, 28, padding=2),
     "cifar10": _Archive("CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR10_FILES), has_flips=True),
     "cifar100": _Archive(
         "CIFAR100", tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta")), has_flips=True
     ),
     "svhn": _Archive("SVHN", ("train_32x32.mat", "test_32x32.mat")),
-    "stacked-mnist": _Archive("MNIST", _MNIST_FILES, padding=2),
+    "stacked-mnist": _Archive("MNIST", _MNIST_FILES, 3, 28, padding=2),
 }
 
 
 def _archive(config: DataConfig) -> Data:
-    """Load a torchvision set: the last tenth of its training images is the validation split."""
-    train, validation, test = _read_archive(config)
-    has_flips = _ARCHIVES[config.name].has_flips
-    splits = [IntegerImages(*train, has_flips=has_flips), IntegerImages(*validation), IntegerImages(*test)]
-    return image_data(config.name, splits)
+    """Load a torchvision set: the last of its training images are the validation split, a tenth if not said."""
+    parts = _read_archive(config)
+    flips = (has_flips(config, _ARCHIVES[config.name].has_flips), False, False)
+    levels = 2**config.num_bits
+    splits = [
+        IntegerImages(images, labels, levels, is_flipping, config.binarize)
+        for (images, labels), is_flipping in zip(parts, flips, strict=True)
+    ]
+    return image_data(config.name, splits[0].images.shape[1:], splits)
 
 
 def _stacked_mnist(config: DataConfig) -> Data:
@@ -67,8 +82,11 @@ def _stacked_mnist(config: DataConfig) -> Data:
     good, so no digit is in two splits.
     """
     weights = torch.tensor([100, 10, 1])
+    flips = (has_flips(config, own=False), False, False)
     splits = []
-    for name, (images, labels) in zip(("train", "validation", "test"), _read_archive(config), strict=True):
+    for name, (images, labels), is_flipping in zip(
+        ("train", "validation", "test"), _read_archive(config), flips, strict=True
+    ):
         triples = torch.stack(
             [
                 torch.randperm(len(images), generator=stream(0, "stacked-mnist", name, channel))
@@ -76,8 +94,9 @@ def _stacked_mnist(config: DataConfig) -> Data:
             ],
             dim=1,
         )
-        splits.append(IntegerImages(images[triples].squeeze(2), labels[triples] @ weights))
-    return image_data(config.name, splits)
+        stacked = images[triples].squeeze(2)
+        splits.append(IntegerImages(stacked, labels[triples] @ weights, 2**config.num_bits, is_flipping))
+    return image_data(config.name, splits[0].images.shape[1:], splits)
 
 
 _LabelledImages = tuple[Tensor, Tensor]
@@ -90,15 +109,12 @@ def _read_archive(config: DataConfig) -> tuple[_LabelledImages, _LabelledImages,
         which: dict[str, Any] = {"split": part} if archive.class_name == "SVHN" else {"train": part == "train"}
         dataset = _open(config, archive.class_name, archive.files, **which)
         images, labels = _arrays(dataset)
-        return _resized(functional.pad(images, (archive.padding,) * 4), config.image_size), labels
+        images = _resized(functional.pad(images, (archive.padding_for(config),) * 4), config.image_size)
+        return images >> (8 - config.num_bits), labels
 
     images, labels = read("train")
-    num_train = _num_train(len(images))
-    return (images[:num_train], labels[:num_train]), (images[num_train:], labels[num_train:]), read("test")
-
-
-def _num_train(size: int) -> int:
-    return size - int(VALIDATION_SHARE * size)
+    num = num_train(config, len(images))
+    return (images[:num], labels[:num]), (images[num:], labels[num:]), read("test")
 
 
 def _arrays(dataset: Any) -> _LabelledImages:
@@ -135,53 +151,53 @@ _CELEBA_FILES = tuple(
     )
 )
 _CHURCH_FILES = ("church_outdoor_train_lmdb", "church_outdoor_val_lmdb")
-_IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_GREY_MODES = ("1", "L", "LA")
-_COLOUR_MODES = ("RGB", "RGBA", "P", "CMYK", "YCbCr")
-# Opening every file of a large folder takes minutes; this many tell its common form (chosen by us).
-_NUM_PROBED = 64
-
-
-class _Form(NamedTuple):
-    """What a decoded image is brought to."""
-
-    channels: int
-    size: int
-    crop: tuple[slice, slice] = (slice(None), slice(None))
-    """Rows and columns to keep before the resize."""
-
-
 # The customary CelebA-64 crop, left 15, top 40, right 163, bottom 188 (Larsen et al. 2016; NVAE uses it too).
 _CELEBA_CROP = (slice(40, 188), slice(15, 163))
 
 
+def _form(config: DataConfig) -> ImageForm:
+    return ImageForm(3, config.image_size or OWN_SIZES[config.name], config.padding or 0, config.num_bits)
+
+
 def _celeba(config: DataConfig) -> Data:
     """Load CelebA's own three parts, cropped to 148 x 148 and resized to 64."""
-    form = _Form(3, config.image_size or 64, _CELEBA_CROP)
-    load = partial(_load_file, form=form)
-    folder = _root(config) / "celeba" / "img_align_celeba"
+    form = _form(config)._replace(crop=_CELEBA_CROP)
+    folder = root_folder(config) / "celeba" / "img_align_celeba"
 
-    def read(part: str) -> list[Path]:
+    def split(part: str, flips: bool = False) -> LazyImages[Path]:
         dataset = _open(config, "CelebA", _CELEBA_FILES, split=part)
-        return [folder / file for file in dataset.filename]
+        keys = [folder / file for file in dataset.filename]
+        return LazyImages(partial(decode, form=form), keys, levels=2**config.num_bits, has_flips=flips)
 
-    return _lazy_data(config.name, form, load, (read("train"), read("valid"), read("test")), has_flips=True)
+    splits = [split("train", has_flips(config, own=True)), split("valid"), split("test")]
+    return image_data(config.name, torch.Size([3, form.size, form.size]), splits)
 
 
 def _lsun_church(config: DataConfig) -> Data:
-    """Load LSUN's outdoor churches; its validation images are the test split here, for LSUN has no other."""
-    form = _Form(3, config.image_size or 64)
-    root = _root(config)
+    """Load LSUN's outdoor churches, with random square crops in training and the middle square elsewhere.
+
+    LSUN's validation images are the test split here, for LSUN has no other.
+    """
+    form = _form(config)
+    root = root_folder(config)
     databases = {file: _open_lmdb(config, root / file) for file in _CHURCH_FILES}
     train, test = ([(file, key) for key in _lmdb_keys(databases[file])] for file in _CHURCH_FILES)
-    num_train = _num_train(len(train))
+    num = num_train(config, len(train))
 
-    def load(entry: tuple[str, bytes]) -> Tensor:
+    def load(entry: tuple[str, bytes], form: ImageForm) -> Tensor:
         file, key = entry
         with databases[file].begin() as transaction:
-            return _decode(io.BytesIO(transaction.get(key)), f"{key.decode()} in {root / file}", form)
+            return decode(io.BytesIO(transaction.get(key)), form, f"{key.decode()} in {root / file}")
 
-    return _lazy_data(config.name, form, load, (train[:num_train], train[num_train:], test), has_flips=True)
+    levels = 2**config.num_bits
+    whole, square = (partial(load, form=form._replace(is_square=is_square)) for is_square in (False, True))
+    flips = has_flips(config, own=True)
+    splits = [
+        LazyImages(whole, train[:num], levels=levels, has_flips=flips, random_crop=form.size),
+        LazyImages(square, train[num:], levels=levels),
+        LazyImages(square, test, levels=levels),
+    ]
+    return image_data(config.name, torch.Size([3, form.size, form.size]), splits)
 
 
 def _lmdb_keys(database: Any) -> list[bytes]:
@@ -201,128 +217,14 @@ def _open_lmdb(config: DataConfig, folder: Path) -> Any:
         raise _unusable(config, _CHURCH_FILES, error) from error
 
 
-def _image_folder(config: DataConfig) -> Data:
-    """Load any nested folder of images, split 80/10/10 by a hash of each path below it.
-
-    Adding or removing a file moves no other file to another split. Nothing is mirrored, for letters and digits
-    may be in the pictures.
-    """
-    root = _root(config)
-    files = _image_files(root)
-    form = _common_form(root, files, config.image_size)
-    splits: tuple[list[Path], list[Path], list[Path]] = ([], [], [])
-    for file in files:
-        tenth = seed_for(0, "image-folder", file.relative_to(root).as_posix()) % 10
-        splits[max(0, tenth - 7)].append(file)
-    if not all(splits):
-        raise InputError(
-            f"the image folder {root} has {len(files)} images, too few for a split in train, validation and test; "
-            "add more"
-        )
-    return _lazy_data(config.name, form, partial(_load_file, form=form), splits)
-
-
-def _image_files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise InputError(f"expected a folder of images at {root}, found none; set --data.root")
-    files = sorted(
-        Path(folder, file)
-        for folder, _, names in os.walk(root)
-        for file in names
-        if file.lower().endswith(_IMAGE_SUFFIXES) and not file.startswith(".")
-    )
-    if not files:
-        raise InputError(f"found no images ({', '.join(_IMAGE_SUFFIXES)}) in {root} or below it; set --data.root")
-    return files
-
-
-def _common_form(root: Path, files: Sequence[Path], image_size: int | None) -> _Form:
-    """Look at some headers: grey if all are grey; their size if all have the same square one."""
-    headers = {_header(file) for file in files[:: math.ceil(len(files) / _NUM_PROBED)]}
-    channels = 1 if all(mode in _GREY_MODES for mode, _ in headers) else 3
-    sizes = sorted({size for _, size in headers})
-    if image_size is None and (len(sizes) > 1 or sizes[0][0] != sizes[0][1]):
-        raise InputError(
-            f"the images in {root} are not all squares of one size, from {sizes[0]} to {sizes[-1]}; "
-            "say what to resize them to with --data.image-size"
-        )
-    return _Form(channels, image_size or sizes[0][0])
-
-
-def _lazy_data(
-    name: str,
-    form: _Form,
-    load: Callable[[K], Tensor],
-    keys: tuple[Sequence[K], Sequence[K], Sequence[K]],
-    has_flips: bool = False,
-) -> Data:
-    train, validation, test = keys
-    return Data(
-        name,
-        torch.Size([form.channels, form.size, form.size]),
-        LazyImages(load, train, has_flips=has_flips),
-        LazyImages(load, validation),
-        LazyImages(load, test),
-        levels=NUM_BYTE_LEVELS,
-    )
-
-
-def _load_file(file: Path, form: _Form) -> Tensor:
-    return _decode(file, str(file), form)
-
-
-def _header(file: Path) -> tuple[str, tuple[int, int]]:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return image.mode, image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(str(file), error) from error
-
-
-def _decode(file: Path | io.BytesIO, name: str, form: _Form) -> Tensor:
-    """Read one image: crop, resize of the shorter side, centre crop; ``(C, size, size)``, uint8."""
-    from PIL import Image
-    from torchvision.transforms.v2 import functional as transforms
-
-    try:
-        with Image.open(file) as image:
-            _check_mode(image.mode, name, form)
-            pixels = transforms.pil_to_tensor(image.convert("L" if form.channels == 1 else "RGB"))
-    except InputError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise _unreadable(name, error) from error
-    resized = transforms.resize(pixels[(..., *form.crop)], [form.size], antialias=True)
-    cropped: Tensor = transforms.center_crop(resized, [form.size, form.size])
-    return cropped
-
-
-def _check_mode(mode: str, name: str, form: _Form) -> None:
-    """Refuse what Pillow would convert with silent loss."""
-    if mode not in _GREY_MODES + _COLOUR_MODES:
-        raise InputError(f"the image {name} has pixels of mode {mode}, expected 8 bits per channel; convert it")
-    if form.channels == 1 and mode not in _GREY_MODES:
-        raise InputError(f"the image {name} is in colour while those seen before are grey; convert it or them")
-
-
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(f"the image {name} cannot be read ({error}); remove or replace it")
-
-
 # --- torchvision, and what may be missing --------------------------------------------------------
-
-
-def _root(config: DataConfig) -> Path:
-    return Path(config.root).expanduser().absolute()
 
 
 def _open(config: DataConfig, class_name: str, files: Sequence[str], **options: Any) -> Any:
     try:
         from torchvision import datasets
 
-        return getattr(datasets, class_name)(_root(config), download=config.download, **options)
+        return getattr(datasets, class_name)(root_folder(config), download=config.download, **options)
     # RuntimeError and OSError (URLError, FileNotFoundError) are what torchvision says when files are missing or
     # a download fails; the other two come from files that are cut short.
     except (RuntimeError, ModuleNotFoundError, OSError, ValueError, AssertionError) as error:
@@ -331,7 +233,7 @@ def _open(config: DataConfig, class_name: str, files: Sequence[str], **options: 
 
 def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> InputError:
     """Say in one sentence why a data set cannot be opened; the only place that does."""
-    root = _root(config)
+    root = root_folder(config)
     missing = [file for file in files if not (root / file).exists()]
     reason = " ".join(str(error).split())
     package = error.name if isinstance(error, ModuleNotFoundError) else "gdown" if "gdown" in reason else None
@@ -359,8 +261,28 @@ def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> Inp
     return InputError(f"data set {config.name} lacks {', '.join(missing)} in {root}; {advice}")
 
 
+def shape_without_files(config: DataConfig) -> torch.Size | None:
+    """Return the shape ``(C, H, W)`` of a set's images where no file is needed to tell it, else ``None``."""
+    if config.name in _ARCHIVES:
+        archive = _ARCHIVES[config.name]
+        side = config.image_size or archive.side + 2 * archive.padding_for(config)
+        return torch.Size([archive.channels, side, side])
+    if config.name in OWN_SIZES:
+        side = config.image_size or OWN_SIZES[config.name]
+        return torch.Size([3, side, side])
+    return None
+
+
+FOLDERS = ("image-folder", "celeba-hq")
+"""Sets that are any folder of images."""
+BINARIZABLE = (*(name for name, archive in _ARCHIVES.items() if archive.channels == 1), "image-folder")
+"""Sets that are or may be grey."""
+DIVISIBLE = (*_ARCHIVES, "lsun-church", *FOLDERS)
+"""Sets that come, or may come, without a part for validation."""
+
 LOADERS: dict[str, Callable[[DataConfig], Data]] = {
-    "image-folder": _image_folder,
+    "image-folder": load_image_folder,
+    "celeba-hq": load_image_folder,
     "mnist": _archive,
     "fashion-mnist": _archive,
     "cifar10": _archive,

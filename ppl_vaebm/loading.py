@@ -13,7 +13,8 @@ from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm import new_vaebm
+from ppl_vaebm.inference.ebm import has_discrete_x, new_vaebm
+from ppl_vaebm.inference.norms import set_statistics
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -73,13 +74,16 @@ def run_config(run: Run) -> Config:
     return from_dict(load_yaml(run.config_file), str(run.config_file))
 
 
-def load_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
+def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool = True) -> HierarchicalVAE:
     """Load stage 1's best weights.
 
     Args:
         run: the run.
         config: its configuration.
         data: its data.
+        has_prior_statistics: whether the batch normalisations of the generator get the statistics of prior draws,
+            where the checkpoint has them; sampling and stage 2 use these. If not, those of training stay, with which
+            the validation ELBO was taken.
 
     Returns:
         The VAE with averaged weights, in evaluation mode.
@@ -90,6 +94,8 @@ def load_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
     saved = _fitted(run, "svi", "best", config)
     vae = new_vae(config, data)
     vae.load_state_dict(saved.weights["vae_average"])
+    if has_prior_statistics:
+        set_statistics(vae.model, saved.weights.get("prior_statistics", {}))
     return vae.eval()
 
 
@@ -194,6 +200,22 @@ def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
             f"finish it with --stage svi --resume, or take it as it is with --svi.steps {num_done}"
         )
     return vae
+
+
+def check_models(config: Config, data: Data, stage: str) -> None:
+    """Refuse networks that do not fit the data, before anything is written.
+
+    Args:
+        config: the run's configuration.
+        data: its data.
+        stage: to start; stage ebm refuses a discrete x, which stage svi can do with.
+
+    Raises:
+        InputError: naming the option.
+    """
+    vae = new_vae(config, data)
+    if stage == "ebm" or not has_discrete_x(config):
+        new_vaebm(config, vae)
 
 
 def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:

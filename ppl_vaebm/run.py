@@ -7,8 +7,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,8 @@ class Run:
 
     path: Path
     """The folder."""
+    mirror: Callable[[Mapping[str, float | int | str]], None] | None = field(default=None, compare=False, repr=False)
+    """Is given every record of metrics too, once it is in the file."""
 
     @staticmethod
     def open(path: Path | str) -> Run:
@@ -105,6 +107,11 @@ class Run:
         return self.path / "chains.nc"
 
     @property
+    def tensorboard_dir(self) -> Path:
+        """What TensorBoard reads: a folder for each stage."""
+        return self.path / "tensorboard"
+
+    @property
     def report_file(self) -> Path:
         """The report, one HTML file."""
         return self.path / "report.html"
@@ -133,6 +140,8 @@ class Run:
         with self.metrics_file.open("a+b") as file:
             _cut_torn_line(file)
             file.write(line.encode())
+        if self.mirror is not None:
+            self.mirror(record)
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Read the record of metrics.

@@ -3,14 +3,15 @@
 The pixel range is decided here and nowhere else. An integer level k in {0, ..., levels - 1} becomes
 ``y = 2 * (k + u) / levels - 1`` with u uniform on [0, 1) (uniform dequantisation, Theis et al. 2016,
 arXiv:1511.01844), so y lies in [-1, 1). A log density of y in nats turns into a bound on the log probability
-of the levels by adding ``log(2 / levels)`` per coordinate.
+of the levels by adding ``log(2 / levels)`` per coordinate. Binarised images are the exception: their values are
+exactly -1 and 1, and what models give them is a log probability already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,21 @@ def dequantize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     return y
 
 
+def binarize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    """Draw every pixel black or white, anew at every call (dynamic binarisation, Salakhutdinov and Murray 2008).
+
+    Args:
+        k: levels in {0, ..., levels - 1}, any shape, integer.
+        levels: how many there are, at least 2.
+        generator: source of the draws, on the device of ``k``.
+
+    Returns:
+        1 with probability exactly ``k / (levels - 1)``, else -1; float32, the shape of ``k``.
+    """
+    is_white = torch.randint(levels - 1, k.shape, generator=generator, device=k.device) < k
+    return is_white.float() * 2 - 1
+
+
 # --- splits --------------------------------------------------------------------------------------
 
 
@@ -62,7 +78,7 @@ class Split(Protocol):
 
         Args:
             indices: which elements, ``(b,)``, int64.
-            generator: source of the flips and of the dequantisation noise, on the CPU.
+            generator: source of crops, flips and noise or binarisation, on the CPU.
 
         Returns:
             ``(b, *event_shape)``, float32.
@@ -112,6 +128,8 @@ class IntegerImages:
     levels: int = NUM_BYTE_LEVELS
     has_flips: bool = False
     """Whether each image of a batch is mirrored left to right with probability 1/2."""
+    is_binarized: bool = False
+    """Whether a batch is drawn by :func:`binarize`; else by :func:`dequantize`."""
 
     def __post_init__(self) -> None:
         """Refuse anything but integer images in range."""
@@ -132,7 +150,7 @@ class IntegerImages:
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Make a batch; see :meth:`Split.batch`."""
-        return _image_batch(self.images[indices], self.levels, self.has_flips, generator)
+        return _image_batch(self, self.images[indices], generator)
 
 
 K = TypeVar("K")
@@ -140,14 +158,23 @@ K = TypeVar("K")
 
 @dataclass(frozen=True, eq=False)
 class LazyImages(Generic[K]):
-    """Byte images read one by one when a batch asks for them."""
+    """Integer images read one by one when a batch asks for them."""
 
     load: Callable[[K], Tensor]
-    """From a key to an image ``(C, H, W)``, uint8, always of the same shape."""
+    """From a key to an image ``(C, H, W)``, uint8, in {0, ..., levels - 1}, always of the same shape but for crops."""
     keys: Sequence[K]
     labels: Tensor | None = None
+    levels: int = NUM_BYTE_LEVELS
     has_flips: bool = False
     """Whether each image of a batch is mirrored left to right with probability 1/2."""
+    is_binarized: bool = False
+    """Whether a batch is drawn by :func:`binarize`; else by :func:`dequantize`."""
+    random_crop: int | None = None
+    """Side of the square to cut out of each image of a batch, anywhere in it; ``None`` for images of one shape."""
+
+    def __post_init__(self) -> None:
+        """Refuse labels that do not fit."""
+        _check_labels(self.labels, len(self))
 
     def __len__(self) -> int:
         """Count the images."""
@@ -155,15 +182,22 @@ class LazyImages(Generic[K]):
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
         """Make a batch; see :meth:`Split.batch`."""
-        images = torch.stack([self.load(self.keys[index]) for index in indices.tolist()])
-        return _image_batch(images, NUM_BYTE_LEVELS, self.has_flips, generator)
+        images = [self.load(self.keys[index]) for index in indices.tolist()]
+        if self.random_crop is not None:
+            images = [_random_square(image, self.random_crop, generator) for image in images]
+        return _image_batch(self, torch.stack(images), generator)
 
 
-def _image_batch(images: Tensor, levels: int, has_flips: bool, generator: torch.Generator) -> Tensor:
-    if has_flips:
+def _random_square(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
+    top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in image.shape[-2:])
+    return image[:, top : top + side, left : left + side]
+
+
+def _image_batch(split: IntegerImages | LazyImages[Any], images: Tensor, generator: torch.Generator) -> Tensor:
+    if split.has_flips:
         is_flipped = torch.rand(len(images), 1, 1, 1, generator=generator) < 0.5
         images = torch.where(is_flipped, images.flip(-1), images)
-    return dequantize(images, levels, generator)
+    return (binarize if split.is_binarized else dequantize)(images, split.levels, generator)
 
 
 def _check_labels(labels: Tensor | None, size: int) -> None:
@@ -188,23 +222,53 @@ class Data:
     """For numbers that are reported."""
     levels: int | None = None
     """Levels of a pixel; ``None`` for points."""
+    is_dequantized: bool = True
+    """Whether ``log(2 / levels)`` per coordinate turns a log density in nats into a bound on the log probability of the
+    levels; not so for binarised images, whose values are the levels themselves, nor for points."""
     modes: Tensor | None = None
     """Centres of a known mixture, ``(m, d)``."""
     mode_std: float | None = None
     """Standard deviation of each of its components, along every axis."""
     max_log_density_nats: float | None = None
     """Mean log density of the data under their own law, which no model can pass but by chance; ``None`` if unknown."""
+    skipped: tuple[str, ...] = ()
+    """Files that could not be read and were left out, for the entry point to report."""
+
+    def __post_init__(self) -> None:
+        """Refuse a part without elements."""
+        sizes = [len(self.train), len(self.validation), len(self.test)]
+        if not all(sizes):
+            raise InputError(
+                f"data set {self.name} needs elements for training, validation and test, found {sizes[0]}, {sizes[1]} "
+                f"and {sizes[2]}: too few to go round; add more"
+            )
 
 
-def image_data(name: str, splits: Sequence[IntegerImages]) -> Data:
-    """Make a data set of images held in memory.
+def image_data(
+    name: str,
+    event_shape: torch.Size,
+    splits: Sequence[IntegerImages | LazyImages[Any]],
+    skipped: tuple[str, ...] = (),
+) -> Data:
+    """Make a data set of integer images.
 
     Args:
         name: of the data set.
-        splits: train, validation and test, of equal shape and levels.
+        event_shape: of an image, ``(C, H, W)``.
+        splits: train, validation and test, alike in levels and binarisation.
+        skipped: files that were left out.
 
     Returns:
         The data set.
     """
     train, validation, test = splits
-    return Data(name, train.images.shape[1:], train, validation, test, levels=train.levels)
+    return Data(
+        name,
+        event_shape,
+        train,
+        validation,
+        test,
+        levels=2 if train.is_binarized else train.levels,
+        is_dequantized=not train.is_binarized,
+        skipped=skipped,
+    )

@@ -1,8 +1,12 @@
-"""The integers that a batch of images was made from, for the tests of the data."""
+"""Image files, and the integers that a batch of images was made from, for the tests of the data."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ppl_vaebm.rng import stream
@@ -20,3 +24,9 @@ def quantized(y: Tensor, levels: int) -> Tensor:
 def pixels(split: Split, levels: int = 256) -> Tensor:
     """Every image of a split, as the integers that its batch was made from."""
     return quantized(split.batch(torch.arange(len(split)), noise()), levels)
+
+
+def save(path: Path, array: np.ndarray, mode: str | None = None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(path)

@@ -9,10 +9,12 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor, nn
 
-from ppl_vaebm.config import EnergyConfig, ModelConfig
+from ppl_vaebm.config import EnergyConfig, ModelConfig, NvaeConfig
+from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.energy import Energy, build_energy
-from ppl_vaebm.models.small_vae import build_vae
-from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE
+from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
+from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, RelativeGuide
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
 
@@ -22,6 +24,13 @@ class Shipped(NamedTuple):
 
     event_shape: tuple[int, ...]
     options: dict[str, Any]
+    levels: int | None = None
+
+
+def nvae_options(**options: Any) -> dict[str, Any]:
+    """Return the options of an NVAE of the smallest sizes that have all its parts."""
+    small = {"channels": 2, "num_latents": 2, "num_mixtures": 2, "encoder_cells": 1, "decoder_cells": 1}
+    return {"kind": "nvae", "nvae": NvaeConfig(**{**small, **options})}
 
 
 VECTORS = {
@@ -40,7 +49,18 @@ IMAGES = {
     for latents in [(5,), (5, 2), (5, 2, 1)]
     for x_scale in ("global", "local")
 }
-SHIPPED = VECTORS | IMAGES
+NVAES = {
+    "nvae, 2 scales of 2 groups, normal": Shipped((3, 8, 8), nvae_options(num_scales=2, groups_per_scale=2)),
+    "nvae, one group, normal": Shipped((1, 8, 8), nvae_options(groups_per_scale=1)),
+}
+SHIPPED = VECTORS | IMAGES | NVAES
+# Their x is the quantile transport of its noise, and one has flows on its posteriors, so these are no Normals.
+QUANTILE_NVAES = {
+    "nvae, flows, logistic mixture": Shipped(
+        (3, 8, 8), nvae_options(groups_per_scale=2, num_flows=1, decoder="logistic-mixture"), 256
+    ),
+    "nvae, padding, logistic": Shipped((1, 6, 6), nvae_options(groups_per_scale=2, padding=1, decoder="logistic"), 16),
+}
 # Enough of them where every one would take long.
 FEW = [
     "vector, 1 groups, global scale, 0 features",
@@ -54,17 +74,32 @@ def strengthen(net: nn.Module, gain: float) -> None:
     """Multiply a net's weights, so that fresh nets give outputs that vary."""
     with torch.no_grad():
         for module in net.modules():
-            if isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(module, Conv2d) and module.log_gain is not None:
+                module.log_gain.add_(math.log(gain))
+            elif isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.weight *= gain
 
 
+@torch.no_grad()
+def unsettle(net: nn.Module, seed: int = 0) -> None:
+    """Give batch normalisations statistics, gains and biases as after training, for fresh ones do next to nothing."""
+    generator = stream(seed, "norms")
+    for module in net.modules():
+        if isinstance(module, BatchNorm2d):
+            module.running_mean.normal_(0.0, 0.5, generator=generator)
+            module.running_var.uniform_(0.3, 1.5, generator=generator)
+            module.weight.normal_(0.0, 1.5, generator=generator)
+            module.bias.normal_(0.0, 0.5, generator=generator)
+
+
 def shipped_vae(name: str, gain: float = 1.5) -> HierarchicalVAE:
-    """Make a VAE of float64, the same at every call."""
-    shape, options = SHIPPED[name]
+    """Make a VAE of float64, the same at every call; an NVAE in evaluation mode."""
+    shape, options, levels = (SHIPPED | QUANTILE_NVAES)[name]
     with global_rng(0):
-        vae = build_vae(ModelConfig(**options), torch.Size(shape)).double()
+        vae = build_vae(ModelConfig(**options), torch.Size(shape), levels).double()
     strengthen(vae, gain)
-    return vae
+    unsettle(vae)
+    return vae.eval()
 
 
 def shipped_vaebm(name: str, gain: float = 1.5) -> VAEBM:
@@ -101,15 +136,15 @@ class LinearGenerator(Generator):
         self.s = nn.Parameter(torch.tensor(s, dtype=torch.float64))
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
-        loc, scale = self._reference("z_1", num)
-        z = choose("z_1", loc, scale, loc)
+        prior = self._reference("z_1", num)
+        z = choose("z_1", prior, prior.loc)
         return {"z_1": z}, z
 
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return self.a * state, self.s.expand_as(state)
+    def decode(self, state: Tensor) -> Decoded:
+        return DecodedNormal(self.a * state, self.s.expand_as(state))
 
 
-class LinearGuide(Guide):
+class LinearGuide(RelativeGuide):
     """``q(z | x) = N(slope x, spread^2 I)``."""
 
     def __init__(self, generator: LinearGenerator, slope: float, spread: float) -> None:

@@ -102,7 +102,7 @@ def test_round_trip_is_exact(tmp_path: Path, generator: torch.Generator) -> None
 def test_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     path = store(tmp_path, 7, 0.5)
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["schema"], manifest["stage"], manifest["step"], manifest["score"]) == (1, "ebm", 7, 0.5)
+    assert (manifest["schema"], manifest["stage"], manifest["step"], manifest["score"]) == (2, "ebm", 7, 0.5)
     assert manifest["config"] == {"seed": 3}
     assert manifest["versions"]["python"] == platform.python_version()
     assert manifest["versions"]["torch"] == version("torch")
@@ -372,17 +372,17 @@ def edit_manifest(path: Path, changes: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1"])
+@pytest.mark.parametrize("schema", [0, 1, 3, "2"])
 def test_other_schema_is_refused(tmp_path: Path, schema: object) -> None:
     path = store(tmp_path, 1)
     edit_manifest(path, {"schema": schema})
     before = contents(tmp_path)
-    with pytest.raises(InputError, match=rf"manifest\.json to have schema 1, found {schema!r}; .* delete the folder"):
+    with pytest.raises(InputError, match=rf"manifest\.json to have schema 2, found {schema!r}; .* delete the folder"):
         checkpoint.load(tmp_path)
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("text", [b"", b'{"schema": 1, "st', b"\xff\xfe{}", b"[1]", b"{}", b'{"schema": 1}'])
+@pytest.mark.parametrize("text", [b"", b'{"schema": 2, "st', b"\xff\xfe{}", b"[1]", b"{}", b'{"schema": 2}'])
 def test_unreadable_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
     path = store(tmp_path, 1)
     (path / "manifest.json").write_bytes(text)
@@ -403,7 +403,7 @@ def test_unreadable_checkpoints_neither_count_nor_go(tmp_path: Path) -> None:
     damaged = store(tmp_path, 1)
     (damaged / "manifest.json").write_text("{")
     other = store(tmp_path, 2)
-    edit_manifest(other, {"schema": 2})
+    edit_manifest(other, {"schema": 3})
     for step in (3, 4, 5):
         store(tmp_path, step)
     assert checkpoint.available(tmp_path) == [1, 2, 4, 5]

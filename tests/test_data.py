@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from ppl_vaebm import data as data_module
 from ppl_vaebm.config import DataConfig, DataName
-from ppl_vaebm.data import KeyedSampler, Points, gaussians25_log_prob, gaussians25_modes, load_data
+from ppl_vaebm.data import (
+    KeyedSampler,
+    Points,
+    form_without_files,
+    gaussians25_log_prob,
+    gaussians25_modes,
+    load_data,
+)
 from ppl_vaebm.errors import InputError
 from tests.pixels import noise, pixels
 
@@ -90,13 +97,81 @@ def test_digits_are_split_once_and_for_all() -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("name", ["digits", "gaussians25"])
-def test_a_size_for_data_that_have_one_only_is_refused(name: DataName) -> None:
-    with pytest.raises(InputError, match=f"{name} has one size only"):
-        load_data(DataConfig(name=name, image_size=16), 0)
+# --- options and names ---
 
 
-# --- names ---
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        *(
+            (name, option, value)
+            for name in ("digits", "gaussians25")
+            for option, value in (
+                ("image_size", 16),
+                ("num_bits", 5),
+                ("binarize", True),
+                ("padding", 2),
+                ("flips", "random"),
+                ("num_validation", 10),
+                ("skip_unreadable", True),
+            )
+        ),
+        ("cifar10", "binarize", True),
+        ("stacked-mnist", "binarize", True),
+        ("celeba", "binarize", True),
+        ("celeba-hq", "binarize", True),
+        ("celeba", "num_validation", 10),
+        ("mnist", "skip_unreadable", True),
+        ("lsun-church", "skip_unreadable", True),
+    ],
+)
+def test_an_option_that_does_not_fit_the_data_is_refused(name: DataName, option: str, value: Any) -> None:
+    config = DataConfig(name=name, root="/nowhere", **{option: value})
+    flag = "--data." + option.replace("_", "-")
+    for function in (form_without_files, lambda config: load_data(config, 0)):
+        with pytest.raises(InputError, match=f"^{flag} is for .*, got {value} for {name}; leave it out$"):
+            function(config)
+
+
+def test_eight_bits_fit_everything() -> None:
+    assert load_data(DataConfig(name="digits", num_bits=8), 0).levels == 17
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shape", "levels", "is_dequantized"),
+    [
+        ("gaussians25", {}, (2,), None, False),
+        ("digits", {}, (1, 8, 8), 17, True),
+        ("mnist", {}, (1, 32, 32), 256, True),
+        ("mnist", {"padding": 0, "binarize": True}, (1, 28, 28), 2, False),
+        ("fashion-mnist", {"image_size": 16, "num_bits": 3}, (1, 16, 16), 8, True),
+        ("stacked-mnist", {"padding": 1}, (3, 30, 30), 256, True),
+        ("cifar10", {}, (3, 32, 32), 256, True),
+        ("cifar100", {"padding": 4}, (3, 40, 40), 256, True),
+        ("svhn", {}, (3, 32, 32), 256, True),
+        ("celeba", {}, (3, 64, 64), 256, True),
+        ("celeba", {"image_size": 32}, (3, 32, 32), 256, True),
+        ("celeba-hq", {"num_bits": 5}, (3, 256, 256), 32, True),
+        ("lsun-church", {}, (3, 64, 64), 256, True),
+    ],
+)
+def test_form_is_known_without_files(
+    name: DataName, options: dict[str, Any], shape: tuple[int, ...], levels: int | None, is_dequantized: bool
+) -> None:
+    form = form_without_files(DataConfig(name=name, root="/nowhere", **options))
+    assert form == (shape, levels, is_dequantized)
+
+
+def test_form_of_an_image_folder_needs_its_files() -> None:
+    assert form_without_files(DataConfig(name="image-folder", image_size=16)) is None
+
+
+@pytest.mark.parametrize("name", ["gaussians25", "digits"])
+def test_form_is_that_of_the_data(name: DataName) -> None:
+    config = DataConfig(name=name, num_points=50)
+    data = load_data(config, 0)
+    assert form_without_files(config) == (data.event_shape, data.levels, data.is_dequantized)
+    assert data.train.batch(torch.arange(3), noise()).shape[1:] == data.event_shape
 
 
 def test_every_name_of_the_configuration_has_a_loader() -> None:

@@ -7,6 +7,7 @@ import pickle
 import struct
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -18,9 +19,9 @@ from PIL import Image
 
 from ppl_vaebm import image_sets
 from ppl_vaebm.config import DataConfig, DataName
-from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.data import form_without_files, load_data
 from ppl_vaebm.errors import InputError
-from tests.pixels import noise, pixels, quantized
+from tests.pixels import noise, pixels, quantized, save
 
 # --- torchvision's sets ---
 
@@ -71,6 +72,98 @@ def test_stacked_mnist_stacks_digits_and_their_labels(tmp_path: Path) -> None:
     assert len(data.train.labels.unique()) > 60  # 90 draws of 1000; one permutation for all channels would give 10
     for channel in range(3):
         assert torch.equal(digits[:, channel].bincount(), torch.full((10,), 9))
+
+
+def parts_of(config: DataConfig) -> list[int]:
+    data = load_data(config, 0)
+    return [len(split) for split in (data.train, data.validation, data.test)]
+
+
+def test_the_number_of_validation_images_can_be_said(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    config = DataConfig(name="mnist", root=str(tmp_path))
+    assert parts_of(config) == [18, 2, 10]
+    assert parts_of(replace(config, num_validation=5)) == [15, 5, 10]
+    validation = load_data(replace(config, num_validation=5), 0).validation
+    assert validation.labels is not None and validation.labels.tolist() == [5, 6, 7, 8, 9]  # the last ones
+    assert parts_of(replace(config, num_validation=19)) == [1, 19, 10]
+    with pytest.raises(InputError, match="mnist has 20 training images, expected more than the 20 that"):
+        load_data(replace(config, num_validation=20), 0)
+    assert parts_of(replace(config, name="stacked-mnist", num_validation=3)) == [17, 3, 10]
+
+
+def test_too_few_images_for_three_parts_are_refused(tmp_path: Path) -> None:
+    write_mnist(tmp_path, num=9)
+    with pytest.raises(InputError, match="mnist needs elements for training, validation and test, found 9, 0 and 4"):
+        load_data(DataConfig(name="mnist", root=str(tmp_path)), 0)
+    assert parts_of(DataConfig(name="mnist", root=str(tmp_path), num_validation=1)) == [8, 1, 4]
+
+
+@pytest.mark.parametrize(("padding", "side"), [(None, 32), (0, 28), (3, 34)])
+@pytest.mark.parametrize("name", ["mnist", "stacked-mnist"])
+def test_padding_is_the_sets_own_or_what_is_asked_for(
+    name: DataName, padding: int | None, side: int, tmp_path: Path
+) -> None:
+    write_mnist(tmp_path)
+    config = DataConfig(name=name, root=str(tmp_path), padding=padding)
+    data = load_data(config, 0)
+    seen = pixels(data.test)
+    assert data.event_shape == seen.shape[1:] == (3 if name == "stacked-mnist" else 1, side, side)
+    assert (seen > 0).sum((-2, -1)).unique().tolist() == [28 * 28]  # every pixel of the fakes is at least 5
+
+
+def test_bits_are_dropped_from_below(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = load_data(DataConfig(name="mnist", root=str(tmp_path), num_bits=5), 0)
+    assert (data.levels, data.is_dequantized) == (32, True)
+    seen = pixels(data.validation, 32)[:, 0, 16, 16]
+    assert seen.tolist() == [85 >> 3, 95 >> 3] == [10, 11]
+    # Uniform noise fills each of the 32 levels, so that no value lies outside of [-1, 1).
+    y = data.train.batch(torch.arange(18), noise())
+    assert float(y.min()) < -1 + 0.9 / 16 and (y.unique().numel() > 10_000)
+    stacked = load_data(DataConfig(name="stacked-mnist", root=str(tmp_path), num_bits=1), 0)
+    assert stacked.levels == 2 and stacked.is_dequantized
+    assert (pixels(stacked.test, 2) == 0).all()  # no fake is as bright as 128
+
+
+def test_binarised_digits_are_drawn_anew_with_the_right_odds(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    data = load_data(DataConfig(name="mnist", root=str(tmp_path), binarize=True, padding=0), 0)
+    assert (data.levels, data.is_dequantized, data.event_shape) == (2, False, (1, 28, 28))
+    for split in (data.train, data.validation, data.test):
+        assert split.batch(torch.arange(2), noise()).unique().tolist() == [-1, 1]
+    generator = noise()
+    once, again = (data.train.batch(torch.arange(18), generator) for _ in range(2))
+    assert not torch.equal(once, again)
+    assert torch.equal(once, data.train.batch(torch.arange(18), noise()))
+    share = (once > 0).double().mean((1, 2, 3))
+    assert data.train.labels is not None
+    odds = (10 * data.train.labels + 5).double() / 255
+    assert ((share - odds).abs() < 5 * (odds * (1 - odds) / 28**2).sqrt()).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "num_bits": 3}, {"image_size": 16}, {"flips": "random"}])
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "stacked-mnist"])
+def test_form_is_known_before_the_files_are(name: DataName, options: dict[str, Any], tmp_path: Path) -> None:
+    config = DataConfig(name=name, root=str(tmp_path), **options)
+    form = form_without_files(config)
+    write_mnist(tmp_path, "FashionMNIST" if name == "fashion-mnist" else "MNIST")
+    data = load_data(config, 0)
+    assert form == (data.event_shape, data.levels, data.is_dequantized)
+    assert data.train.batch(torch.arange(2), noise()).shape[1:] == data.event_shape
+
+
+def test_digits_are_mirrored_only_if_asked_for(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    raw = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    images = np.zeros((20, 28, 28), np.uint8)
+    images[:, :, :14] = 200
+    write_idx(raw, images)
+    for flips, is_flipping in (("auto", False), ("never", False), ("random", True)):
+        data = load_data(DataConfig(name="mnist", root=str(tmp_path), flips=flips), 0)  # type: ignore[arg-type]
+        is_flipped = pixels(data.train)[:, 0, 16, 4] == 0
+        assert (0 < int(is_flipped.sum()) < 18) is is_flipping
+        assert (pixels(data.validation)[:, 0, 16, 4] == 200).all()
 
 
 def test_missing_files_are_named_with_their_folder_and_the_option(tmp_path: Path) -> None:
@@ -162,6 +255,9 @@ def test_cifar10_keeps_its_channels_and_flips_in_training_only(tmp_path: Path, m
     assert 0 < int(is_flipped.sum()) < 36
     for split in (data.validation, data.test):
         assert (pixels(split)[:, 2, :, :16] == 30).all() and (pixels(split)[:, 2, :, 16:] == 40).all()
+    assert form_without_files(config) == (data.event_shape, data.levels, data.is_dequantized)
+    never = load_data(replace(config, flips="never"), 0)
+    assert (pixels(never.train)[:, 2, :, :16] == 30).all()
 
 
 def test_svhn_keeps_its_layout_and_calls_zero_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,18 +273,13 @@ def test_svhn_keeps_its_layout_and_calls_zero_zero(tmp_path: Path, monkeypatch: 
     data = load_data(DataConfig(name="svhn", root=str(tmp_path)), 0)
     seen = pixels(data.train)
     assert (len(data.train), len(data.validation), len(data.test)) == (18, 2, 20)
+    assert form_without_files(DataConfig(name="svhn")) == (data.event_shape, data.levels, data.is_dequantized)
     assert (seen[:, 0] == 7).all() and (seen[:, 1] == 0).all()
     assert (seen[:, 2, :16] == 9).all() and (seen[:, 2, 16:] == 0).all()
     assert data.train.labels is not None and (data.train.labels == 0).all()
 
 
 # --- image files ---
-
-
-def save(path: Path, array: np.ndarray, mode: str | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image = Image.fromarray(array)
-    (image.convert(mode) if mode else image).save(path)
 
 
 def write_celeba(root: Path) -> None:
@@ -218,6 +309,12 @@ def test_celeba_is_cropped_where_the_faces_are(tmp_path: Path, monkeypatch: pyte
     assert data.event_shape == (3, 64, 64)
     assert [len(split) for split in (data.train, data.validation, data.test)] == [2, 2, 2]
     assert all((pixels(split) == 255).all() for split in (data.train, data.validation, data.test))
+    assert form_without_files(config) == (data.event_shape, data.levels, data.is_dequantized)
+    small = replace(config, image_size=16, num_bits=5, padding=10)
+    data = load_data(small, 0)
+    assert form_without_files(small) == (data.event_shape, data.levels, data.is_dequantized) == ((3, 16, 16), 32, True)
+    seen = pixels(data.test, 32)
+    assert (seen[:, :, 4:12, 4:12] == 31).all() and (seen[:, :, 0, 0] < 31).all()  # 10 of 168 pixels are the frame
     monkeypatch.setattr(image_sets, "_CELEBA_CROP", (slice(39, 187), slice(15, 163)))
     assert not (pixels(load_data(config, 0).test) == 255).all()
 
@@ -241,113 +338,56 @@ class FakeDatabase:
         return sorted(self.entries)
 
 
-def test_lsun_reads_its_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def png(level: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.new("RGB", (80, 70), (level, 0, 0)).save(buffer, "png")
-        return buffer.getvalue()
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
 
+
+def fake_lsun(
+    root: Path, monkeypatch: pytest.MonkeyPatch, train: dict[bytes, bytes], test: dict[bytes, bytes]
+) -> list[Path]:
+    """Put databases behind the two folders, which are not made."""
+    folders = [root / f"church_outdoor_{part}_lmdb" for part in ("train", "val")]
+    databases = dict(zip(map(str, folders), (train, test), strict=True))
+    monkeypatch.setitem(
+        sys.modules, "lmdb", types.SimpleNamespace(open=lambda path, **_: FakeDatabase(databases[path]))
+    )
+    return folders
+
+
+def test_lsun_reads_its_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = DataConfig(name="lsun-church", root=str(tmp_path), image_size=8)
-    databases = {
-        str(tmp_path / "church_outdoor_train_lmdb"): {b"%02d" % index: png(index) for index in range(20)},
-        str(tmp_path / "church_outdoor_val_lmdb"): {b"a": png(99), b"b": b"broken"},
-    }
-    fake = types.SimpleNamespace(open=lambda path, **_: FakeDatabase(databases[path]))
-    monkeypatch.setitem(sys.modules, "lmdb", fake)
+    train = {b"%02d" % index: png(Image.new("RGB", (80, 70), (index, 0, 0))) for index in range(20)}
+    test = {b"a": png(Image.new("RGB", (80, 70), (99, 0, 0))), b"b": b"broken"}
+    folders = fake_lsun(tmp_path, monkeypatch, train, test)
     with pytest.raises(InputError, match="lacks church_outdoor_train_lmdb, .*--data.download cannot fetch them"):
         load_data(config, 0)
-    for folder in databases:
-        Path(folder).mkdir()
+    for folder in folders:
+        folder.mkdir()
     data = load_data(config, 0)
-    assert data.event_shape == (3, 8, 8)
+    assert form_without_files(config) == (data.event_shape, data.levels, data.is_dequantized) == ((3, 8, 8), 256, True)
     assert pixels(data.train)[:, 0, 0, 0].tolist() == list(range(18))
     assert pixels(data.validation)[:, 0, 0, 0].tolist() == [18, 19]
     assert (quantized(data.test.batch(torch.tensor([0]), noise()), 256)[0, 0] == 99).all()
     with pytest.raises(InputError, match="image b in .*church_outdoor_val_lmdb cannot be read"):
         data.test.batch(torch.tensor([1]), noise())
+    assert parts_of(replace(config, num_validation=5)) == [15, 5, 2]
 
 
-def write_folder(root: Path, num: int = 60, channels: int = 3) -> None:
-    for index in range(num):
-        shape = (6, 6, 3) if channels == 3 else (6, 6)
-        save(root / f"class{index % 3}" / f"{index:03d}.png", np.full(shape, index, np.uint8))
-
-
-def levels_of(data: Data) -> list[list[int]]:
-    return [pixels(split)[:, 0, 0, 0].tolist() for split in (data.train, data.validation, data.test)]
-
-
-def test_image_folder_splits_every_image_once_and_stays_put(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    (tmp_path / "class0" / "notes.txt").write_text("not an image")
-    (tmp_path / "class0" / "._000.png").write_bytes(b"left by another system")
-    config = DataConfig(name="image-folder", root=str(tmp_path))
-    data = load_data(config, 0)
-    assert (data.event_shape, data.levels) == ((3, 6, 6), 256)
-    splits = levels_of(data)
-    assert sorted(sum(splits, [])) == list(range(60))
-    assert len(splits[0]) > 36 and min(map(len, splits)) >= 1
-    assert levels_of(load_data(config, 1)) == splits
-    removed = splits[0][0]
-    (tmp_path / f"class{removed % 3}" / f"{removed:03d}.png").unlink()
-    assert levels_of(load_data(config, 0)) == [splits[0][1:], splits[1], splits[2]]
-
-
-def test_grey_folder_has_one_channel_and_refuses_a_later_colour(tmp_path: Path) -> None:
-    write_folder(tmp_path, num=130, channels=1)
-    config = DataConfig(name="image-folder", root=str(tmp_path))
-    data = load_data(config, 0)
-    assert data.event_shape == (1, 6, 6)
-    assert sorted(sum(levels_of(data), [])) == list(range(130))
-    odd = sorted(tmp_path.rglob("*.png"))[1]  # every third file is looked at
-    save(odd, np.zeros((6, 6, 3), np.uint8))
-    with pytest.raises(InputError, match=f"{odd.name} is in colour"):
-        levels_of(load_data(config, 0))
-
-
-def test_images_are_resized_then_cropped_in_the_middle(tmp_path: Path) -> None:
-    write_folder(tmp_path, num=30)
-    wide = np.zeros((4, 12, 3), np.uint8)
-    wide[:, 4:8] = 200
-    for file in tmp_path.rglob("*.png"):
-        save(file, wide)
-    config = DataConfig(name="image-folder", root=str(tmp_path))
-    with pytest.raises(InputError, match=r"not all squares of one size, from \(12, 4\).*--data.image-size"):
-        load_data(config, 0)
-    data = load_data(DataConfig(name="image-folder", root=str(tmp_path), image_size=4), 0)
-    assert (pixels(data.train) == 200).all()
-
-
-def test_folder_without_images_or_with_too_few_is_refused(tmp_path: Path) -> None:
-    config = DataConfig(name="image-folder", root=str(tmp_path / "none"))
-    with pytest.raises(InputError, match="expected a folder of images at /.*none.*--data.root"):
-        load_data(config, 0)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match="found no images .* in /.*none.*--data.root"):
-        load_data(config, 0)
-    write_folder(tmp_path / "none", num=2)
-    with pytest.raises(InputError, match="has 2 images, too few"):
-        load_data(config, 0)
-
-
-def test_unreadable_image_is_named_whenever_it_is_met(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    config = DataConfig(name="image-folder", root=str(tmp_path))
-    data = load_data(config, 0)
-    index = pixels(data.train)[5, 0, 0, 0].item()
-    victim = tmp_path / f"class{index % 3}" / f"{index:03d}.png"
-    victim.write_bytes(victim.read_bytes()[:45])  # the header is whole, the pixels are not
-    with pytest.raises(InputError, match=f"{victim.name} cannot be read .*remove or replace"):
-        data.train.batch(torch.tensor([5]), noise())
-    victim.write_bytes(b"no image at all")
-    with pytest.raises(InputError, match=f"{victim.name} cannot be read"):
-        load_data(config, 0)
-
-
-def test_sixteen_bit_images_are_refused_rather_than_cut_to_white(tmp_path: Path) -> None:
-    write_folder(tmp_path, num=30)
-    for file in tmp_path.rglob("*.png"):
-        save(file, np.full((6, 6), 4000, np.uint16))
-    data = load_data(DataConfig(name="image-folder", root=str(tmp_path)), 0)
-    with pytest.raises(InputError, match="pixels of mode I;16, expected 8 bits"):
-        data.train.batch(torch.tensor([0]), noise())
+def test_lsun_is_cropped_anywhere_in_training_and_in_the_middle_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Columns count up from left to right, so the first one tells where the crop begins.
+    ramp = Image.fromarray(np.tile(np.arange(16, dtype=np.uint8)[None, :, None], (8, 1, 3)))
+    same = {b"%03d" % index: png(ramp) for index in range(200)}
+    for folder in fake_lsun(tmp_path, monkeypatch, same, same):
+        folder.mkdir()
+    data = load_data(DataConfig(name="lsun-church", root=str(tmp_path), image_size=8, flips="never"), 0)
+    for split in (data.validation, data.test):
+        assert (pixels(split)[:, :, :, 0] == 4).all() and (pixels(split)[:, :, :, 7] == 11).all()
+    seen = pixels(data.train)
+    starts = seen[:, 0, 0, 0]
+    assert starts.unique().tolist() == list(range(9))  # 180 draws miss one of 9 with probability 6e-9
+    assert (seen == starts[:, None, None, None] + torch.arange(8)).all()
+    assert torch.equal(pixels(data.train), seen)  # a function of its generator

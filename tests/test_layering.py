@@ -19,10 +19,12 @@ PACKAGE = "ppl_vaebm"
 
 # Names relative to the package; "." is ppl_vaebm/__init__.py, and a folder's name is its __init__.py.
 LAYERS = {
-    "0": ("version", ".", "errors", "rng", "files", "config", "options"),
+    "0": ("version", ".", "errors", "rng", "files", "processes", "config", "options"),
     "1": (
         "run",
         "splits",
+        "image_files",
+        "image_folder",
         "image_sets",
         "data",
         "checkpoint",
@@ -30,9 +32,16 @@ LAYERS = {
         "features",
         "models",
         "models.distributions",
+        "models.logistic_mixture",
+        "models.decoders",
         "models.cells",
         "models.vae",
         "models.small_vae",
+        "models.nvae_cells",
+        "models.flows",
+        "models.nvae",
+        "models.build",
+        "models.spectral",
         "models.energy",
         "models.vaebm",
     ),
@@ -51,6 +60,7 @@ LAYERS = {
     ),
     "2b": (
         "inference.elbo",
+        "inference.norms",
         "inference.potential",
         "inference.replay",
         "inference.likelihood",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import stream
-from ppl_vaebm.splits import IntegerImages, LazyImages, Points, dequantize
+from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, binarize, dequantize, image_data
 from tests.pixels import noise, pixels, quantized
 
 # --- pixel range ---
@@ -47,6 +47,38 @@ def test_dequantization_is_a_function_of_its_generator() -> None:
     assert not torch.equal(dequantize(k, 256, stream(0, "a")), dequantize(k, 256, stream(0, "b")))
 
 
+# --- binarisation ---
+
+
+def test_pixels_are_white_with_the_odds_of_their_level() -> None:
+    num = 20_000
+    k = torch.tensor([0, 1, 64, 200, 254, 255], dtype=torch.uint8)
+    y = binarize(k.expand(num, 6), 256, noise())
+    assert y.dtype == torch.float32 and y.unique().tolist() == [-1, 1]
+    assert (y[:, 0] == -1).all() and (y[:, 5] == 1).all()  # black and white stay what they are
+    odds = k.double() / 255
+    error = (y > 0).double().mean(0) - odds
+    assert (error.abs() <= 5 * (odds * (1 - odds) / num).sqrt()).all()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_binarised_images_are_exact_and_their_data_say_so(lazy: bool) -> None:
+    images = torch.tensor([0, 255, 100], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 1, 4, 4)
+
+    def split(is_binarized: bool) -> IntegerImages | LazyImages[int]:
+        if lazy:
+            return LazyImages(lambda key: images[key], range(3), is_binarized=is_binarized)
+        return IntegerImages(images, is_binarized=is_binarized)
+
+    y = split(True).batch(torch.arange(3), noise())
+    assert (y[0] == -1).all() and (y[1] == 1).all() and y[2].unique().tolist() == [-1, 1]
+    binary = image_data("x", torch.Size([1, 4, 4]), [split(True)] * 3)
+    assert (binary.levels, binary.is_dequantized) == (2, False)
+    assert split(False).batch(torch.arange(3), noise()).unique().numel() == 3 * 16
+    grey = image_data("x", torch.Size([1, 4, 4]), [split(False)] * 3)
+    assert (grey.levels, grey.is_dequantized) == (256, True)
+
+
 # --- splits in memory ---
 
 
@@ -66,6 +98,31 @@ def test_batches_follow_their_indices() -> None:
     lazy = LazyImages(lambda key: torch.full((1, 2, 2), key, dtype=torch.uint8), [10, 20, 30])
     batch = quantized(lazy.batch(torch.tensor([2, 0]), noise()), 256)
     assert torch.equal(batch[:, 0, 0, 0], torch.tensor([30, 10]))
+
+
+def test_random_crops_are_squares_of_the_image() -> None:
+    image = torch.arange(6 * 9, dtype=torch.uint8).reshape(1, 6, 9)
+    split = LazyImages(lambda _: image, range(400), random_crop=4)
+    seen = pixels(split)
+    corners = seen[:, 0, 0, 0]
+    assert corners.unique().tolist() == [9 * row + column for row in range(3) for column in range(6)]
+    inside = 9 * torch.arange(4)[:, None] + torch.arange(4)
+    assert (seen[:, 0] == corners[:, None, None] + inside).all()
+
+
+def test_lazy_images_have_as_many_labels_as_keys() -> None:
+    labels = torch.tensor([1, 0])
+    assert LazyImages(lambda _: torch.empty(0), "ab", labels).labels is labels
+    with pytest.raises(InputError, match=r"shape \(3,\), got torch.int64 of shape \(2,\)"):
+        LazyImages(lambda _: torch.empty(0), "abc", labels)
+
+
+def test_a_part_without_elements_is_refused() -> None:
+    some, none = Points(torch.zeros(3, 2)), Points(torch.zeros(0, 2))
+    assert Data("x", torch.Size([2]), some, some, some).skipped == ()
+    for parts in ((none, some, some), (some, none, some), (some, some, none)):
+        with pytest.raises(InputError, match="data set x needs elements .* found .*0.*: too few to go round; add more"):
+            Data("x", torch.Size([2]), *parts)
 
 
 @pytest.mark.parametrize(

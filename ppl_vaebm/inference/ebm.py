@@ -19,14 +19,16 @@ from tqdm import tqdm
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.data import Data, KeyedSampler, Split
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE, with_step_size
 from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams
 from ppl_vaebm.inference.kernels import build_kernel, start_params
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogZ, log_z_from_vae, weights_ess
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.replay import Replay
-from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, cosine_rate
-from ppl_vaebm.models.energy import SpectralPenalty, build_energy
+from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, learning_rate
+from ppl_vaebm.models.energy import build_energy
+from ppl_vaebm.models.spectral import SpectralPenalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.options import to_dict
@@ -62,8 +64,22 @@ class Phase:
     """What to log."""
 
 
+def has_discrete_x(config: Config) -> bool:
+    """Say whether x has a discrete distribution given the latents."""
+    return config.model.kind == "nvae" and config.model.nvae.decoder == "bernoulli"
+
+
 def new_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
-    """Make the product density with the run's initial energy."""
+    """Make the product density with the run's initial energy.
+
+    Raises:
+        InputError: the energy does not fit the data, or x is discrete and so has no gradient in noise space.
+    """
+    if has_discrete_x(config):
+        raise InputError(
+            "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
+            "--model.nvae.decoder logistic-mixture or normal, without --data.binarize"
+        )
     with global_rng(seed_for(config.seed, "energy")):
         return VAEBM(vae, build_energy(config.energy, vae.model.event_shape).to(config.device))
 
@@ -222,7 +238,7 @@ def fit_ebm(
     energy = vaebm.energy
     average = AveragedWeights(energy, loop.ema_decay)
     with global_rng(seed_for(seed, "spectral")):
-        spectral = SpectralPenalty(energy).to(config.device)
+        spectral = SpectralPenalty(spectral_layers(energy, has_linear=True)).to(config.device)
     optimizer = GuardedOptimizer(energy.parameters(), loop)
     negatives = NegativePhase(config, noise_potential(vaebm))
     averaged_potential = noise_potential(VAEBM(vae, average.module))
@@ -262,7 +278,7 @@ def fit_ebm(
                 "energy_data": float(energy_data.detach().mean()),
                 "energy_model": float(phase.energy_model.detach()),
                 "energy_gap": gap,
-                "lr": cosine_rate(loop, step),
+                "lr": learning_rate(loop, step),
                 "grad_norm": grad_norm,
                 "num_skipped": optimizer.num_skipped,
             }

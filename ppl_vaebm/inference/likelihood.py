@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.poutine as poutine
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from ppl_vaebm.inference.base import value_only
 from ppl_vaebm.inference.potential import NoisePotential
-from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
 from ppl_vaebm.rng import global_rng
 
 BATCH = 10_000
-"""Rows that one pass evaluates. It bounds memory; which random numbers a row gets depends on it."""
+"""Rows that one pass evaluates, fewer for large models. Which random numbers a row gets depends on it."""
 NUM_PILOT = 50_000
 """Draws of the VAE that set the first bound of the rejection sampler."""
 WIDE_SCALES = (1.0, 2.0, 4.0)
@@ -102,7 +103,8 @@ def reference_energies(potential: NoisePotential, generator: torch.Generator, nu
     Returns:
         ``(num,)``, nats.
     """
-    sizes = [min(BATCH, num - start) for start in range(0, num, BATCH)]
+    batch = min(BATCH, potential.rows_per_pass)
+    sizes = [min(batch, num - start) for start in range(0, num, batch)]
     return torch.cat([value_only(potential, potential.draw_reference(generator, size)) for size in sizes])
 
 
@@ -171,8 +173,9 @@ def exact_draws(
 def _proposals(
     potential: NoisePotential, generator: torch.Generator, max_proposals: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(0, max_proposals, BATCH):
-        position = potential.draw_reference(generator, BATCH)
+    batch = min(BATCH, potential.rows_per_pass)
+    for _ in range(0, max_proposals, batch):
+        position = potential.draw_reference(generator, batch)
         yield position, -value_only(potential, position).double()
 
 
@@ -182,7 +185,12 @@ def _thin(position: Tensor, log_probability: float, generator: torch.Generator) 
 
 
 def log_p(
-    vae: HierarchicalVAE, x: Tensor, seed: int, num_importance: int, scales: Sequence[float] | None = None
+    vae: HierarchicalVAE,
+    x: Tensor,
+    seed: int,
+    num_importance: int,
+    scales: Sequence[float] | None = None,
+    by_level: bool = False,
 ) -> LogLikelihood:
     """Estimate the VAE's log density by importance weighting (Burda et al. 2016) with its guide.
 
@@ -197,6 +205,8 @@ def log_p(
         num_importance: draws per data point, at least 2; raised to a multiple of the number of scales.
         scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` where the latents are few enough for a wide
             copy to be of use, else the guide alone.
+        by_level: score x by the decoder's law of levels, as stage 1 does, and not by the continuous law that is VAEBM's
+            base measure; for many decoders the two are one.
 
     Returns:
         The estimate; its expectation is a lower bound that tightens with ``num_importance``.
@@ -205,13 +215,12 @@ def log_p(
         latent_dim = sum(shape.numel() for shape in vae.model.latent_shapes.values())
         scales = WIDE_SCALES if latent_dim <= MAX_WIDE_DIM else (1.0,)
     per_scale = -(-num_importance // len(scales))
-    total = per_scale * len(scales)
+    estimate = _narrow_log_weights if tuple(scales) == (1.0,) else partial(_wide_log_weights, scales=scales)
     values, errors = [], []
     with torch.no_grad(), global_rng(seed):
-        for rows in x.split(max(1, BATCH // total)):
-            repeated = rows.repeat_interleave(per_scale, 0)
-            parts = [_log_weights(vae, repeated, scale, scales).unflatten(0, (len(rows), -1)) for scale in scales]
-            log_weights = torch.cat(parts, dim=1)
+        for rows in x.split(max(1, BATCH // (per_scale * len(scales)))):
+            log_weights = estimate(vae, rows, per_scale, by_level=by_level)
+            total = log_weights.shape[1]
             value = log_weights.logsumexp(1) - math.log(total)
             ratios = (log_weights - value.unsqueeze(1)).exp()
             values.append(value)
@@ -219,11 +228,35 @@ def log_p(
     return LogLikelihood(torch.cat(values), torch.cat(errors))
 
 
-def _log_weights(vae: HierarchicalVAE, x: Tensor, scale: float, scales: Sequence[float]) -> Tensor:
-    """``log p(x, z) - log q(z | x)`` for one draw of z per row from one component, ``(n,)``, by Pyro's own traces."""
+def _narrow_log_weights(vae: HierarchicalVAE, x: Tensor, num_draws: int, by_level: bool) -> Tensor:
+    """``log p(x, z) - log q(z | x)`` for draws of the guide, ``(n, num_draws)``, in one walk for model and guide."""
+    per_pass = max(1, min(num_draws, min(BATCH, vae.rows_per_pass) // len(x)))
+    parts = []
+    for start in range(0, num_draws, per_pass):
+        one_pass = OnePass(vae.guide, min(per_pass, num_draws - start), by_level)
+        one_pass(x)
+        model_trace, guide_trace = one_pass.get_traces()
+        parts.append((_log_prob(model_trace) - _log_prob(guide_trace)).double().unflatten(0, (len(x), -1)))
+    return torch.cat(parts, dim=1)
+
+
+def _wide_log_weights(
+    vae: HierarchicalVAE, x: Tensor, num_draws: int, by_level: bool, scales: Sequence[float]
+) -> Tensor:
+    """Log weights of as many draws of every component against their mixture, ``(n, scales * num_draws)``."""
+    repeated = x.repeat_interleave(num_draws, 0)
+    parts = [_component_log_weights(vae, repeated, scale, scales, by_level) for scale in scales]
+    return torch.cat([part.unflatten(0, (len(x), -1)) for part in parts], dim=1)
+
+
+def _component_log_weights(
+    vae: HierarchicalVAE, x: Tensor, scale: float, scales: Sequence[float], by_level: bool
+) -> Tensor:
+    """Log weight of one draw of z per row from one component, ``(n,)``, by Pyro's own traces."""
     with _Widened(scale):
         guide_trace = poutine.trace(vae.guide).get_trace(x)
-    log_joint = _log_prob(poutine.trace(poutine.replay(vae.model, trace=guide_trace)).get_trace(x))
+    model = partial(vae.model, by_level=by_level)
+    log_joint = _log_prob(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x))
     components = []
     for other in scales:
         with _Widened(other):

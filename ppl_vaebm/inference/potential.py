@@ -53,6 +53,7 @@ class NoisePotential:
     def __init__(self, vaebm: VAEBM) -> None:
         self.vaebm = vaebm
         self.packing = Packing(vaebm.vae.noise_shapes)
+        self.rows_per_pass = vaebm.vae.rows_per_pass
 
     def __call__(self, position: Tensor) -> Tensor:
         """Evaluate ``E(x(eps))``: ``(C, D)`` to ``(C,)``, nats relative to N(0, I)."""

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import pyro
 import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import Config
+from ppl_vaebm import processes
+from ppl_vaebm.config import Config, SviConfig
 from ppl_vaebm.data import Data, KeyedSampler, Split
-from ppl_vaebm.inference.elbo import AnnealedELBO
-from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, cosine_rate
-from ppl_vaebm.models.small_vae import build_vae
+from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
+from ppl_vaebm.inference.norms import prior_statistics
+from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, copy_buffers, learning_rate
+from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.options import to_dict
 from ppl_vaebm.rng import global_rng, seed_for, stream
@@ -37,7 +43,7 @@ class Elbo:
 def new_vae(config: Config, data: Data) -> HierarchicalVAE:
     """Make a VAE with the run's initial weights."""
     with global_rng(seed_for(config.seed, "vae")):
-        return build_vae(config.model, data.event_shape).to(config.device)
+        return build_vae(config.model, data.event_shape, data.levels).to(config.device)
 
 
 def mean_elbo(vae: HierarchicalVAE, split: Split, seed: int, limit: int = MAX_VALIDATION_POINTS) -> Elbo:
@@ -55,21 +61,79 @@ def mean_elbo(vae: HierarchicalVAE, split: Split, seed: int, limit: int = MAX_VA
     num = min(limit, len(split))
     device = next(vae.parameters()).device
     x = split.batch(torch.arange(num), stream(seed, "dequantise")).to(device)
-    elbo = AnnealedELBO()
+    elbo, total = BalancedELBO(), 0.0
+    kl = dict.fromkeys(vae.model.latent_shapes, 0.0)
     with torch.no_grad(), global_rng(seed_for(seed, "posterior")):
-        loss = elbo.loss(vae.model, vae.guide, x)
-    return Elbo(-loss / num, {name: value / num for name, value in elbo.kl_nats.items()})
+        for rows in x.split(vae.rows_per_pass):
+            total -= elbo.loss(vae.model, vae.guide, rows)
+            kl = {name: value + float(elbo.kl_nats[name]) for name, value in kl.items()}
+    return Elbo(total / num, {name: value / num for name, value in kl.items()})
+
+
+def kl_weight(loop: SviConfig, step: int) -> float:
+    """Return the weight of the KL term at a step: it rises from 0, or its floor, to 1 over the warm-up."""
+    risen = step / loop.kl_warmup_steps if loop.kl_warmup_steps else 1.0
+    return max(loop.min_kl_weight, min(1.0, risen))
+
+
+def penalty_weight(loop: SviConfig, kl_share: float) -> float:
+    """Return the weight of the spectral penalty: in log scale it moves as the KL's weight does.
+
+    Args:
+        loop: configuration.
+        kl_share: the KL's weight.
+
+    Returns:
+        The weight, between its start and its final value.
+    """
+    if loop.spectral_penalty_start is None:
+        return loop.spectral_penalty
+    start, end = math.log(loop.spectral_penalty_start), math.log(loop.spectral_penalty)
+    return math.exp((1 - kl_share) * start + kl_share * end)
+
+
+class Objective(nn.Module):
+    """What a step minimises: minus the weighted ELBO per data point, and the penalties.
+
+    Args:
+        vae: in training.
+        loop: configuration.
+        seed: of the power iterations' first vectors.
+    """
+
+    def __init__(self, vae: HierarchicalVAE, loop: SviConfig, seed: int) -> None:
+        super().__init__()
+        balance = balance_coefficients(vae.model.latent_shapes) if loop.kl_balance else None
+        self.elbo = BalancedELBO(balance, loop.free_bits)
+        self.loop = loop
+        module = self.elbo(vae.model, vae.guide)
+        # DDP averages the processes' gradients, so each one's loss is a mean over its data.
+        self.module = DistributedDataParallel(module) if processes.current().world > 1 else module
+        self.vae = (vae,)  # in a tuple, so that its weights are registered once
+        with global_rng(seed_for(seed, "spectral")):
+            self.spectral = SpectralPenalty(spectral_layers(vae, has_linear=False) if loop.spectral_penalty else [])
+
+    def forward(self, x: Tensor, step: int) -> Tensor:
+        """Evaluate the objective for a batch at a step, ``()``, nats per data point."""
+        self.elbo.kl_weight = kl_weight(self.loop, step)
+        half = torch.autocast(x.device.type, torch.bfloat16) if self.loop.bf16 else nullcontext()
+        with half, pyro.validation_enabled(False):
+            loss: Tensor = self.module(x) / len(x)
+        if self.loop.spectral_penalty:
+            penalty = self.spectral() + norm_gain_penalty(self.vae[0])
+            loss = loss + penalty_weight(self.loop, self.elbo.kl_weight) * penalty
+        return loss
 
 
 def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint | None = None) -> HierarchicalVAE:
     """Fit the VAE, writing metrics and checkpoints into the run.
 
-    All randomness of a step is a function of the seed and the step, so a resumed fit repeats an uninterrupted one
-    bit for bit on a CPU.
+    All randomness of a step is a function of the seed, the step and the process, so a resumed fit repeats an
+    uninterrupted one bit for bit on a CPU.
 
     Args:
-        run: folder to write to.
-        config: the run's configuration.
+        run: folder to write to; of several processes the first writes.
+        config: the run's configuration, its stage's steps resolved.
         data: the data.
         resume: checkpoint to continue from.
 
@@ -79,65 +143,101 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
     Raises:
         TrainingError: gradients stopped being finite.
     """
-    loop, seed, stage = config.svi, config.seed, "svi"
+    loop, seed, stage, process = config.svi, config.seed, "svi", processes.current()
     vae = new_vae(config, data)
     average = AveragedWeights(vae, loop.ema_decay)
-    elbo = AnnealedELBO()
-    objective = elbo(vae.model, vae.guide)
-    optimizer = GuardedOptimizer(objective.parameters(), loop)
-    sampler = KeyedSampler(len(data.train), loop.batch_size, seed_for(seed, "order", stage))
+    objective = Objective(vae, loop, seed)
+    optimizer = GuardedOptimizer(vae.parameters(), loop)
+    order = seed_for(seed, "order", stage)
+    sampler = KeyedSampler(len(data.train), loop.batch_size, order, process.rank, process.world)
     first = 0
     if resume is not None:
         vae.load_state_dict(resume.weights["vae"])
         average.module.load_state_dict(resume.weights["vae_average"])
-        average.num_updates = resume.step
+        objective.spectral.load_state_dict(resume.weights["spectral"])
         optimizer.load_state_dict(resume.state["optimizer"])
+        average.num_updates = resume.state["num_averaged"]
         first = resume.step
-        run.rewind_metrics(stage, first)
+        if process.is_first:
+            run.rewind_metrics(stage, first)
 
     vae.train()
     start = time.perf_counter()
-    progress = tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=None, mininterval=1)
+    shown = None if process.is_first else True  # None: a progress bar where there is a terminal
+    progress = tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=shown, mininterval=1)
     for step in progress:
-        x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step)).to(config.device)
-        elbo.kl_weight = min(1.0, step / loop.kl_warmup_steps) if loop.kl_warmup_steps else 1.0
-        with global_rng(seed_for(seed, "posterior", stage, step)), pyro.validation_enabled(False):
-            loss = objective(x) / len(x)
+        x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step, *process.key))
+        with global_rng(seed_for(seed, "posterior", stage, step, *process.key)):
+            loss = objective(x.to(config.device), step)
         grad_norm = optimizer.step(loss, step)
-        average.update(vae)
+        if optimizer.num_bad_in_a_row:
+            copy_buffers(average.module, vae)  # a batch that overflowed may have spoilt the running statistics
+        else:
+            average.update(vae)
         done = step + 1
+        if not process.is_first:
+            continue
 
-        if done % loop.log_every == 0 or done == loop.steps:
-            kl = {f"kl_nats/{name}": value / len(x) for name, value in elbo.kl_nats.items()}
-            total_kl = sum(kl.values())
+        is_last = done == loop.steps
+        if done % loop.log_every == 0 or is_last:
+            kl = {f"kl_nats/{name}": float(value) / len(x) for name, value in objective.elbo.kl_nats.items()}
             record: dict[str, float | int | str] = {
                 "stage": stage,
                 "step": done,
                 "seconds": time.perf_counter() - start,
                 "loss": float(loss.detach()),
-                "elbo_nats": -float(loss.detach()) - (1 - elbo.kl_weight) * total_kl,
-                "kl_nats": total_kl,
+                "elbo_nats": objective.elbo.elbo_nats / len(x),
+                "kl_nats": sum(kl.values()),
                 **kl,
-                "kl_weight": elbo.kl_weight,
-                "lr": cosine_rate(loop, step),
+                "kl_weight": objective.elbo.kl_weight,
+                "lr": learning_rate(loop, step),
                 "grad_norm": grad_norm,
                 "num_skipped": optimizer.num_skipped,
             }
             run.log(record)
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
-        if done % loop.checkpoint_every == 0 or done % loop.validate_every == 0 or done == loop.steps:
+        is_checkpoint = done % loop.checkpoint_every == 0 or is_last
+        if is_checkpoint or done % loop.validate_every == 0:
             validation = mean_elbo(average.module, data.validation, seed_for(seed, "validation"))
             run.log({"stage": stage, "step": done, "validation_elbo_nats": validation.elbo_nats})
             progress.write(f"step {done}: validation ELBO {validation.elbo_nats:.3f} nats")
-        if done % loop.checkpoint_every == 0 or done == loop.steps:
-            checkpoints.save(
-                run.checkpoints(stage),
-                stage=stage,
-                step=done,
-                weights={"vae": vae.state_dict(), "vae_average": average.module.state_dict()},
-                state={"optimizer": optimizer.state_dict()},
-                config=to_dict(config),
-                # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
-                score=validation.elbo_nats if elbo.kl_weight == 1.0 and math.isfinite(validation.elbo_nats) else None,
-            )
+        if is_checkpoint:
+            # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
+            is_candidate = objective.elbo.kl_weight == 1.0 and math.isfinite(validation.elbo_nats)
+            _save(run, config, done, vae, average, objective, optimizer, validation.elbo_nats if is_candidate else None)
     return average.module
+
+
+def _save(
+    run: Run,
+    config: Config,
+    step: int,
+    vae: HierarchicalVAE,
+    average: AveragedWeights[HierarchicalVAE],
+    objective: Objective,
+    optimizer: GuardedOptimizer,
+    score: float | None,
+) -> None:
+    """Write a checkpoint, with the statistics of prior draws where they are asked for."""
+    loop = config.svi
+    weights = {
+        "vae": vae.state_dict(),
+        "vae_average": average.module.state_dict(),
+        "spectral": objective.spectral.state_dict(),
+    }
+    if loop.norm_temperature is not None:
+        seed = seed_for(config.seed, "prior statistics")
+        weights["prior_statistics"] = prior_statistics(average.module, loop.norm_temperature, loop.norm_batches, seed)
+    checkpoints.save(
+        run.checkpoints("svi"),
+        stage="svi",
+        step=step,
+        weights=weights,
+        state={
+            "optimizer": optimizer.state_dict(),
+            "num_averaged": average.num_updates,
+            "norm_temperature": loop.norm_temperature,
+        },
+        config=to_dict(config),
+        score=score,
+    )

@@ -18,17 +18,20 @@ MAX_BAD_STEPS = 20
 """Updates in a row with a gradient that is not finite, after which a run stops (chosen by us)."""
 
 
-def cosine_rate(loop: SviConfig | EbmConfig, step: int) -> float:
-    """Return the learning rate of a step: half a cosine from the first to the final rate.
+def learning_rate(loop: SviConfig | EbmConfig, step: int) -> float:
+    """Return the learning rate of a step: a rise from 0 over the warm-up, then half a cosine to the final rate.
 
     Args:
-        loop: configuration of the loop.
+        loop: configuration of the loop, without epochs.
         step: from 0 to ``loop.steps - 1``.
 
     Returns:
         The rate.
     """
-    phase = 0.5 * (1 + math.cos(math.pi * step / loop.steps))
+    warmup = loop.warmup_steps if isinstance(loop, SviConfig) else 0
+    if step < warmup:
+        return loop.learning_rate * (step + 1) / (warmup + 1)
+    phase = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, loop.steps - warmup)))
     return loop.final_learning_rate + phase * (loop.learning_rate - loop.final_learning_rate)
 
 
@@ -36,7 +39,7 @@ Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
 class AveragedWeights(Generic[Averaged]):
-    """An exponential moving average of a module's parameters, as a copy of the module.
+    """An exponential moving average of a module's parameters, as a copy of the module with its current buffers.
 
     The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run's average forgets its
     initial weights.
@@ -52,26 +55,52 @@ class AveragedWeights(Generic[Averaged]):
         self.num_updates = 0
 
     def update(self, module: Averaged) -> None:
-        """Take in the module's current parameters."""
+        """Take in the module's current parameters, and copy its buffers: statistics are averages by themselves."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [parameter.data for parameter in self.module.parameters()]
         currents = [parameter.detach() for parameter in module.parameters()]
         torch._foreach_lerp_(averages, currents, 1 - decay)
+        copy_buffers(module, self.module)
         self.num_updates += 1
 
 
-class GuardedOptimizer:
-    """Adam whose step is skipped, and counted, when the gradient is not finite.
+@torch.no_grad()
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy the buffers of a module, such as running statistics, into a module of the same kind."""
+    for buffer, current in zip(target.buffers(), source.buffers(), strict=True):
+        buffer.copy_(current)
+
+
+def build_optimizer(parameters: list[nn.Parameter], loop: SviConfig | EbmConfig) -> torch.optim.Optimizer:
+    """Make a loop's update rule.
 
     Args:
         parameters: to train.
-        loop: configuration with the rates and the clip.
+        loop: configuration with the rule and its constants.
+
+    Returns:
+        PyTorch's own optimiser, in its variant with the fewest kernels.
+    """
+    if isinstance(loop, EbmConfig):
+        return torch.optim.Adam(parameters, lr=loop.learning_rate, fused=True)
+    common: dict[str, Any] = {"lr": loop.learning_rate, "eps": loop.epsilon, "weight_decay": loop.weight_decay}
+    if loop.optimizer == "adamax":
+        return torch.optim.Adamax(parameters, **common, foreach=True)
+    return torch.optim.Adam(parameters, **common, fused=True)
+
+
+class GuardedOptimizer:
+    """An optimiser whose step is skipped, and counted, when the gradient is not finite.
+
+    Args:
+        parameters: to train.
+        loop: configuration with the rule, the rates and the clip.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> None:
         self.parameters = list(parameters)
         self.loop = loop
-        self.adam = torch.optim.Adam(self.parameters, lr=loop.learning_rate, fused=True)
+        self.rule = build_optimizer(self.parameters, loop)
         self.num_skipped = 0
         self.num_bad_in_a_row = 0
 
@@ -88,13 +117,13 @@ class GuardedOptimizer:
         Raises:
             TrainingError: :data:`MAX_BAD_STEPS` gradients in a row were not finite.
         """
-        for group in self.adam.param_groups:
-            group["lr"] = cosine_rate(self.loop, step)
-        self.adam.zero_grad(set_to_none=True)
+        for group in self.rule.param_groups:
+            group["lr"] = learning_rate(self.loop, step)
+        self.rule.zero_grad(set_to_none=True)
         loss.backward()
         norm = float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
         if math.isfinite(norm):
-            self.adam.step()
+            self.rule.step()
             self.num_bad_in_a_row = 0
             return norm
         self.num_skipped += 1
@@ -108,9 +137,9 @@ class GuardedOptimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain types and tensors, for a checkpoint."""
-        return {"adam": self.adam.state_dict(), "num_skipped": self.num_skipped, "num_bad": self.num_bad_in_a_row}
+        return {"rule": self.rule.state_dict(), "num_skipped": self.num_skipped, "num_bad": self.num_bad_in_a_row}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what :meth:`state_dict` returned."""
-        self.adam.load_state_dict(state["adam"])
+        self.rule.load_state_dict(state["rule"])
         self.num_skipped, self.num_bad_in_a_row = state["num_skipped"], state["num_bad"]

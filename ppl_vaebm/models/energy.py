@@ -1,4 +1,4 @@
-"""The energy networks E(x), and the penalty on their spectral norms.
+"""The energy networks E(x).
 
 An energy is called as ``energy(x, z)`` and returns nats per row. The networks here read x alone; an
 energy of both is any module with the same call.
@@ -19,9 +19,6 @@ from ppl_vaebm.models.cells import (
     net_kind,
     num_halvings,
 )
-
-# NVAE's schedule of its spectral regularisation: four power iterations a call on vectors that persist.
-NUM_POWER_ITERATIONS = 4
 
 
 class Energy(nn.Module):
@@ -70,7 +67,10 @@ class ImageEnergy(Energy):
     def __init__(self, config: EnergyConfig, event_shape: torch.Size) -> None:
         super().__init__()
         num_downs = num_halvings(event_shape[-1])
-        check_side(event_shape, num_downs)
+        missing = -event_shape[-1] % (1 << num_downs)
+        check_side(torch.Size([*event_shape[:-2], *(side + missing for side in event_shape[-2:])]), num_downs)
+        # Black on all sides, so that the grid can be halved that often.
+        self.padding = (missing // 2, missing - missing // 2) * 2
         widths = [config.channels << level for level in range(num_downs + 1)]
         self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
         self.activation = LipSwish()
@@ -81,7 +81,8 @@ class ImageEnergy(Energy):
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy; see :class:`Energy`."""
-        features = self.blocks(self.activation(self.stem(x)))
+        padded = nn.functional.pad(x, self.padding, value=-1.0) if any(self.padding) else x
+        features = self.blocks(self.activation(self.stem(padded)))
         out: Tensor = self.head(features.sum(dim=(-2, -1)))
         return out.squeeze(-1)
 
@@ -102,33 +103,3 @@ def build_energy(config: EnergyConfig, event_shape: torch.Size) -> Energy:
     if net_kind(config.kind, event_shape, "energy.kind") == "vector":
         return VectorEnergy(config, event_shape[0])
     return ImageEnergy(config, event_shape)
-
-
-class SpectralPenalty(nn.Module):
-    """Sum of the largest singular values of a network's weight matrices, by power iteration.
-
-    A convolution counts as its matrix ``(out, in * k * k)``, as in NVAE's spectral regularisation. The vectors are
-    buffers, so they are saved with the run and each call refines the last one's.
-
-    Args:
-        net: the network; held, not owned.
-    """
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self._weights = tuple(module.weight for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
-        for index, weight in enumerate(self._weights):
-            self.register_buffer(f"u_{index}", torch.randn(weight.shape[0], dtype=weight.dtype))
-
-    def forward(self) -> Tensor:
-        """Return the sum, ``()``; its gradient flows through the weights, not through the vectors."""
-        total = torch.zeros((), dtype=self._weights[0].dtype, device=self._weights[0].device)
-        for index, weight in enumerate(self._weights):
-            matrix = weight.flatten(1)
-            u = self.get_buffer(f"u_{index}")
-            with torch.no_grad():
-                for _ in range(NUM_POWER_ITERATIONS):
-                    v = nn.functional.normalize(matrix.mT @ u, dim=0)
-                    u.copy_(nn.functional.normalize(matrix @ v, dim=0))
-            total = total + u.clone() @ matrix @ v
-        return total

@@ -16,8 +16,9 @@ from ppl_vaebm.models.cells import (
     net_kind,
     num_halvings,
 )
+from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.distributions import positive_scale, soft_clamp
-from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE, XScale
+from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide, XScale
 
 ENCODER_FOURIER_SCALE = 4.0  # radians per unit of x; the energy network's value, chosen by us
 
@@ -49,21 +50,20 @@ class VectorGenerator(Generator):
         state = next(self.parameters()).new_zeros(num, 0)
         for index, name in enumerate(self.latent_shapes):
             if index == 0:
-                loc, scale = self._reference(name, num)
+                prior = self._reference(name, num)
             else:
                 raw_loc, raw_scale = self.priors[index - 1](state).chunk(2, dim=-1)
-                loc, scale = soft_clamp(raw_loc), positive_scale(raw_scale)
-            z[name] = choose(name, loc, scale, state)
+                prior = Prior(soft_clamp(raw_loc), positive_scale(raw_scale))
+            z[name] = choose(name, prior, state)
             state = torch.cat([state, z[name]], dim=-1)
         return z, state
 
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, state: Tensor) -> Decoded:
         """Decode; see :meth:`Generator.decode`."""
-        loc, scale = self.x_scale(self.decoder(state))
-        return loc, scale
+        return DecodedNormal(*self.x_scale(self.decoder(state)))
 
 
-class VectorGuide(Guide):
+class VectorGuide(RelativeGuide):
     """Fully connected posterior heads over shared features of ``x``.
 
     Args:
@@ -90,7 +90,7 @@ class VectorGuide(Guide):
         return dict.fromkeys(self.heads, features)
 
     def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
-        """Run one head; see :meth:`Guide.head`."""
+        """Run one head; see :meth:`RelativeGuide.head`."""
         out: Tensor = self.heads[name](torch.cat([features, state], dim=-1))
         return out
 
@@ -132,25 +132,24 @@ class ImageGenerator(Generator):
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        loc, scale = self._reference("z_1", num)
-        z = {"z_1": choose("z_1", loc, scale, loc)}
+        reference = self._reference("z_1", num)
+        z = {"z_1": choose("z_1", reference, reference.loc)}
         state = nn.functional.silu(self.stem(z["z_1"])).unflatten(1, self.base)
         for index, up in enumerate(self.ups):
             state = up(state)
             if index < len(self.priors):
                 raw_loc, raw_scale = self.priors[index](state).chunk(2, dim=1)
                 name = f"z_{index + 2}"
-                z[name] = choose(name, soft_clamp(raw_loc), positive_scale(raw_scale), state)
+                z[name] = choose(name, Prior(soft_clamp(raw_loc), positive_scale(raw_scale)), state)
                 state = state + self.combiners[index](z[name])
         return z, state
 
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
+    def decode(self, state: Tensor) -> Decoded:
         """Decode; see :meth:`Generator.decode`."""
-        loc, scale = self.x_scale(self.head(state))
-        return loc, scale
+        return DecodedNormal(*self.x_scale(self.head(state)))
 
 
-class ImageGuide(Guide):
+class ImageGuide(RelativeGuide):
     """A bottom-up tower whose features meet the top-down state on each group's grid.
 
     Args:
@@ -180,7 +179,7 @@ class ImageGuide(Guide):
         return {f"z_{i}": level for i, level in enumerate(reversed(features), 1)}
 
     def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
-        """Run one head; see :meth:`Guide.head`."""
+        """Run one head; see :meth:`RelativeGuide.head`."""
         if name == "z_1":
             out: Tensor = self.vector_head(features.flatten(1))
         else:
@@ -188,8 +187,8 @@ class ImageGuide(Guide):
         return out
 
 
-def build_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
-    """Make the VAE that fits the data.
+def build_small_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
+    """Make the small VAE that fits the data.
 
     Args:
         config: kind and sizes.

@@ -1,7 +1,7 @@
 """What every hierarchical VAE is here: a Pyro model and guide over one top-down pass.
 
 The generator walks down its latent groups, ``z_1`` to ``z_L``, each a diagonal Normal given the groups
-above, and ends in ``x``, a Normal given all of them. Who walks decides how each value is chosen: the
+above, and ends in ``x`` given all of them. Who walks decides how each value is chosen: the
 Pyro model samples, the guide samples its posterior, :meth:`HierarchicalVAE.transport` computes
 ``loc + scale * eps``. There is one description of the pass, so the three cannot disagree.
 """
@@ -11,28 +11,49 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pyro
 import torch
+from pyro.distributions import TorchDistribution
+from pyro.infer.autoguide.effect import GuideMessenger
 from pyro.nn import PyroModule
+from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from ppl_vaebm.config import ModelConfig
+from ppl_vaebm.models.decoders import Decoded
 from ppl_vaebm.models.distributions import diagonal_normal, soft_clamp
+
+MAX_VALUES_PER_PASS = 1 << 21
+"""Values of noise that one pass evaluates; a network has some hundred bytes of activations to each. Chosen by us."""
+
+
+class Prior(NamedTuple):
+    """A latent group under the generator, given the groups above: a diagonal Normal."""
+
+    loc: Tensor
+    """Mean, ``(n, *event)``."""
+    scale: Tensor
+    """Standard deviation, same shape."""
+    raw: tuple[Tensor, Tensor] | None = None
+    """What the network said of the two, before it was bounded; a residual posterior adds to it."""
+
+    def distribution(self) -> TorchDistribution:
+        """Return it as a distribution, batch shape ``(n,)``."""
+        return diagonal_normal(self.loc, self.scale)
 
 
 class Choose(Protocol):
     """Decides the value of one site on the way down."""
 
-    def __call__(self, name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
+    def __call__(self, name: str, prior: Prior, state: Tensor) -> Tensor:
         """Choose a value.
 
         Args:
             name: of the site.
-            loc: mean under the generator, ``(n, *event)``.
-            scale: standard deviation under the generator, same shape.
-            state: the top-down features that both were computed from.
+            prior: its distribution under the generator.
+            state: the top-down features that it was computed from.
 
         Returns:
             The value, ``(n, *event)``.
@@ -66,15 +87,19 @@ class Generator(PyroModule):
         """
 
     @abstractmethod
-    def decode(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the mean and standard deviation of ``x``, ``(num, *event_shape)``, from the end of a walk."""
+    def decode(self, state: Tensor) -> Decoded:
+        """Compute the distribution of ``x`` from the end of a walk."""
 
-    def forward(self, x: Tensor | None = None, num: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, x: Tensor | None = None, num: int | None = None, by_level: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the program.
 
         Args:
             x: data to observe, ``(n, *event_shape)``; ``None`` samples it.
             num: rows to sample where ``x`` is not given.
+            by_level: score data by the law of their levels, where the decoder has one; if not, by the law that samples
+                have.
 
         Returns:
             ``x`` and the latents.
@@ -84,17 +109,29 @@ class Generator(PyroModule):
         """
         rows = num_rows(x, num)
         with pyro.plate("data", rows):
-            return self.sites(x, rows)
+            return self.sites(x, rows, by_level and x is not None)
 
-    def sites(self, x: Tensor | None, num: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the program's body, inside a plate of ``num`` rows that the caller opened."""
+    def sites(self, x: Tensor | None, num: int, by_level: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run the program's body, inside a plate of ``num`` rows that the caller opened.
+
+        Args:
+            x: as in :meth:`forward`.
+            num: rows.
+            by_level: whether ``x`` has the decoder's law of levels; if not, the one that :meth:`Decoded.transport` draws
+                from, which is VAEBM's base measure.
+
+        Returns:
+            ``x`` and the latents.
+        """
         z, state = self.walk(_sample, num)
-        return pyro.sample("x", diagonal_normal(*self.decode(state)), obs=x), z
+        decoded = self.decode(state)
+        return pyro.sample("x", decoded.level_law() if by_level else decoded.law(), obs=x), z
 
-    def _reference(self, name: str, num: int) -> tuple[Tensor, Tensor]:
-        """Mean and scale of the first group: N(0, I)."""
+    def _reference(self, name: str, num: int) -> Prior:
+        """Return the first group's prior: N(0, I)."""
         like = next(self.parameters())
-        return like.new_zeros(num, *self.latent_shapes[name]), like.new_ones(num, *self.latent_shapes[name])
+        shape = (num, *self.latent_shapes[name])
+        return Prior(like.new_zeros(shape), like.new_ones(shape))
 
 
 def num_rows(x: Tensor | None, num: int | None) -> int:
@@ -106,8 +143,9 @@ def num_rows(x: Tensor | None, num: int | None) -> int:
     return num
 
 
-def _sample(name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
-    value: Tensor = pyro.sample(name, diagonal_normal(loc, scale))
+def _sample(name: str, prior: Prior, state: Tensor) -> Tensor:
+    # OnePass reads what stands under "group".
+    value: Tensor = pyro.sample(name, prior.distribution(), infer={"group": (prior, state)})
     return value
 
 
@@ -139,9 +177,6 @@ class XScale(nn.Module):
 class Guide(PyroModule):
     """The Pyro guide ``q(z | x)``: the generator's walk with each group's posterior in place of its prior.
 
-    A posterior is relative to the prior it meets, ``loc_p + scale_p * shift`` and ``scale_p * exp(log ratio)``
-    (NVAE's residual Normal, scaled), so a head that gives zeros is the prior.
-
     Args:
         generator: the model; held, not owned, so that its weights are stored once.
     """
@@ -150,13 +185,28 @@ class Guide(PyroModule):
         super().__init__("guide")
         self._generator = (generator,)  # in a tuple, which hides it from nn.Module's registration
 
-    @abstractmethod
-    def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute what each group's posterior head reads of ``x``: site name to features."""
+    @property
+    def generator(self) -> Generator:
+        """The model."""
+        return self._generator[0]
 
     @abstractmethod
-    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
-        """Compute shift and log ratio of one group, stacked along axis 1: ``(n, 2 * event[0], ...)``."""
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute what each group's posterior reads of ``x``: site name to features."""
+
+    @abstractmethod
+    def posterior(self, name: str, prior: Prior, features: Tensor, state: Tensor) -> TorchDistribution:
+        """Compute the posterior of one group, given ``x`` and the groups above.
+
+        Args:
+            name: of the site.
+            prior: the group under the generator.
+            features: what :meth:`encode` returned for it.
+            state: the top-down features that the prior was computed from.
+
+        Returns:
+            The distribution, batch shape ``(n,)``.
+        """
 
     def forward(self, x: Tensor, num: int | None = None) -> dict[str, Tensor]:
         """Run the program.
@@ -170,14 +220,72 @@ class Guide(PyroModule):
         """
         features = self.encode(x)
 
-        def choose(name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
-            shift, log_ratio = self.head(name, features[name], state).chunk(2, dim=1)
-            posterior = diagonal_normal(loc + scale * shift, scale * soft_clamp(log_ratio).exp())
-            value: Tensor = pyro.sample(name, posterior)
+        def choose(name: str, prior: Prior, state: Tensor) -> Tensor:
+            value: Tensor = pyro.sample(name, self.posterior(name, prior, features[name], state))
             return value
 
         with pyro.plate("data", len(x)):
-            return self._generator[0].walk(choose, len(x))[0]
+            return self.generator.walk(choose, len(x))[0]
+
+
+class RelativeGuide(Guide):
+    """A guide whose posteriors are relative to the priors they meet.
+
+    Each is ``N(loc_p + scale_p * shift, (scale_p * exp(log ratio))^2)``, so a head that gives zeros is the prior.
+    """
+
+    @abstractmethod
+    def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
+        """Compute shift and log ratio of one group, stacked along axis 1: ``(n, 2 * event[0], ...)``."""
+
+    def posterior(self, name: str, prior: Prior, features: Tensor, state: Tensor) -> TorchDistribution:
+        """Shift and scale the prior; see :meth:`Guide.posterior`."""
+        shift, log_ratio = self.head(name, features, state).chunk(2, dim=1)
+        return diagonal_normal(prior.loc + prior.scale * shift, prior.scale * soft_clamp(log_ratio).exp())
+
+
+class OnePass(GuideMessenger):
+    """Model and guide in one walk instead of two; for :meth:`pyro.infer.ELBO.loss` it stands in for the guide.
+
+    The walk of a guide computes every prior on its way, so walking again for the model's trace computes all of the
+    top-down networks twice. As an effect handler on the model, the guide replaces each group's distribution where the
+    model samples it, and both traces come out of the one run.
+
+    Args:
+        guide: of the model.
+        num_draws: rows of latents per row of data; the tower that reads x runs once for all of them.
+        by_level: as in :meth:`Generator.forward`.
+    """
+
+    def __init__(self, guide: Guide, num_draws: int = 1, by_level: bool = True) -> None:
+        super().__init__(guide.generator)
+        self.guide, self.num_draws, self.by_level = guide, num_draws, by_level
+
+    def __call__(self, x: Tensor, num: int | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        """Run the model under the guide.
+
+        Args:
+            x: data, ``(n, *event_shape)``.
+            num: ignored, as in :meth:`Guide.forward`.
+
+        Returns:
+            The value of every sample site, ``n * num_draws`` rows, those of one data point together.
+        """
+        features = self.guide.encode(x)
+        if self.num_draws > 1:
+            features = {name: value.repeat_interleave(self.num_draws, 0) for name, value in features.items()}
+            x = x.repeat_interleave(self.num_draws, 0)
+        self._features = features
+        return super().__call__(x, by_level=self.by_level)
+
+    def _pyro_sample(self, msg: Message) -> None:
+        self._group = msg["infer"].get("group")
+        super()._pyro_sample(msg)
+
+    def get_posterior(self, name: str, prior: TorchDistribution) -> TorchDistribution:
+        """Return the guide's posterior at a site of the model; called by Pyro."""
+        group, state = self._group
+        return self.guide.posterior(name, group, self._features[name], state)
 
 
 class HierarchicalVAE(nn.Module):
@@ -194,13 +302,21 @@ class HierarchicalVAE(nn.Module):
         self.guide = guide
 
     @property
+    def rows_per_pass(self) -> int:
+        """Rows that fit in one pass."""
+        values = sum(shape.numel() for shape in self.noise_shapes.values())
+        return max(1, MAX_VALUES_PER_PASS // values)
+
+    @property
     def noise_shapes(self) -> dict[str, torch.Size]:
         """Event shape of every noise, ``eps_z_1`` to ``eps_x``."""
         shapes = {f"eps_{name}": shape for name, shape in self.model.latent_shapes.items()}
         return {**shapes, "eps_x": self.model.event_shape}
 
     def transport(self, eps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map noise to what it stands for: ``z_l = loc_l + scale_l * eps_l``, then x likewise.
+        """Map noise to what it stands for: ``z_l = loc_l + scale_l * eps_l``, then x by its decoder's transport.
+
+        A temperature t, by which NVAE multiplies every standard deviation, is ``t * eps`` here.
 
         Args:
             eps: every noise, ``(n, *shape)`` with the shapes of :attr:`noise_shapes`.
@@ -208,13 +324,24 @@ class HierarchicalVAE(nn.Module):
         Returns:
             ``x``, ``(n, *event_shape)``, and the latents.
         """
+        decoded, z = self.decode_noise(eps)
+        return decoded.transport(eps["eps_x"]), z
 
-        def choose(name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
-            return loc + scale * eps[f"eps_{name}"]
+    def decode_noise(self, eps: Mapping[str, Tensor]) -> tuple[Decoded, dict[str, Tensor]]:
+        """Map the latents' noise to the distribution of x, and the latents.
 
-        z, state = self.model.walk(choose, len(eps["eps_x"]))
-        loc, scale = self.model.decode(state)
-        return loc + scale * eps["eps_x"], z
+        Args:
+            eps: every noise of a latent; that of x is not used.
+
+        Returns:
+            ``p(x | z)`` and z.
+        """
+
+        def choose(name: str, prior: Prior, state: Tensor) -> Tensor:
+            return prior.loc + prior.scale * eps[f"eps_{name}"]
+
+        z, state = self.model.walk(choose, len(next(iter(eps.values()))))
+        return self.model.decode(state), z
 
     def noise_of(self, x: Tensor, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Invert :meth:`transport`.
@@ -225,13 +352,16 @@ class HierarchicalVAE(nn.Module):
 
         Returns:
             The noises.
+
+        Raises:
+            InputError: x is discrete.
         """
         eps: dict[str, Tensor] = {}
 
-        def choose(name: str, loc: Tensor, scale: Tensor, state: Tensor) -> Tensor:
-            eps[f"eps_{name}"] = (z[name] - loc) / scale
+        def choose(name: str, prior: Prior, state: Tensor) -> Tensor:
+            eps[f"eps_{name}"] = (z[name] - prior.loc) / prior.scale
             return z[name]
 
-        loc, scale = self.model.decode(self.model.walk(choose, len(x))[1])
-        eps["eps_x"] = (x - loc) / scale
+        state = self.model.walk(choose, len(x))[1]
+        eps["eps_x"] = self.model.decode(state).noise_of(x)
         return eps

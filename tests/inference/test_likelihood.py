@@ -213,6 +213,8 @@ def test_they_stay_so_when_the_pilot_saw_little(monkeypatch: pytest.MonkeyPatch,
 class Scripted:
     """A potential whose draws are blocks of numbers given in advance; -E is the number."""
 
+    rows_per_pass = 1_000_000
+
     def __init__(self, blocks: list[list[float]]) -> None:
         self.blocks = iter(blocks)
 

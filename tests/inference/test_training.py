@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import EbmConfig, SviConfig
 from ppl_vaebm.errors import TrainingError
-from ppl_vaebm.inference.training import MAX_BAD_STEPS, AveragedWeights, GuardedOptimizer, cosine_rate
+from ppl_vaebm.inference.training import MAX_BAD_STEPS, AveragedWeights, GuardedOptimizer, learning_rate
 
 LOOP = SviConfig(steps=100, learning_rate=0.1, final_learning_rate=0.02, grad_clip=5.0)
 
 
 def test_the_rate_follows_half_a_cosine_between_its_ends() -> None:
-    assert cosine_rate(LOOP, 0) == 0.1
-    assert cosine_rate(LOOP, 50) == pytest.approx(0.06)
-    assert cosine_rate(LOOP, 100) == pytest.approx(0.02)
-    assert cosine_rate(LOOP, 25) == pytest.approx(0.06 + 0.04 * math.sqrt(0.5))
-    rates = [cosine_rate(LOOP, step) for step in range(100)]
+    assert learning_rate(LOOP, 0) == 0.1
+    assert learning_rate(LOOP, 50) == pytest.approx(0.06)
+    assert learning_rate(LOOP, 100) == pytest.approx(0.02)
+    assert learning_rate(LOOP, 25) == pytest.approx(0.06 + 0.04 * math.sqrt(0.5))
+    rates = [learning_rate(LOOP, step) for step in range(100)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.021
-    assert cosine_rate(EbmConfig(steps=10, learning_rate=1.0, final_learning_rate=0.0), 5) == pytest.approx(0.5)
+    assert learning_rate(EbmConfig(steps=10, learning_rate=1.0, final_learning_rate=0.0), 5) == pytest.approx(0.5)
 
 
 class Weights(nn.Module):
@@ -87,7 +87,7 @@ def test_a_step_is_adams_at_the_scheduled_rate() -> None:
     for step in (0, 50):
         module = Weights(1.0, -2.0)
         norm = optimizer_of(module).step(loss_with_gradient(module.weight, 3.0, -4.0), step)
-        rate = cosine_rate(LOOP, step)
+        rate = learning_rate(LOOP, step)
         # Adam's first step is the rate times the gradient's sign.
         assert module.weight.tolist() == pytest.approx([1.0 - rate, -2.0 + rate], abs=1e-8)
         assert norm == pytest.approx(5.0)

@@ -19,7 +19,7 @@ from torch.distributions import kl_divergence
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.small_vae import build_vae
+from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng
 from tests.small_models import (

@@ -1,0 +1,225 @@
+"""What a hierarchical VAE says of x given its latents: the distribution, and its map from standard normal noise.
+
+Every distribution here comes with a transport ``x = T(eps)`` that turns ``eps ~ N(0, I)`` into it, so that VAEBM's
+potential keeps its form ``E(x(eps)) + |eps|^2 / 2`` whatever the decoder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from pyro.distributions import Bernoulli, Independent, TorchDistribution
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn.functional import softplus
+from torch.special import ndtri
+
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.models.distributions import diagonal_normal, positive_scale, soft_clamp
+from ppl_vaebm.models.logistic_mixture import (
+    DiscretizedLogisticMixture,
+    MixtureParams,
+    display_mean,
+    logistic_mixture,
+    num_outputs,
+)
+
+
+class Decoded(ABC):
+    """``p(x | z)`` at the end of a walk, for one batch of latents."""
+
+    @abstractmethod
+    def law(self) -> TorchDistribution:
+        """Return the distribution of x that :meth:`transport` draws from; batch shape ``(n,)``."""
+
+    def level_law(self) -> TorchDistribution:
+        """Return what observed data are scored by: as :meth:`law`, unless the decoder scores the levels of pixels.
+
+        Then it is a density too, constant over the cell of each level, so that log densities of all decoders compare.
+        """
+        return self.law()
+
+    @abstractmethod
+    def transport(self, eps: Tensor) -> Tensor:
+        """Map noise ``(n, *event)``, standard normal, to x of the same shape."""
+
+    @abstractmethod
+    def noise_of(self, x: Tensor) -> Tensor:
+        """Invert :meth:`transport`.
+
+        Raises:
+            InputError: a discrete x, which many noises map to.
+        """
+
+    @abstractmethod
+    def mean(self) -> Tensor:
+        """Return the x to show for these latents, ``(n, *event)``."""
+
+
+class DecodedNormal(Decoded):
+    """A diagonal Normal.
+
+    Args:
+        loc: ``(n, *event)``.
+        scale: positive, of the same shape.
+    """
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        self.loc, self.scale = loc, scale
+
+    def law(self) -> TorchDistribution:
+        """Return the Normal."""
+        return diagonal_normal(self.loc, self.scale)
+
+    def transport(self, eps: Tensor) -> Tensor:
+        """Shift and scale the noise."""
+        return self.loc + self.scale * eps
+
+    def noise_of(self, x: Tensor) -> Tensor:
+        """Standardise x."""
+        return (x - self.loc) / self.scale
+
+    def mean(self) -> Tensor:
+        """Return the Normal's mean."""
+        return self.loc
+
+
+class SignBernoulli(TorchDistribution):
+    """Independent signs: 1 with probability ``sigmoid(logits)``, else -1; binarised images are made of these.
+
+    Args:
+        logits: any shape.
+    """
+
+    arg_constraints = {"logits": constraints.real}
+
+    def __init__(self, logits: Tensor, validate_args: bool | None = None) -> None:
+        self.logits = logits
+        super().__init__(logits.shape, validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> Any:
+        """Return -1 and 1, the boundaries of an interval of integers without 0 in use."""
+        return constraints.integer_interval(-1, 1)
+
+    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> SignBernoulli:
+        """Broadcast to a batch shape."""
+        return SignBernoulli(self.logits.expand(batch_shape), validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """Draw signs from the global generator, ``(*sample_shape, *batch_shape)``."""
+        drawn: Tensor = 2 * Bernoulli(logits=self.logits).sample(sample_shape) - 1
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of signs, elementwise, nats."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return -softplus(-value * self.logits)
+
+
+class DecodedBernoulli(Decoded):
+    """Independent signs.
+
+    Args:
+        logits: of +1, ``(n, *event)``.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def law(self) -> TorchDistribution:
+        """Return the signs' distribution."""
+        return Independent(SignBernoulli(self.logits), self.logits.dim() - 1)
+
+    def transport(self, eps: Tensor) -> Tensor:
+        """Threshold the noise; a step function, so its gradient is zero."""
+        return torch.where(eps > -ndtri(self.logits.sigmoid()), 1.0, -1.0).to(eps.dtype)
+
+    def noise_of(self, x: Tensor) -> Tensor:
+        """Refuse: a half-line of noises maps to each sign."""
+        raise InputError("a Bernoulli decoder has no noise for a given x; use the decoder normal or logistic-mixture")
+
+    def mean(self) -> Tensor:
+        """Return the mean sign, in (-1, 1)."""
+        return torch.tanh(self.logits / 2)
+
+
+class DecodedLogistics(Decoded):
+    """A mixture of logistics in every pixel, with channels that depend on the ones before.
+
+    :meth:`law` is the continuous mixture, drawn by its quantile function; :meth:`level_law` scores the levels of
+    pixels, whose probabilities are the mixture's masses of their cells.
+
+    Args:
+        params: of the mixture.
+        levels: of a pixel.
+    """
+
+    def __init__(self, params: MixtureParams, levels: int) -> None:
+        self.params, self.levels = params, levels
+        self.law_of_x = logistic_mixture(params)
+
+    def law(self) -> TorchDistribution:
+        """Return the continuous mixture."""
+        return self.law_of_x
+
+    def level_law(self) -> TorchDistribution:
+        """Return the discretised mixture."""
+        return DiscretizedLogisticMixture(self.params, self.levels)
+
+    def transport(self, eps: Tensor) -> Tensor:
+        """Apply the quantile function, channel by channel."""
+        x: Tensor = self.law_of_x.transforms[0](eps)
+        return x
+
+    def noise_of(self, x: Tensor) -> Tensor:
+        """Apply the distribution function, channel by channel."""
+        eps: Tensor = self.law_of_x.transforms[0].inv(x)
+        return eps
+
+    def mean(self) -> Tensor:
+        """Return the mixture's mean, channel by channel within [-1, 1]."""
+        return display_mean(self.params)
+
+
+def num_decoder_outputs(decoder: str, num_channels: int, num_mixtures: int) -> int:
+    """Count the network outputs per pixel that a decoder reads.
+
+    Args:
+        decoder: ``normal``, ``bernoulli``, ``logistic`` or ``logistic-mixture``.
+        num_channels: of x.
+        num_mixtures: components of the logistic mixture.
+
+    Returns:
+        The number of channels of the output head.
+    """
+    counts = {"bernoulli": num_channels, "normal": 2 * num_channels, "logistic": 2 * num_channels}
+    return counts.get(decoder) or num_outputs(num_channels, num_mixtures)
+
+
+def decoded(decoder: str, out: Tensor, num_channels: int, num_mixtures: int, levels: int | None) -> Decoded:
+    """Read a network's output as the distribution of x.
+
+    Args:
+        decoder: as in :func:`num_decoder_outputs`.
+        out: ``(n, outputs, H, W)``; computed in float32 at least.
+        num_channels: of x.
+        num_mixtures: components of the logistic mixture.
+        levels: of a pixel, for the logistic decoders.
+
+    Returns:
+        The distribution.
+    """
+    raw = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    if decoder == "bernoulli":
+        return DecodedBernoulli(raw)
+    if decoder == "normal":
+        raw_loc, raw_scale = raw.chunk(2, dim=1)
+        return DecodedNormal(soft_clamp(raw_loc), positive_scale(raw_scale))
+    assert levels is not None
+    if decoder == "logistic":
+        return DecodedLogistics(MixtureParams.from_raw_single(raw, num_channels), levels)
+    return DecodedLogistics(MixtureParams.from_raw(raw, num_channels, num_mixtures), levels)

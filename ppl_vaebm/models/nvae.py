@@ -1,0 +1,242 @@
+"""NVAE (Vahdat and Kautz 2020, arXiv:2007.03898) as a Pyro model and guide over one top-down pass.
+
+Latent groups lie on square grids, ``z_1`` on the coarsest. On the way down the state passes a group as
+
+    cells -> prior of the group from the state -> its value -> combiner(state, value)
+
+and the posterior of a group sees the same state and the features that the bottom-up tower kept at that depth.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro.distributions import TorchDistribution, TransformedDistribution
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ppl_vaebm.config import NvaeConfig
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.models.decoders import Decoded, decoded, num_decoder_outputs
+from ppl_vaebm.models.distributions import diagonal_normal, positive_scale, soft_clamp
+from ppl_vaebm.models.flows import flow
+from ppl_vaebm.models.nvae_cells import POST_EXPANSION, Conv2d, decoder_cell, encoder_cell
+from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE, Prior
+
+
+class Layout:
+    """Where the latent groups lie.
+
+    Args:
+        config: sizes.
+        event_shape: of x, ``(channels, side, side)``.
+
+    Raises:
+        InputError: images that are not square, or a side that the grids do not divide.
+    """
+
+    def __init__(self, config: NvaeConfig, event_shape: torch.Size) -> None:
+        if len(event_shape) != 3 or event_shape[-1] != event_shape[-2]:
+            raise InputError(f"model.kind nvae takes square images, got data of shape {tuple(event_shape)}")
+        side = event_shape[-1] + 2 * config.padding
+        multiple = 1 << (config.num_pre_blocks + config.num_scales - 1)
+        if side % multiple:
+            padding = next((p for p in range(multiple) if (event_shape[-1] + 2 * p) % multiple == 0), None)
+            advice = "set data.image-size to one" if padding is None else f"set model.nvae.padding to {padding}"
+            raise InputError(
+                f"model.nvae halves images {config.num_pre_blocks + config.num_scales - 1} times, so a side with its "
+                f"padding must be a multiple of {multiple}, got {side}: {advice}, or use fewer scales"
+            )
+        self.groups = config.groups
+        """Groups of every grid, finest first."""
+        self.sides = [side >> (config.num_pre_blocks + scale) for scale in range(config.num_scales)]
+        """Side of every grid."""
+        self.widths = [config.channels << (config.num_pre_blocks + scale) for scale in range(config.num_scales)]
+        """Channels of the towers on every grid."""
+        self.scale_of = [s for s in reversed(range(config.num_scales)) for _ in range(self.groups[s])]
+        """Grid of every group, in the order of the way down."""
+        self.is_plain = sum(self.groups) == 1
+        """One group: an ordinary VAE, without towers."""
+
+    def name(self, group: int) -> str:
+        """Return the site of a group, counted from 0."""
+        return f"z_{group + 1}"
+
+
+class NVAEGenerator(Generator):
+    """The top-down tower.
+
+    Args:
+        config: sizes.
+        event_shape: of x, ``(channels, side, side)``.
+        levels: of a pixel; ``None`` where the data have none.
+    """
+
+    def __init__(self, config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> None:
+        super().__init__()
+        layout = Layout(config, event_shape)
+        self.config, self.layout, self.levels, self.event_shape = config, layout, levels, event_shape
+        self.latent_shapes = {
+            layout.name(index): torch.Size([config.num_latents, layout.sides[s], layout.sides[s]])
+            for index, s in enumerate(layout.scale_of)
+        }
+        widths = [layout.widths[s] for s in layout.scale_of]
+        if layout.is_plain:
+            self.stem = Conv2d(config.num_latents, widths[0], 1)
+        else:
+            self.h = nn.Parameter(torch.rand(widths[0], layout.sides[-1], layout.sides[-1]))
+        self.cells = nn.ModuleList(self._cells(index) for index in range(1, len(widths)))
+        self.priors = nn.ModuleList(Conv2d(width, 2 * config.num_latents, 1) for width in widths[1:])
+        combined = [] if layout.is_plain else widths
+        self.combiners = nn.ModuleList(Conv2d(width + config.num_latents, width, 1) for width in combined)
+        self.post = nn.Sequential(
+            *(
+                decoder_cell(config.channels << (block + (cell == 0)), cell == 0, config.squeeze_excite, POST_EXPANSION)
+                for block in reversed(range(config.num_pre_blocks))
+                for cell in range(config.post_cells)
+            )
+        )
+        num_out = num_decoder_outputs(config.decoder, event_shape[0], config.num_mixtures)
+        self.head = Conv2d(config.channels, num_out, 3)
+
+    def _cells(self, group: int) -> nn.Sequential:
+        """Make what lies between one group and the one above it: the step to a finer grid, if any, and cells."""
+        here, above = self.layout.scale_of[group], self.layout.scale_of[group - 1]
+        excite = self.config.squeeze_excite
+        up = [decoder_cell(self.layout.widths[above], True, excite)] if here != above else []
+        cells = [decoder_cell(self.layout.widths[here], False, excite) for _ in range(self.config.decoder_cells)]
+        return nn.Sequential(*up, *cells)
+
+    def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Walk down the hierarchy; see :meth:`Generator.walk`."""
+        first = self._first_prior(num)
+        if self.layout.is_plain:
+            z = {"z_1": choose("z_1", first, first.loc)}
+            return z, self.stem(z["z_1"])
+        state = self.h.expand(num, *self.h.shape)
+        z = {"z_1": choose("z_1", first, state)}
+        state = self._combine(0, state, z["z_1"])
+        for index, (cells, head) in enumerate(zip(self.cells, self.priors, strict=True), 1):
+            state = cells(state)
+            raw_loc, raw_scale = _wide(head(functional.elu(state))).chunk(2, dim=1)
+            prior = Prior(soft_clamp(raw_loc), positive_scale(raw_scale), (raw_loc, raw_scale))
+            name = self.layout.name(index)
+            z[name] = choose(name, prior, state)
+            state = self._combine(index, state, z[name])
+        return z, state
+
+    def _first_prior(self, num: int) -> Prior:
+        """Return the prior of the first group: raw zeros, so its scale is 1.01, as in NVAE."""
+        zeros = next(self.parameters()).new_zeros(num, *self.latent_shapes["z_1"])
+        return Prior(zeros, positive_scale(zeros), (zeros, zeros))
+
+    def _combine(self, index: int, state: Tensor, z: Tensor) -> Tensor:
+        out: Tensor = self.combiners[index](torch.cat([state, z.to(state.dtype)], dim=1))
+        return out
+
+    def decode(self, state: Tensor) -> Decoded:
+        """Decode; see :meth:`Generator.decode`."""
+        out = self.head(functional.elu(self.post(state)))
+        edge = self.config.padding
+        if edge:
+            out = out[:, :, edge:-edge, edge:-edge]
+        return decoded(self.config.decoder, out, self.event_shape[0], self.config.num_mixtures, self.levels)
+
+
+class NVAEGuide(Guide):
+    """The bottom-up tower and the posterior of every group.
+
+    Args:
+        generator: the model.
+    """
+
+    def __init__(self, generator: NVAEGenerator) -> None:
+        super().__init__(generator)
+        self.config, self.layout = generator.config, generator.layout
+        config, layout = self.config, self.layout
+        self.stem = Conv2d(generator.event_shape[0], config.channels, 3)
+        self.pre = nn.Sequential(
+            *(
+                encoder_cell(config.channels << block, cell == config.pre_cells - 1, config.squeeze_excite)
+                for block in range(config.num_pre_blocks)
+                for cell in range(config.pre_cells)
+            )
+        )
+        way_up = [] if layout.is_plain else layout.scale_of[::-1]
+        self.tower = nn.ModuleList(self._cells(index, way_up) for index in range(len(way_up)))
+        self.combiners = nn.ModuleList(Conv2d(layout.widths[s], layout.widths[s], 1) for s in way_up[:-1])
+        self.top = Conv2d(layout.widths[-1], layout.widths[-1], 1)
+        self.heads = nn.ModuleDict(
+            {
+                layout.name(index): Conv2d(layout.widths[s], 2 * config.num_latents, 3)
+                for index, s in enumerate(layout.scale_of)
+            }
+        )
+        self.flows = nn.ModuleDict({name: flow(config.num_latents, config.num_flows) for name in self.heads})
+
+    def _cells(self, index: int, way_up: list[int]) -> nn.Sequential:
+        """Make the cells of one group on the way up, and the step to a coarser grid before them, if any."""
+        here = way_up[index]
+        below = way_up[index - 1] if index else here
+        excite = self.config.squeeze_excite
+        down = [encoder_cell(self.layout.widths[below], True, excite)] if here != below else []
+        cells = [encoder_cell(self.layout.widths[here], False, excite) for _ in range(self.config.encoder_cells)]
+        return nn.Sequential(*down, *cells)
+
+    def encode(self, x: Tensor) -> dict[str, Tensor]:
+        """Run the tower, and keep its state for the group at the matching depth of the way down."""
+        # Beyond the image stands what black is there.
+        padded = functional.pad(x, (self.config.padding,) * 4, value=-1.0) if self.config.padding else x
+        state = self.pre(self.stem(padded))
+        kept = []
+        for cells in self.tower:
+            state = cells(state)
+            kept.append(state)
+        top = functional.elu(self.top(functional.elu(state)))
+        return {self.layout.name(index): level for index, level in enumerate([top, *kept[-2::-1]])}
+
+    def posterior(self, name: str, prior: Prior, features: Tensor, state: Tensor) -> TorchDistribution:
+        """Add to the prior's raw outputs, then flow; see :meth:`Guide.posterior`."""
+        index = len(self.combiners) - int(name.removeprefix("z_")) + 1
+        if index < len(self.combiners):
+            features = features + self.combiners[index](state)
+        raw_loc, raw_scale = _wide(self.heads[name](features)).chunk(2, dim=1)
+        if self.config.residual_posterior:
+            assert prior.raw is not None
+            raw_loc, raw_scale = raw_loc + prior.raw[0], raw_scale + prior.raw[1]
+        normal = diagonal_normal(soft_clamp(raw_loc), positive_scale(raw_scale))
+        transforms = list(self.flows[name])
+        return TransformedDistribution(normal, transforms) if transforms else normal
+
+
+def _wide(raw: Tensor) -> Tensor:
+    """Bring half precision to float32, in which densities are computed."""
+    return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+
+
+def build_nvae(config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> HierarchicalVAE:
+    """Make an NVAE.
+
+    Args:
+        config: sizes.
+        event_shape: of x, ``(channels, side, side)``.
+        levels: of a pixel: 2 for binarised images, ``None`` where x is continuous.
+
+    Returns:
+        The VAE, freshly initialised from the global generator.
+
+    Raises:
+        InputError: the images do not fit the grids, or the decoder does not fit the pixels.
+    """
+    if (config.decoder == "bernoulli") != (levels == 2):
+        found = "binarised images" if levels == 2 else "images that are not binarised"
+        raise InputError(
+            f"model.nvae.decoder {config.decoder} does not fit {found}: bernoulli and data.binarize go together"
+        )
+    if config.decoder.startswith("logistic") and levels is None:
+        raise InputError(
+            f"model.nvae.decoder {config.decoder} scores levels of pixels, which these data lack: use normal"
+        )
+    generator = NVAEGenerator(config, event_shape, levels)
+    vae = HierarchicalVAE(generator, NVAEGuide(generator))
+    # On a CPU the backward pass of the depthwise convolutions is three times as fast with channels last.
+    return vae.to(memory_format=torch.channels_last)

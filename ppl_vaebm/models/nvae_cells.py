@@ -1,0 +1,260 @@
+"""NVAE's building blocks (Vahdat and Kautz 2020, section 3.1): convolutions, normalisation, residual cells."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn import functional as collectives
+from torch.nn import functional
+
+from ppl_vaebm import processes
+
+RESIDUAL_SCALE = 0.1  # of every cell's branch, so that a deep tower starts near the identity
+NORM_MOMENTUM = 0.05  # weight of a new batch in the running statistics
+NORM_EPSILON = 1e-5
+MIN_EXCITE_WIDTH = 4
+EXCITE_REDUCTION = 16
+TOWER_EXPANSION = 6  # hidden channels per channel of a decoder cell in the tower
+POST_EXPANSION = 3  # and in the blocks after it
+DEPTHWISE_SIZE = 5
+WEIGHT_EPSILON = 1e-5
+INIT_GAIN_EPSILON = 1e-2
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose weight is ``exp(log_gain) * v / |v|``, one gain and one norm per output channel.
+
+    Weight normalisation (Salimans and Kingma 2016) as NVAE has it: the norm is over inputs and kernel, and the gain
+    starts at the norm of PyTorch's own initial weights. Sides are padded to keep the grid.
+
+    Args:
+        num_in: input channels.
+        num_out: output channels.
+        size: side of the kernel, odd.
+        weight_norm: whether the weight is normalised; if not, it is v itself.
+        mask: of v, broadcastable to ``(out, in / groups, k, k)``; masked weights are zero and do not count for the norm.
+        options: of :class:`torch.nn.Conv2d`.
+    """
+
+    mask: Tensor | None
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        size: int,
+        *,
+        weight_norm: bool = True,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_in, num_out, size, padding=size // 2, **options)
+        # Made anew from the sizes, so it need not be in a checkpoint.
+        self.register_buffer("mask", mask, persistent=False)
+        norm = self.direction().detach().flatten(1).norm(dim=1)
+        self.log_gain = nn.Parameter((norm + INIT_GAIN_EPSILON).log()) if weight_norm else None
+
+    def direction(self) -> Tensor:
+        """Return v, ``(out, in / groups, k, k)``."""
+        return self.weight if self.mask is None else self.weight * self.mask
+
+    def effective_weight(self) -> Tensor:
+        """Return the weight that the convolution uses, of the same shape."""
+        v = self.direction()
+        return v if self.log_gain is None else normalized(v, self.log_gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
+        return self._conv_forward(x, self.effective_weight(), self.bias)
+
+
+def normalized(v: Tensor, log_gain: Tensor) -> Tensor:
+    """Normalise weights ``(..., out, in, k, k)`` by their norm per output channel, and scale by ``exp(log_gain)``."""
+    norm = v.flatten(-3).norm(dim=-1)
+    return v * (log_gain.exp() / (norm + WEIGHT_EPSILON))[..., None, None, None]
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch normalisation with NVAE's constants, over the batches of all processes.
+
+    PyTorch's SyncBatchNorm refuses tensors that are not on an accelerator, and then nothing could check on a CPU that
+    several processes give the gradient of one; so the two moments are reduced here, by PyTorch's differentiable
+    collective. One process runs PyTorch's own kernel.
+
+    Args:
+        num_channels: of the input.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(num_channels, eps=NORM_EPSILON, momentum=NORM_MOMENTUM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``(n, channels, h, w)``."""
+        # Without a momentum the statistics are those of draws that one process makes alone.
+        if not self.training or self.momentum is None or processes.current().world == 1:
+            return super().forward(x)
+        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        mean = _mean_over_processes(wide.mean((0, 2, 3)))
+        centred = wide - mean[:, None, None]  # or a variance far below the squared mean is lost in its rounding
+        var = _mean_over_processes(centred.square().mean((0, 2, 3)))
+        self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * num_processes)
+        return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Move the running statistics as PyTorch does: the variance without its bias."""
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, NORM_MOMENTUM)
+        self.running_var.lerp_(var * count / max(1, count - 1), NORM_MOMENTUM)
+
+
+def _mean_over_processes(value: Tensor) -> Tensor:
+    """Average over all processes, each of which has as many images; differentiable."""
+    total: Tensor = collectives.all_reduce(value)
+    return total / processes.current().world
+
+
+class SqueezeExcite(nn.Module):
+    """Multiply every channel by a gate that depends on all channels' means (Hu et al. 2018).
+
+    Args:
+        num_channels: of the input.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        width = max(num_channels // EXCITE_REDUCTION, MIN_EXCITE_WIDTH)
+        self.squeeze = nn.Linear(num_channels, width)
+        self.excite = nn.Linear(width, num_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(n, channels, h, w)`` to the same shape."""
+        gate = self.excite(functional.relu(self.squeeze(x.mean((2, 3))))).sigmoid()
+        return x * gate[:, :, None, None]
+
+
+class ShiftedDown(nn.Module):
+    """Halve the grid without losing a pixel: four strided 1x1 convolutions, each on another shift of the input.
+
+    Args:
+        num_in: input channels.
+        num_out: output channels, at least 4.
+    """
+
+    SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        quarter = num_out // 4
+        widths = (quarter, quarter, quarter, num_out - 3 * quarter)
+        self.convs = nn.ModuleList(Conv2d(num_in, width, 1, stride=2) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(n, in, 2h, 2w)`` to ``(n, out, h, w)``."""
+        x = functional.silu(x)
+        shifted = [conv(x[:, :, down:, right:]) for conv, (down, right) in zip(self.convs, self.SHIFTS, strict=True)]
+        return torch.cat(shifted, dim=1)
+
+
+class SmoothUp(nn.Module):
+    """Double the grid by bilinear interpolation, then mix channels.
+
+    Args:
+        num_in: input channels.
+        num_out: output channels.
+    """
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__()
+        self.conv = Conv2d(num_in, num_out, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` to ``(n, out, 2h, 2w)``."""
+        out: Tensor = self.conv(functional.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True))
+        return out
+
+
+class Cell(nn.Module):
+    """``skip(x) + 0.1 * excite(branch(x))``.
+
+    Args:
+        skip: the way past the branch.
+        branch: the residual operation.
+        excite: the squeeze-excite layer, or an identity.
+    """
+
+    def __init__(self, skip: nn.Module, branch: nn.Module, excite: nn.Module) -> None:
+        super().__init__()
+        self.skip, self.branch, self.excite = skip, branch, excite
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
+        out: Tensor = self.skip(x) + RESIDUAL_SCALE * self.excite(self.branch(x))
+        return out
+
+
+def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> Cell:
+    """Make a cell of the bottom-up tower: twice batch norm, swish, 3x3 convolution (``res_bnswish``).
+
+    Args:
+        num_channels: input channels.
+        is_down: halve the grid and double the channels.
+        squeeze_excite: whether the cell has that layer.
+
+    Returns:
+        The cell.
+    """
+    num_out = 2 * num_channels if is_down else num_channels
+    branch = nn.Sequential(
+        BatchNorm2d(num_channels),
+        nn.SiLU(),
+        Conv2d(num_channels, num_out, 3, stride=2 if is_down else 1),
+        BatchNorm2d(num_out),
+        nn.SiLU(),
+        Conv2d(num_out, num_out, 3),
+    )
+    skip = ShiftedDown(num_channels, num_out) if is_down else nn.Identity()
+    return Cell(skip, branch, _excite(num_out, squeeze_excite))
+
+
+def decoder_cell(num_channels: int, is_up: bool, squeeze_excite: bool, expansion: int = TOWER_EXPANSION) -> Cell:
+    """Make a cell of the top-down tower: an inverted bottleneck with a depthwise 5x5 convolution (``mconv_e6k5``).
+
+    The convolutions in it have neither bias nor weight norm, and its first and last batch norm no activation.
+
+    Args:
+        num_channels: input channels.
+        is_up: double the grid and halve the channels.
+        squeeze_excite: whether the cell has that layer.
+        expansion: hidden channels per input channel.
+
+    Returns:
+        The cell.
+    """
+    num_out = num_channels // 2 if is_up else num_channels
+    hidden = expansion * num_channels
+    plain = {"bias": False, "weight_norm": False}
+    branch = nn.Sequential(
+        nn.Upsample(scale_factor=2, mode="nearest") if is_up else nn.Identity(),
+        BatchNorm2d(num_channels),
+        Conv2d(num_channels, hidden, 1, **plain),
+        BatchNorm2d(hidden),
+        nn.SiLU(),
+        Conv2d(hidden, hidden, DEPTHWISE_SIZE, groups=hidden, **plain),
+        BatchNorm2d(hidden),
+        nn.SiLU(),
+        Conv2d(hidden, num_out, 1, **plain),
+        BatchNorm2d(num_out),
+    )
+    skip = SmoothUp(num_channels, num_out) if is_up else nn.Identity()
+    return Cell(skip, branch, _excite(num_out, squeeze_excite))
+
+
+def _excite(num_channels: int, squeeze_excite: bool) -> nn.Module:
+    return SqueezeExcite(num_channels) if squeeze_excite else nn.Identity()

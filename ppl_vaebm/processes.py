@@ -1,0 +1,68 @@
+"""Training in several processes, each on its share of a batch; torchrun starts them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ppl_vaebm.errors import InputError
+
+
+class Process(NamedTuple):
+    """Which of the processes this is."""
+
+    rank: int = 0
+    world: int = 1
+    """Processes in all."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes to the run and to the screen."""
+        return self.rank == 0
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Return what tells this process's random streams from the first's; the first has those of a lone one."""
+        return (self.rank,) if self.rank else ()
+
+
+def current() -> Process:
+    """Return this process's place; a lone one's outside of :func:`joined`."""
+    if dist.is_available() and dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size())
+    return Process()
+
+
+@contextmanager
+def joined(environment: Mapping[str, str], device: str) -> Iterator[tuple[Process, str]]:
+    """Join the other processes that torchrun started, for the length of a block.
+
+    Args:
+        environment: of the process; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
+        device: that the run asks for; an accelerator without a number becomes the process's own.
+
+    Yields:
+        The process's place, and its device.
+
+    Raises:
+        InputError: several processes on one named accelerator.
+    """
+    if "RANK" not in environment:
+        yield Process(), device
+        return
+    kind, _, index = device.partition(":")
+    if index and int(environment["WORLD_SIZE"]) > 1:
+        raise InputError(f"expected a device for every process, found {device!r} for all of them; set --device {kind}")
+    own = device if kind == "cpu" else f"{kind}:{environment['LOCAL_RANK']}"
+    if kind != "cpu":
+        torch.accelerator.set_device_index(int(environment["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if kind == "cpu" else None)
+    try:
+        yield current(), own
+        dist.barrier()  # none leaves before the first has written what it has to
+    finally:
+        dist.destroy_process_group()
