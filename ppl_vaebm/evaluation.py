@@ -14,8 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, gaussians25_log_prob
 from ppl_vaebm.features import Classifier, load_or_train
+from ppl_vaebm.inference.ebm import has_discrete_x
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, RejectionError, exact_draws, log_p, log_z_from_vae
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
@@ -57,9 +59,14 @@ def evaluate(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]
     sections = {"log-likelihood of test data (nats per point)": likelihood(loaded, effort, seed)}
     if loaded.data.modes is not None:
         sections |= modes(loaded, effort, seed)
-    if loaded.data.train.labels is not None and len(loaded.data.event_shape) == 3:
+    if has_labelled_images(loaded.data):
         sections |= frechet(loaded, effort, seed)
     return sections
+
+
+def has_labelled_images(data: Data) -> bool:
+    """Say whether the data can train the classifier of the Frechet distances."""
+    return data.train.labels is not None and len(data.event_shape) == 3
 
 
 def likelihood(loaded: LoadedRun, effort: Effort, seed: int) -> Section:
@@ -82,26 +89,77 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int) -> Section:
         energy = torch.cat([loaded.vaebm.energy(rows) for rows in x.split(1_000)]).double()
     gain = -energy - log_z.value
     section: Section = {
-        "log p (VAE)": _mean(estimate.value),
-        "log h (VAEBM)": _mean(estimate.value + gain, log_z.error),
-        "log h - log p": _mean(gain, log_z.error),
+        "log p (VAE)": mean_cell(estimate.value),
+        "log h (VAEBM)": mean_cell(estimate.value + gain, log_z.error),
+        "log h - log p": mean_cell(gain, log_z.error),
         "log Z": {"value": log_z.value, "error": log_z.error},
         "effective draws behind log Z": log_z.ess,
         "log Z certified": "yes" if log_z.ess >= CERTIFIED_ESS else f"no: fewer than {CERTIFIED_ESS:g} effective draws",
         "mean Monte Carlo error of log p per point": float(estimate.error.mean()),
     }
+    section |= _bits(loaded, x, section, effort, seed)
     if data.max_log_density_nats is not None:
         config = loaded.config.data
         truth = gaussians25_log_prob(x.cpu(), config.spacing, config.std).to(x.device)
         section["entropy bound (mean log density of the data's own law)"] = data.max_log_density_nats
-        section["the data's own law on these test points"] = _mean(truth)
-        section["KL(data, VAE), same test points"] = _mean(truth - estimate.value)
-        kl = _mean(truth - estimate.value - gain, log_z.error)
+        section["the data's own law on these test points"] = mean_cell(truth)
+        section["KL(data, VAE), same test points"] = mean_cell(truth - estimate.value)
+        kl = mean_cell(truth - estimate.value - gain, log_z.error)
         section["KL(data, VAEBM), same test points"] = kl
         # The data's own law as a control variate: most of log h's spread over test points is that of the points.
         bound_less_kl = data.max_log_density_nats - kl["value"]
         section["log h (VAEBM), as the bound less that KL"] = {"value": bound_less_kl, "error": kl["error"]}
     return section
+
+
+def _bits(loaded: LoadedRun, x: Tensor, section: Section, effort: Effort, seed: int) -> Section:
+    """Convert a likelihood to bits per dimension; where the decoder scores levels, add the VAE's by that law."""
+    data = loaded.data
+    if not has_bits(loaded.config, data):
+        return {}
+    found: Section = {}
+    for name in ("log p (VAE)", "log h (VAEBM)"):
+        nats = section[name]
+        assert isinstance(nats, dict)
+        found[f"{name}, bits per dimension"] = bits_per_dim(nats, data)
+    if scores_levels(loaded.config):
+        by_level = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, by_level=True)
+        found["the VAE by level, bits per dimension"] = bits_per_dim(mean_cell(by_level.value), data)
+    return found
+
+
+def has_bits(config: Config, data: Data) -> bool:
+    """Say whether a likelihood in nats has an equivalent in bits per dimension.
+
+    Points have no levels; and of binarised images only a discrete decoder's likelihood is that of levels.
+    """
+    return data.levels is not None and (data.is_dequantized or has_discrete_x(config))
+
+
+def scores_levels(config: Config) -> bool:
+    """Say whether the decoder scores data by a law of levels that its draws do not have."""
+    return config.model.kind == "nvae" and config.model.nvae.decoder.startswith("logistic")
+
+
+def bits_per_dim(nats: Mapping[str, float], data: Data) -> dict[str, float]:
+    """Turn a log-likelihood into bits per dimension.
+
+    A density of dequantised data bounds the log probability of their levels, once ``log(2 / levels)`` per coordinate is
+    added (Theis et al. 2016, arXiv:1511.01844, section 3.1): the number is an upper bound. For binarised data it is the
+    log probability already.
+
+    Args:
+        nats: value and error of a mean log-likelihood, per image.
+        data: the images, with levels; :func:`has_bits` says whether the number means something.
+
+    Returns:
+        Value and error; lower is better, and the uniform distribution has ``log2(levels)``.
+    """
+    assert data.levels is not None
+    num = data.event_shape.numel()
+    volume = num * math.log(2 / data.levels) if data.is_dequantized else 0.0
+    scale = num * math.log(2)
+    return {"value": -(nats["value"] + volume) / scale, "error": nats["error"] / scale}
 
 
 def modes(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
@@ -142,17 +200,31 @@ def mode_section(loaded: LoadedRun, position: Tensor) -> Section:
     Returns:
         Share of good points, modes found, evenness of the modes, mean energy.
     """
-    data = loaded.data
+    return {
+        **mode_cells(decode_in_blocks(loaded.potential, position), loaded.data),
+        "mean energy": mean_cell(_energies(loaded.potential, position)),
+    }
+
+
+def mode_cells(x: Tensor, data: Data) -> Section:
+    """Describe samples of data with known modes.
+
+    Args:
+        x: samples, ``(n, d)``.
+        data: what they should look like.
+
+    Returns:
+        Share of good points, modes found, evenness of the modes.
+    """
     assert data.modes is not None and data.mode_std is not None
-    found = mode_statistics(decode_in_blocks(loaded.potential, position), data.modes, data.mode_std)
+    found = mode_statistics(x, data.modes, data.mode_std)
     share = found.high_quality
     return {
-        "share within 3 std of a mode": {"value": share, "error": math.sqrt(share * (1 - share) / len(position))},
+        "share within 3 std of a mode": {"value": share, "error": math.sqrt(share * (1 - share) / len(x))},
         f"modes of {len(data.modes)}": found.num_modes,
         "KL of the mode histogram to uniform (nats)": (
             found.kl_to_uniform if share else "undefined: no point is near a mode"
         ),
-        "mean energy": _mean(_energies(loaded.potential, position)),
     }
 
 
@@ -170,14 +242,14 @@ def frechet(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
     """
     data, kernel = loaded.data, loaded.config.sampling.kernel
     net = load_or_train(loaded.run.path / "features.safetensors", data, loaded.config.seed)
-    reference = _features(net, _all(data, "train", seed))
+    reference = features(net, whole(data, "train", seed))
     chains = sample_by_chains(loaded.potential, kernel, num=effort.num_samples, steps=[0, *effort.steps], seed=seed)
     distances = {
-        count: frechet_distance(_features(net, decode_in_blocks(loaded.potential, position)), reference)
+        count: frechet_distance(features(net, decode_in_blocks(loaded.potential, position)), reference)
         for count, position in chains.positions.items()
     }
     section: Section = {
-        f"held-out data, {len(data.test)} images": frechet_distance(_features(net, _all(data, "test", seed)), reference)
+        f"held-out data, {len(data.test)} images": frechet_distance(features(net, whole(data, "test", seed)), reference)
     }
     section["VAE"] = vae_distance = distances.pop(0)
     for count, distance in distances.items():
@@ -190,12 +262,14 @@ def frechet(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
     return {f"Frechet distance [{net.name}], {effort.num_samples} samples": section}
 
 
-def _features(net: Classifier, x: Tensor) -> Tensor:
+def features(net: Classifier, x: Tensor) -> Tensor:
+    """Compute the features ``(n, d)`` of images ``(n, C, H, W)``, a block at a time."""
     with torch.no_grad():
         return torch.cat([net.features(rows) for rows in x.split(1_000)])
 
 
-def _all(data: Data, part: str, seed: int) -> Tensor:
+def whole(data: Data, part: str, seed: int) -> Tensor:
+    """Return every image of the part train or test, ``(n, C, H, W)``."""
     split = {"train": data.train, "test": data.test}[part]
     return split.batch(torch.arange(len(split)), stream(seed, "dequantise", part))
 
@@ -205,8 +279,16 @@ def _energies(potential: NoisePotential, position: Tensor) -> Tensor:
         return torch.cat([potential(rows) for rows in position.split(1_000)])
 
 
-def _mean(values: Tensor, other_error: float = 0.0) -> dict[str, float]:
-    """Mean of independent values and its standard error, joined with an independent one."""
+def mean_cell(values: Tensor, other_error: float = 0.0) -> dict[str, float]:
+    """Average independent values.
+
+    Args:
+        values: ``(n,)``.
+        other_error: an independent standard error to join with theirs.
+
+    Returns:
+        The mean and its standard error.
+    """
     values = values.double()
     error = math.hypot(float(values.std()) / math.sqrt(len(values)), other_error)
     return {"value": float(values.mean()), "error": error}

@@ -10,14 +10,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ppl_vaebm.figures import TITLE_POINTS, FloatArray, Picture, panels, picture
+from ppl_vaebm.figures import TITLE_POINTS, FloatArray, Picture, axes_grid, picture
 from ppl_vaebm.inference import diagnostics
 
 MAX_FUNCTIONALS = 4  # drawn per report, worst effective sample size first
 MAX_TRACE_DRAWS = 500  # per chain; longer traces are thinned
 MAX_LAG = 200  # of the autocorrelations
 NUM_RANK_BINS = 20  # Vehtari et al. (2021), doi 10.1214/20-BA1221
-
 
 
 def chain_pictures(
@@ -42,7 +41,7 @@ def _functionals_figure(idata: diagnostics.InferenceData, summaries: Sequence[di
     by_ess = sorted(summaries, key=lambda s: math.inf if math.isnan(s.ess_bulk) else s.ess_bulk)
     draws = diagnostics.scalar_draws(idata)
     shown = [summary.name for summary in by_ess[:MAX_FUNCTIONALS]]
-    figure, axes = panels(len(shown), 3, height=1.9)
+    figure, axes = axes_grid(len(shown), 3, height=1.9)
     for (trace, ranks, correlation), name in zip(axes, shown, strict=True):
         _trace(trace, draws[name])
         trace.set_title(f"{name}: trace of every chain", fontsize=TITLE_POINTS)
@@ -96,7 +95,7 @@ def _autocorrelation(draws: FloatArray) -> FloatArray:
 def _energy_figure(idata: diagnostics.InferenceData) -> Figure:
     stats = idata["sample_stats"]
     energy = stats["energy"].transpose("chain", "draw").to_numpy().astype(np.float64)
-    figure, ((histogram, bfmi, acceptance),) = panels(1, 3)
+    figure, ((histogram, bfmi, acceptance),) = axes_grid(1, 3)
     finite = energy[np.isfinite(energy)]
     with np.errstate(invalid="ignore"):
         changes = np.diff(energy, axis=1)

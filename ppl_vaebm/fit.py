@@ -16,6 +16,9 @@ from ppl_vaebm.config import Config
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
 from ppl_vaebm.options import load_yaml, parse, parse_known, recipe_names, recipe_path, to_dict, tokens
 
+MAX_NAMED = 5
+"""Skipped images that are named."""
+
 if TYPE_CHECKING:
     from ppl_vaebm.processes import Process
 
@@ -152,6 +155,9 @@ def _fit(options: Options, folder: Path, process: Process, device: str) -> None:
         resolved_loop = options.config.svi.resolved(sampler.steps_per_epoch)
         options = replace(options, config=replace(options.config, svi=resolved_loop))
     resolved = _announce(options, folder) if process.is_first else ""
+    if data.skipped and process.is_first:
+        shown = ", ".join(data.skipped[:MAX_NAMED])
+        print(f"note: {len(data.skipped)} images could not be read and were skipped: {shown}")
     config = replace(options.config, device=device)
     # Whatever may be refused is refused here, before anything is touched.
     run, resume = Run(folder), None

@@ -79,18 +79,14 @@ def open_fitted_vae(path: str) -> FittedVAE:
     return load_fitted_vae(run, config, load_data(config.data, config.seed))
 
 
-def stage_of(path: str, asked: Stage | None) -> Stage:
+def stage_of(run: Run, asked: Stage | None) -> Stage:
     """Choose the stage to work on.
 
     Args:
-        path: the run's folder.
+        run: the run.
         asked: by the user, if at all.
 
     Returns:
         What was asked for; else ebm where the run has a checkpoint of it, and svi where not.
-
-    Raises:
-        InputError: not a run.
     """
-    run = Run.open(path)
     return asked or ("ebm" if checkpoints.available(run.checkpoints("ebm")) else "svi")

@@ -18,7 +18,7 @@ import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_vaebm import figures
+from ppl_vaebm import figures, figures_chains, figures_samples, figures_svi
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference import diagnostics
@@ -119,9 +119,22 @@ def _template() -> jinja2.Template:
 
 def _svi_section(run: Run) -> Section | None:
     records = run.metrics("svi")
+    gallery = _gallery_pictures(run)
     if not records:
-        return None
-    return Section([figures.curves_picture("curves of stage 1 over optimiser steps", records, figures.SVI_PANELS)])
+        return Section(gallery) if gallery else None
+    curves = figures.curves_picture("curves of stage 1 over optimiser steps", records, figures.SVI_PANELS)
+    return Section([curves, *gallery])
+
+
+def _gallery_pictures(run: Run) -> list[figures.Picture]:
+    files = {name: run.samples_dir / f"{name}.npz" for name in figures_svi.GALLERY}
+    drawn = [figures_svi.gallery_pictures(name, _arrays(file)) for name, file in files.items() if file.exists()]
+    return [picture for pictures in drawn for picture in pictures]
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path) as file:
+        return dict(file)
 
 
 def _ebm_section(run: Run) -> Section | None:
@@ -141,16 +154,10 @@ def _failures(records: Sequence[figures.Record]) -> str:
 
 def _samples_section(run: Run) -> Section | None:
     files = {title: run.samples_dir / f"{name}.npz" for name, title in SAMPLE_SETS.items()}
-    sets = {title: _load_samples(file) for title, file in files.items() if file.exists()}
+    sets = {title: _arrays(file)["x"] for title, file in files.items() if file.exists()}
     if not sets:
         return None
-    return Section(figures.sample_pictures(sets))
-
-
-def _load_samples(path: Path) -> NDArray[Any]:
-    with np.load(path) as file:
-        x: NDArray[Any] = file["x"]
-        return x
+    return Section(figures_samples.sample_pictures(sets))
 
 
 def _evaluation_section(run: Run) -> Section | None:
@@ -172,7 +179,7 @@ def _chains_section(run: Run) -> Section | None:
     num_converged = sum(map(diagnostics.is_converged, summaries))
     caption = f"{num_converged} of {len(summaries)} functionals meet the thresholds of R-hat and ESS"
     return Section(
-        figures.chain_pictures(idata, summaries),
+        figures_chains.chain_pictures(idata, summaries),
         [Table(caption, [_header_cell(*column) for column in diagnostics.TABLE_HEADER], list(map(_row, summaries)))],
         diagnostics.run_lines(idata),
     )
@@ -196,7 +203,8 @@ PARTS = (
         "Stage 1 fits the VAE by maximising the ELBO, a lower bound on the log-likelihood. Good: the validation "
         "curve rises, levels off and stays close to the training curve. The KL term, in all and of each latent "
         "group, is what the latents tell about x; near 0 the decoder ignores them. While the weight of the KL "
-        "term warms up, the loss may rise.",
+        "term warms up, the loss may rise. Under the curves stands what the fitted VAE makes of held-out data and of "
+        "its prior.",
     ),
     Part(
         "ebm",
@@ -214,7 +222,7 @@ PARTS = (
         "Samples",
         "python -m ppl_vaebm.sample RUN",
         _samples_section,
-        "Data, samples of the VAE alone, and samples of the VAEBM: the same number of each, none selected. Good: "
+        "Data, samples of the VAE alone, and, of a run with stage 2, samples of the VAEBM; none are selected. Good: "
         "the VAEBM's cannot be told from the data, and what the VAE puts where no data are is gone.",
     ),
     Part(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import pytest
 import torch
 
 from ppl_vaebm import evaluation
-from ppl_vaebm.config import Config, KernelConfig, SamplingConfig
+from ppl_vaebm.config import Config, KernelConfig, ModelConfig, NvaeConfig, SamplingConfig
 from ppl_vaebm.data import Data
-from ppl_vaebm.evaluation import Effort, likelihood, lines, modes
+from ppl_vaebm.evaluation import Effort, bits_per_dim, evaluate, has_bits, likelihood, lines, modes
+from ppl_vaebm.inference.ebm import new_vaebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
+from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
-from ppl_vaebm.splits import Points
+from ppl_vaebm.splits import IntegerImages, Points, image_data
 from tests.small_models import VARIANCE, QuadraticEnergy, linear_vae, log_normal
 
 CENTER, WIDTH = 0.6, 0.5
@@ -97,3 +100,52 @@ def test_lines_hold_every_number() -> None:
         ["c", "0.2500"],
         ["d", "yes"],
     ]
+
+
+# --- bits per dimension --------------------------------------------------------------------------
+
+
+def image_set(levels: int, is_binarized: bool = False, num: int = 20) -> Data:
+    shape = (num, 1, 8, 8)
+    images = torch.randint(levels, shape, generator=stream(0, "images"), dtype=torch.uint8)
+    split = IntegerImages(images, None, levels, is_binarized=is_binarized)
+    return image_data("noise", torch.Size(shape[1:]), [split, split, split])
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+def test_bits_per_dimension_of_the_uniform_distribution_are_the_log_of_the_levels(levels: int) -> None:
+    uniform = {"value": 64 * math.log(1 / 2), "error": 64 * math.log(2)}
+    assert bits_per_dim(uniform, image_set(levels)) == pytest.approx({"value": math.log2(levels), "error": 1.0})
+
+
+def test_bits_per_dimension_of_binarised_images_are_those_of_fair_coins() -> None:
+    fair = {"value": 64 * math.log(1 / 2), "error": 0.0}
+    assert bits_per_dim(fair, image_set(256, is_binarized=True))["value"] == pytest.approx(1.0)
+
+
+def test_only_a_likelihood_of_levels_has_bits() -> None:
+    bernoulli = Config(model=ModelConfig(kind="nvae", nvae=NvaeConfig(decoder="bernoulli")))
+    assert has_bits(Config(), image_set(17)) and has_bits(bernoulli, image_set(256, is_binarized=True))
+    assert not has_bits(Config(), image_set(256, is_binarized=True))  # a Normal's density at -1 and 1
+    points = Points(torch.zeros(5, 2))
+    assert not has_bits(Config(), Data("points", torch.Size([2]), points, points, points))
+
+
+@pytest.mark.parametrize("decoder", ["normal", "logistic"])
+def test_the_likelihood_of_images_comes_in_bits_too(tmp_path: Path, decoder: str) -> None:
+    nvae = NvaeConfig(channels=4, num_latents=2, groups_per_scale=2, encoder_cells=1, decoder_cells=1)
+    nvae = replace(nvae, decoder=decoder)  # type: ignore[arg-type]
+    config, data = Config(model=ModelConfig(kind="nvae", nvae=nvae)), image_set(17)
+    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
+    effort = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
+    section: dict[str, object] = {**evaluate(loaded, effort, seed=0)["log-likelihood of test data (nats per point)"]}
+    for name in ("log p (VAE)", "log h (VAEBM)"):
+        nats, error = cell(section, name)
+        bits, bits_error = cell(section, f"{name}, bits per dimension")
+        assert bits == pytest.approx(math.log2(17 / 2) - nats / (64 * math.log(2)))
+        assert bits_error == pytest.approx(error / (64 * math.log(2)))
+    assert ("the VAE by level, bits per dimension" in section) == (decoder == "logistic")
+    if decoder == "logistic":
+        continuous = cell(section, "log p (VAE), bits per dimension")
+        assert cell(section, "the VAE by level, bits per dimension") != pytest.approx(continuous, abs=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ppl_vaebm import figures
+from ppl_vaebm import figures, figures_chains, figures_samples, figures_svi
 from ppl_vaebm.errors import InputError
 
 
@@ -25,7 +26,7 @@ def test_images_are_saved_pixel_by_pixel(tmp_path: Path) -> None:
     x[0] = -1.0
     x[1] = 5.0  # cut off at white
     x[2, 0, 1, 0] = np.nan
-    figures.save_image_grid_png(tmp_path / "grid.png", torch.from_numpy(x))
+    figures_samples.save_image_grid_png(tmp_path / "grid.png", torch.from_numpy(x))
     saved = np.round(image.imread(tmp_path / "grid.png")[..., :3] * 255).astype(int)
     # Two rows of ten images of 3 x 2, one white pixel apart: 7 x 29, enlarged 12 times to pass 320.
     assert saved.shape == (7 * 12, 29 * 12, 3)
@@ -44,18 +45,18 @@ def test_images_are_saved_pixel_by_pixel(tmp_path: Path) -> None:
 def test_colour_images_keep_their_channels() -> None:
     x = np.full((1, 3, 4, 4), -1.0)
     x[:, 1] = 1.0
-    assert (figures._grid(x) == [0, 255, 0]).all()
+    assert (figures_samples.image_grid(x) == [0, 255, 0]).all()
 
 
 def test_points_are_saved_as_a_picture(tmp_path: Path) -> None:
-    figures.save_points_png(tmp_path / "points.png", torch.from_numpy(normals(100, 2)))
+    figures_samples.save_points_png(tmp_path / "points.png", torch.from_numpy(normals(100, 2)))
     assert image.imread(tmp_path / "points.png").shape[:2] == (5 * figures.DPI, 5 * figures.DPI)
 
 
 def test_points_outside_the_frame_of_the_data_are_counted() -> None:
     data = np.array([[0.0, 0.0], [1.0, 1.0]])
     stray = np.array([[0.5, 0.5], [9.0, 0.5], [np.nan, 0.5]])
-    figure = figures._scatters({"data": np.concatenate([data, data]), "VAE": stray})
+    figure = figures_samples._scatters({"data": np.concatenate([data, data]), "VAE": stray})
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[:2] == ["data: 3 points", "VAE: 3 points, 2 of them outside"]
 
@@ -63,11 +64,11 @@ def test_points_outside_the_frame_of_the_data_are_counted() -> None:
 @pytest.mark.parametrize(
     ("save", "shape"),
     [
-        (figures.save_points_png, (5, 3)),
-        (figures.save_points_png, (0, 2)),
-        (figures.save_points_png, (5, 1, 4, 4)),
-        (figures.save_image_grid_png, (5, 2)),
-        (figures.save_image_grid_png, (5, 2, 4, 4)),
+        (figures_samples.save_points_png, (5, 3)),
+        (figures_samples.save_points_png, (0, 2)),
+        (figures_samples.save_points_png, (5, 1, 4, 4)),
+        (figures_samples.save_image_grid_png, (5, 2)),
+        (figures_samples.save_image_grid_png, (5, 2, 4, 4)),
     ],
 )
 def test_arrays_of_another_shape_are_refused(
@@ -119,15 +120,15 @@ def test_the_first_tenth_of_a_run_does_not_set_the_frame() -> None:
 def test_ranks_of_chains_that_agree_are_uniform_and_of_others_are_not() -> None:
     # Chain c holds the numbers c, c + 4, c + 8, ...: each chain has the same share of every bin.
     interleaved = np.arange(400.0).reshape(100, 4).T
-    np.testing.assert_array_equal(figures._rank_counts(interleaved), np.full((4, 20), 5.0))
+    np.testing.assert_array_equal(figures_chains._rank_counts(interleaved), np.full((4, 20), 5.0))
     separate = np.arange(400.0).reshape(4, 100)
     expected = np.repeat(np.eye(4), 5, axis=1) * 20
-    np.testing.assert_array_equal(figures._rank_counts(separate), expected)
+    np.testing.assert_array_equal(figures_chains._rank_counts(separate), expected)
 
 
 def test_equal_draws_share_a_rank_whatever_their_chain() -> None:
     draws = np.tile(np.array([0.0, 1.0, 1.0, 2.0]), (3, 25))
-    counts = figures._rank_counts(draws)
+    counts = figures_chains._rank_counts(draws)
     assert (counts == counts[0]).all()
     assert (counts.sum(axis=1) == 100).all()
     assert sorted(counts[0][counts[0] > 0]) == [25, 25, 50]
@@ -138,9 +139,80 @@ def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
     draws = noise.copy()
     for t in range(1, 5000):
         draws[:, t] = 0.8 * draws[:, t - 1] + 0.6 * noise[:, t]
-    correlation = figures._autocorrelation(draws)
+    correlation = figures_chains._autocorrelation(draws)
     np.testing.assert_allclose(correlation[:10], 0.8 ** np.arange(10), atol=0.05)
-    assert len(correlation) == figures.MAX_LAG + 1
+    assert len(correlation) == figures_chains.MAX_LAG + 1
     # Chains that sit at +1 and -1 share no mean, so their correlation stays at 1 / (1 + 0.1**2).
     apart = 0.1 * noise + np.where(np.arange(8) % 2, 1.0, -1.0)[:, None]
-    np.testing.assert_allclose(figures._autocorrelation(apart)[1:20], 0.99, atol=0.01)
+    np.testing.assert_allclose(figures_chains._autocorrelation(apart)[1:20], 0.99, atol=0.01)
+
+
+def test_a_family_of_many_curves_is_not_named_one_by_one() -> None:
+    groups = {f"kl_nats/z_{i}": float(i) for i in range(30)}
+    figure = figures._curves([{"step": step, "kl_nats": 1.0, **groups} for step in (1, 2)], figures.SVI_PANELS)
+    (legend,) = (ax.get_legend() for ax in figure.axes if ax.lines)
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["kl_nats"]
+    assert len(figure.axes[0].lines) == 31
+
+
+def test_reconstructions_stand_under_their_images() -> None:
+    data = np.linspace(-1, 1, 16).reshape(16, 1, 1, 1) * np.ones((1, 1, 2, 2))
+    (grid,) = figures_svi.gallery_grids(figures_svi.RECONSTRUCTIONS, {"x": -data, "data": data}).values()
+    factor = grid.shape[0] // 11  # four rows of two pixels, one white pixel apart
+    assert grid.shape == (11 * factor, 23 * factor, 3)
+    shown = grid[::factor, ::factor, 0].astype(int)
+    rows = [shown[top, ::3] for top in (0, 3, 6, 9)]
+    for above, below in (rows[:2], rows[2:]):
+        assert (np.diff(above) > 0).all()
+        np.testing.assert_allclose(above + below, 255, atol=1)
+
+
+def test_a_grid_with_labels_keeps_its_pixels() -> None:
+    grid = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
+    figure = figures_svi._labelled(grid, ["a", "b"], ["1", "2", "3"])
+    png = np.round(image.imread(io.BytesIO(figures.png_of(figure)))[..., :3] * 255).astype(np.uint8)
+    enlarged = grid.repeat(18, 0).repeat(18, 1)
+    left = round(figures_svi.LABEL_INCHES * figures.DPI)
+    bottom = round(figures_svi.EDGE_INCHES * figures.DPI)
+    shown = png[: len(png) - bottom][-len(enlarged) :, left : left + enlarged.shape[1]]
+    np.testing.assert_array_equal(shown, enlarged)
+
+
+@pytest.mark.parametrize("side", [8, 96])
+def test_every_picture_of_stage_1_can_be_drawn(side: int) -> None:
+    columns = figures_svi.images_per_row(side)
+    files: dict[str, figures_svi.Arrays] = {
+        figures_svi.RECONSTRUCTIONS: {
+            "x": normals(2 * columns, 3, side, side),
+            "data": normals(2 * columns, 3, side, side),
+        },
+        figures_svi.PRIOR: {
+            "x": normals(columns**2, 2, 3, side, side),
+            "temperatures": np.array([0.7, 1.0]),
+            "statistics": np.array(""),
+        },
+        figures_svi.TRAVERSAL: {
+            "x": normals(3, 5, 3, side, side),
+            "angles": np.linspace(-2, 2, 5),
+            "group": np.array("z_2"),
+            "temperature": np.array(1.0),
+        },
+    }
+    for name, arrays in files.items():
+        (picture,) = figures_svi.gallery_pictures(name, arrays)
+        assert picture.title and "Good: " in picture.note and picture.width > 200
+
+
+def test_bars_are_the_groups_in_order() -> None:
+    arrays = {
+        "kl_nats": np.array([3.0, 0.5, 1.0]),
+        "names": np.array(["z_1", "z_2", "z_3"]),
+        "sides": np.array([0, 4, 4]),
+        "num_points": np.array(7),
+    }
+    ax = figures_svi._bars(arrays).axes[0]
+    assert [bar.get_height() for bar in ax.patches] == [3.0, 0.5, 1.0]  # type: ignore[attr-defined]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["z_1", "z_2", "z_3"]
+    legend = ax.get_legend()
+    assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["vector", "4 x 4 grid"]
+    assert "4.5" in ax.get_title()

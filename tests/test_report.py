@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ppl_vaebm import report
+from ppl_vaebm import figures_svi, report
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import diagnostics
 from ppl_vaebm.inference.base import init_params
@@ -154,6 +154,30 @@ def test_a_full_report_is_one_file_without_scripts_or_links_to_elsewhere(run: Ru
     assert len(pictures) == 5
     assert all(base64.b64decode(png, validate=True).startswith(b"\x89PNG") for png in pictures)
     assert len(re.findall(r'<img [^>]*width="\d+" alt="[^"]+"', page)) == len(pictures)
+
+
+def test_pictures_of_the_vae_stand_in_its_section_and_say_what_good_looks_like(run: Run) -> None:
+    x = normals(16, 2, 1, 8, 8)
+    run.save_npz(figures_svi.RECONSTRUCTIONS, x=x[:, 0], data=x[:, 1])
+    run.save_npz(figures_svi.PRIOR, x=x, temperatures=np.array([0.7, 1.0]), statistics=np.array("statistics of <b>"))
+    run.save_npz(figures_svi.TRAVERSAL, x=x, angles=np.zeros(2), group=np.array("z_2"), temperature=np.array(0.7))
+    group_kl = {"kl_nats": np.ones(2), "names": np.array(["z_1", "z_2"]), "sides": np.array([2, 4])}
+    run.save_npz(figures_svi.GROUP_KL, **group_kl, num_points=np.array(40))
+    page = page_of(run)
+    assert sections_of(page) == ["svi"]
+    notes = re.findall(r"<figcaption><strong>([^<]*)</strong><br>([^<]*)</figcaption>", page)
+    titles = ["reconstructions", "draws of the prior by temperature", "traversal of latent group z_2"]
+    assert [title for title, _ in notes] == [*titles, "KL of every latent group"]
+    assert all("Good: " in note for _, note in notes)
+    assert "statistics of &lt;b&gt;" in page
+    add_svi(run)
+    assert page_of(run).count("<img") == 5
+
+
+def test_points_are_drawn_beside_the_data(run: Run) -> None:
+    draws = {"x": normals(30, 1, 2), "data": normals(20, 2), "temperatures": np.ones(1), "statistics": np.array("")}
+    run.save_npz(figures_svi.PRIOR, **draws)
+    assert "draws of the prior" in page_of(run)
 
 
 def test_numbers_of_the_evaluation_and_of_the_comparison_appear(run: Run) -> None:

@@ -1,13 +1,14 @@
-"""Run by torchrun in test_processes.py: one gradient of stage svi on this process's half of a batch, and a short fit."""
+"""Run by torchrun in test_processes.py: a gradient of stage svi on this process's half of a batch, and a short fit."""
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributions.normal as normal
 from torch import Tensor
 
 from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviConfig
@@ -17,6 +18,8 @@ from ppl_vaebm.processes import Process, current, joined
 from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
 
+normal: Any = import_module("torch.distributions.normal")
+"""Where Pyro's Normal takes its noise from."""
 NVAE = NvaeConfig(
     channels=4, num_latents=2, num_scales=2, groups_per_scale=2, num_flows=1, pre_cells=1, post_cells=1, encoder_cells=1
 )

@@ -22,9 +22,9 @@ from ppl_vaebm.models.logistic_mixture import (
     DiscretizedLogisticMixture,
     MixtureParams,
     display_mean,
-    logistic_mixture,
     num_outputs,
 )
+from ppl_vaebm.models.quantile_transport import logistic_mixture
 
 
 class Decoded(ABC):

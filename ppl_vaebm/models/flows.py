@@ -67,7 +67,7 @@ class AutoregressiveShift(TransformModule):
         first = autoregressive_mask(hidden, num_latents, 3, is_strict=True, mirror=mirror)
         mix = autoregressive_mask(1, 1, MIX_SIZE, is_strict=False, mirror=mirror)
         last = autoregressive_mask(num_latents, hidden, 1, is_strict=False, mirror=mirror)
-        plain = {"bias": False, "weight_norm": False}
+        plain: dict[str, Any] = {"bias": False, "weight_norm": False}
         self.first = Conv2d(num_latents, hidden, 3, mask=first, **plain)
         self.mix = Conv2d(hidden, hidden, MIX_SIZE, mask=mix, groups=hidden, **plain)
         self.last = Conv2d(hidden, num_latents, 1, mask=last)

@@ -34,7 +34,7 @@ class Conv2d(nn.Conv2d):
         num_out: output channels.
         size: side of the kernel, odd.
         weight_norm: whether the weight is normalised; if not, it is v itself.
-        mask: of v, broadcastable to ``(out, in / groups, k, k)``; masked weights are zero and do not count for the norm.
+        mask: of v, broadcastable to ``(out, in / groups, k, k)``; the rest of v is zero and not in the norm.
         options: of :class:`torch.nn.Conv2d`.
     """
 
@@ -67,13 +67,18 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
-        return self._conv_forward(x, self.effective_weight(), self.bias)
+        # On a CPU the backward pass of the depthwise convolutions is three times as fast with channels last. The
+        # parameters stay as they are: Pyro's store, which pyro.optim reads, would train copies of these.
+        weight = self.effective_weight().to(memory_format=torch.channels_last)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 def normalized(v: Tensor, log_gain: Tensor) -> Tensor:
     """Normalise weights ``(..., out, in, k, k)`` by their norm per output channel, and scale by ``exp(log_gain)``."""
     norm = v.flatten(-3).norm(dim=-1)
-    return v * (log_gain.exp() / (norm + WEIGHT_EPSILON))[..., None, None, None]
+    weight: Tensor = v * (log_gain.exp() / (norm + WEIGHT_EPSILON))[..., None, None, None]
+    return weight
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -103,7 +108,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean = _mean_over_processes(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]  # or a variance far below the squared mean is lost in its rounding
         var = _mean_over_processes(centred.square().mean((0, 2, 3)))
-        self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * num_processes)
+        self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * processes.current().world)
         return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
     @torch.no_grad()
@@ -136,7 +141,8 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, channels, h, w)`` to the same shape."""
         gate = self.excite(functional.relu(self.squeeze(x.mean((2, 3))))).sigmoid()
-        return x * gate[:, :, None, None]
+        scaled: Tensor = x * gate[:, :, None, None]
+        return scaled
 
 
 class ShiftedDown(nn.Module):
@@ -239,7 +245,7 @@ def decoder_cell(num_channels: int, is_up: bool, squeeze_excite: bool, expansion
     """
     num_out = num_channels // 2 if is_up else num_channels
     hidden = expansion * num_channels
-    plain = {"bias": False, "weight_norm": False}
+    plain: dict[str, Any] = {"bias": False, "weight_norm": False}
     branch = nn.Sequential(
         nn.Upsample(scale_factor=2, mode="nearest") if is_up else nn.Identity(),
         BatchNorm2d(num_channels),

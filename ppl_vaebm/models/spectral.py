@@ -43,6 +43,8 @@ class SpectralPenalty(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the sum, ``()``; its gradient flows through the weights, not through the vectors."""
+        if not self._groups:
+            return torch.zeros(())
         num_iterations = NUM_POWER_ITERATIONS if self.get_buffer("num_calls") else NUM_FIRST_ITERATIONS
         self.get_buffer("num_calls").add_(1)
         norms = [
@@ -55,7 +57,9 @@ class SpectralPenalty(nn.Module):
 def _stacked_weights(group: Sequence[nn.Linear | nn.Conv2d]) -> Tensor:
     """Return the weights in use of layers of one shape, as matrices ``(layers, out, in)``."""
     v = torch.stack([layer.direction() if isinstance(layer, Conv2d) else layer.weight for layer in group])
-    gains = [layer.log_gain for layer in group if isinstance(layer, Conv2d) and layer.log_gain is not None]
+    gains: list[Tensor] = [
+        layer.log_gain for layer in group if isinstance(layer, Conv2d) and layer.log_gain is not None
+    ]
     return (normalized(v, torch.stack(gains)) if gains else v).flatten(2)
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
 from pyro.infer.autoguide.effect import GuideMessenger
 from pyro.nn import PyroModule
-from pyro.poutine.runtime import Message
 from torch import Tensor, nn
 
 from ppl_vaebm.config import ModelConfig
@@ -117,8 +116,8 @@ class Generator(PyroModule):
         Args:
             x: as in :meth:`forward`.
             num: rows.
-            by_level: whether ``x`` has the decoder's law of levels; if not, the one that :meth:`Decoded.transport` draws
-                from, which is VAEBM's base measure.
+            by_level: whether ``x`` has the decoder's law of levels; if not, the one that :meth:`Decoded.transport`
+                draws from, which is VAEBM's base measure.
 
         Returns:
             ``x`` and the latents.
@@ -145,7 +144,8 @@ def num_rows(x: Tensor | None, num: int | None) -> int:
 
 def _sample(name: str, prior: Prior, state: Tensor) -> Tensor:
     # OnePass reads what stands under "group".
-    value: Tensor = pyro.sample(name, prior.distribution(), infer={"group": (prior, state)})
+    infer: Any = {"group": (prior, state)}
+    value: Tensor = pyro.sample(name, prior.distribution(), infer=infer)
     return value
 
 
@@ -278,7 +278,7 @@ class OnePass(GuideMessenger):
         self._features = features
         return super().__call__(x, by_level=self.by_level)
 
-    def _pyro_sample(self, msg: Message) -> None:
+    def _pyro_sample(self, msg: Any) -> None:
         self._group = msg["infer"].get("group")
         super()._pyro_sample(msg)
 

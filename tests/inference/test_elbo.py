@@ -39,7 +39,7 @@ def data_for(vae: HierarchicalVAE, num: int) -> Tensor:
         return vae.transport(draw_noise(vae, num, seed=2))[0]
 
 
-def annealed(kl_weight: float, **options: int) -> BalancedELBO:
+def annealed(kl_weight: float, **options: Any) -> BalancedELBO:
     elbo = BalancedELBO(**options)
     elbo.kl_weight = kl_weight
     return elbo

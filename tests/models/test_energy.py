@@ -1,8 +1,6 @@
-"""The energy nets, and the penalty on their spectral norms."""
+"""The energy nets."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.energy import Energy, SpectralPenalty, build_energy
+from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.rng import global_rng
 from tests.small_models import strengthen
 
@@ -94,68 +92,3 @@ def test_an_image_energy_sums_over_pixels_what_a_linear_unit_reads(side: int, ge
 def test_data_that_an_energy_cannot_take_is_refused(shape: tuple[int, ...], kind: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_energy(EnergyConfig(kind=kind), torch.Size(shape))  # type: ignore[arg-type]
-
-
-def penalty_of(net: nn.Module) -> SpectralPenalty:
-    with global_rng(3):
-        return SpectralPenalty(net)
-
-
-def matrices(net: nn.Module) -> list[Tensor]:
-    return [module.weight.detach().flatten(1) for module in net.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_penalty_becomes_the_sum_of_spectral_norms(shape: tuple[int, ...]) -> None:
-    energy = new_energy(shape)
-    penalty = penalty_of(energy)
-    norms = [torch.linalg.matrix_norm(matrix, ord=2).item() for matrix in matrices(energy)]
-    first = penalty().item()
-    for _ in range(100):
-        value = penalty()
-    assert first < sum(norms)  # power iteration comes from below: one call is not enough, and calls go on
-    assert value.item() == pytest.approx(sum(norms), rel=1e-3)
-    assert value.item() <= sum(norms) * (1 + 1e-12)
-
-
-def test_a_call_is_four_power_iterations() -> None:
-    with global_rng(0):
-        net = nn.Linear(6, 5).double()
-    penalty = penalty_of(net)
-    u, matrix = penalty.get_buffer("u_0").clone(), net.weight.detach()
-    penalty()
-    expected = torch.linalg.matrix_power(matrix @ matrix.mT, 4) @ u
-    torch.testing.assert_close(penalty.get_buffer("u_0"), expected / expected.norm())
-
-
-def test_its_gradient_is_the_outer_product_of_the_singular_vectors() -> None:
-    energy = new_energy((1, 8, 8))
-    penalty = penalty_of(energy)
-    for _ in range(1_000):
-        value = penalty()
-    value.backward()
-    for module in energy.modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            assert module.weight.grad is not None
-            u, _, vh = torch.linalg.svd(module.weight.flatten(1))
-            torch.testing.assert_close(module.weight.grad.flatten(1), torch.outer(u[:, 0], vh[0]), rtol=0, atol=1e-3)
-            assert module.bias is None or module.bias.grad is None
-
-
-def test_a_convolution_counts_as_its_matrix_of_patches() -> None:
-    with global_rng(0):
-        net = nn.Conv2d(2, 3, 3, bias=False).double()
-    nn.init.ones_(net.weight)
-    # A matrix of ones, (3, 18).
-    assert penalty_of(net)().item() == pytest.approx(math.sqrt(3 * 18))
-
-
-def test_its_vectors_are_saved_and_go_on_where_they_were() -> None:
-    energy = new_energy((2,))
-    one, other = penalty_of(energy), penalty_of(energy)
-    for _ in range(3):
-        one()
-    other.load_state_dict(one.state_dict())
-    assert one().item() == other().item()
-    assert not list(one.parameters())
-    assert all(buffer.dtype == torch.float64 for buffer in one.buffers())

@@ -12,14 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.models.logistic_mixture import (
-    DiscretizedLogisticMixture,
-    MixtureParams,
-    QuantileTransport,
-    display_mean,
-    logistic_mixture,
-    num_outputs,
-)
+from ppl_vaebm.models.logistic_mixture import DiscretizedLogisticMixture, MixtureParams, display_mean, num_outputs
+from ppl_vaebm.models.quantile_transport import QuantileTransport, logistic_mixture
 from ppl_vaebm.rng import global_rng
 
 SINGLE = torch.finfo(torch.float32).eps

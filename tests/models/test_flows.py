@@ -1,0 +1,231 @@
+"""The flow on a posterior shifts every element by a function of the elements before it, and keeps volumes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from pyro.distributions import TransformedDistribution
+from torch import Tensor, nn
+
+from ppl_vaebm.models.distributions import diagonal_normal
+from ppl_vaebm.models.flows import AutoregressiveShift, autoregressive_mask, flow
+from ppl_vaebm.rng import global_rng
+from tests.small_models import strengthen
+
+SHAPE = (3, 4, 4)
+SIZE = 48
+ORDERS = pytest.mark.parametrize("mirror", [False, True])
+
+
+def new_flow(num_pairs: int = 1, gain: float = 4.0) -> Any:
+    """Make a flow of float64 that moves much."""
+    with global_rng(0):
+        transforms = flow(SHAPE[0], num_pairs).double()
+    strengthen(transforms, gain)
+    return transforms
+
+
+def shift_of(mirror: bool) -> AutoregressiveShift:
+    transform = new_flow()[mirror]
+    assert isinstance(transform, AutoregressiveShift)
+    return transform
+
+
+def draws(generator: torch.Generator, num: int = 2) -> Tensor:
+    return torch.randn(num, *SHAPE, generator=generator, dtype=torch.float64)
+
+
+def in_order(z: Tensor) -> Tensor:
+    """Lay elements in the order of the flow: pixels as one reads, and channels within a pixel."""
+    return z.movedim(-3, -1).flatten(-3)
+
+
+def jacobian(transform: nn.Module, z: Tensor) -> Tensor:
+    """Differentiate every element by every other, ``(48, 48)`` in the order of the flow."""
+
+    def ordered(flat: Tensor) -> Tensor:
+        return in_order(transform(flat.reshape(4, 4, 3).movedim(-1, 0)[None])[0])
+
+    matrix: Tensor = torch.autograd.functional.jacobian(ordered, in_order(z))
+    return matrix
+
+
+def through(transforms: Any, z: Tensor) -> Tensor:
+    for transform in transforms:
+        z = transform(z)
+    return z
+
+
+# --- the order -----------------------------------------------------------------------------------
+
+
+@ORDERS
+def test_the_jacobian_is_triangular_with_a_unit_diagonal(mirror: bool, generator: torch.Generator) -> None:
+    matrix = jacobian(shift_of(mirror), draws(generator, 1)[0])
+    earlier, later = matrix.tril(-1), matrix.triu(1)
+    if mirror:
+        earlier, later = later, earlier
+    assert torch.equal(matrix.diagonal(), torch.ones(SIZE, dtype=torch.float64))
+    assert (later == 0).all()
+    sign, log_det = torch.linalg.slogdet(matrix)
+    assert sign == 1 and abs(float(log_det)) < 1e-12
+    # It sees every earlier element within its reach: 1 + 2 rows up, and as many columns to each side.
+    position = torch.arange(SIZE) // 3
+    row, column = position // 4, position % 4
+    is_near = ((row[:, None] - row).abs() <= 3) & ((column[:, None] - column).abs() <= 3)
+    is_earlier = torch.ones(SIZE, SIZE).tril(-1).bool()
+    seen = earlier != 0
+    assert (seen & (is_earlier.T if mirror else is_earlier) & is_near).sum() == seen.sum()
+    neighbours = torch.arange(SIZE - 1)
+    one, other = (neighbours, neighbours + 1) if mirror else (neighbours + 1, neighbours)
+    in_a_pixel_or_row = (torch.arange(SIZE - 1) + 1) % 12 != 0
+    assert seen[one, other][in_a_pixel_or_row].all()
+    assert earlier.abs().max() > 0.1
+
+
+@ORDERS
+def test_without_its_masks_it_is_not(mirror: bool, generator: torch.Generator) -> None:
+    """Negative control."""
+    transform = shift_of(mirror)
+    for conv in (transform.first, transform.mix, transform.last):
+        conv.mask = None
+    matrix = jacobian(transform, draws(generator, 1)[0])
+    assert matrix.tril(-1).abs().max() > 0.1 and matrix.triu(1).abs().max() > 0.1
+    assert abs(float(torch.linalg.slogdet(matrix).logabsdet)) > 1e-3
+
+
+@ORDERS
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize(("num_out", "num_in", "size"), [(3, 3, 3), (6, 3, 3), (3, 6, 1), (1, 1, 5), (6, 2, 5)])
+def test_a_mask_keeps_what_is_earlier_and_nothing_else(
+    num_out: int, num_in: int, size: int, is_strict: bool, mirror: bool
+) -> None:
+    mask = autoregressive_mask(num_out, num_in, size, is_strict, mirror)
+    num_latent = min(num_out, num_in)
+    for out in range(num_out):
+        for channel in range(num_in):
+            for row in range(size):
+                for column in range(size):
+                    here = (size // 2, size // 2, out * num_latent // num_out)
+                    there = (row, column, channel * num_latent // num_in)
+                    before = there > here if mirror else there < here
+                    assert mask[out, channel, row, column] == float(before or (there == here and not is_strict))
+
+
+def test_a_pair_of_opposite_orders_lets_every_element_see_others(generator: torch.Generator) -> None:
+    transforms, z = new_flow(), draws(generator, 1)[0]
+    matrix = jacobian(nn.Sequential(*transforms), z)
+    off_diagonal = matrix - matrix.diagonal().diag()
+    assert (off_diagonal.abs().amax(1) > 1e-4).all()
+    assert off_diagonal.tril(-1).any() and off_diagonal.triu(1).any()
+    # Alone, one order has a first element that sees none.
+    for transform, first in zip(transforms, (0, -1), strict=True):
+        assert torch.equal(jacobian(transform, z)[first], torch.eye(SIZE, dtype=torch.float64)[first])
+
+
+# --- the density ---------------------------------------------------------------------------------
+
+
+@ORDERS
+def test_it_inverts_to_the_last_bits(mirror: bool, generator: torch.Generator) -> None:
+    transform, z = shift_of(mirror), draws(generator)
+    y = transform(z).detach().clone()  # a copy, which is not in the transform's cache
+    back = transform.inv(y)
+    assert back is not z
+    torch.testing.assert_close(back, z, rtol=0, atol=1e-12)
+    # Negative control: one round of the iteration does not suffice.
+    assert (y + transform.shift(y) - z).abs().max() > 1e-2
+    assert torch.equal(transform.log_abs_det_jacobian(z, y), torch.zeros(2, dtype=torch.float64))
+
+
+def test_rows_settle_apart(generator: torch.Generator) -> None:
+    transform, z = shift_of(False), draws(generator, 3)
+    y = transform(z).detach()
+    torch.testing.assert_close(transform.inv(y.clone())[1:], transform.inv(y[1:].clone()), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 2])
+def test_the_density_is_that_of_the_change_of_variables(num_pairs: int, generator: torch.Generator) -> None:
+    transforms = new_flow(num_pairs)
+    assert [bool(transform.first.mask[0, 0, 0, 0]) for transform in transforms] == [True, False] * num_pairs
+    base = diagonal_normal(draws(generator), draws(generator).exp())
+    law = TransformedDistribution(base, [*transforms])
+    assert (law.batch_shape, law.event_shape) == ((2,), SHAPE)
+    z0 = draws(generator)
+    z = through(transforms, z0).detach().clone()
+    matrices = [jacobian(nn.Sequential(*transforms), row) for row in z0]
+    log_dets = torch.stack([torch.linalg.slogdet(matrix).logabsdet for matrix in matrices])
+    expected = base.log_prob(z0) - log_dets
+    torch.testing.assert_close(law.log_prob(z), expected, rtol=1e-10, atol=1e-10)
+    assert (base.log_prob(z) - expected).abs().min() > 1  # negative control: the flow moved the law
+    # The sample's own density comes from the cache, and is the same.
+    with global_rng(0):
+        drawn = law.rsample()
+    torch.testing.assert_close(law.log_prob(drawn), law.log_prob(drawn.detach().clone()), rtol=1e-10, atol=1e-10)
+
+
+def test_the_density_integrates_to_one(generator: torch.Generator) -> None:
+    """Two latents on one pixel, summed over a grid."""
+    with global_rng(0):
+        transforms: Any = flow(2, 1).double()
+    strengthen(transforms, 2.0)
+    with torch.no_grad():
+        for transform in transforms:
+            transform.last.bias.normal_(generator=generator)
+    loc, scale = (torch.full((1, 2, 1, 1), value, dtype=torch.float64) for value in (0.3, 0.8))
+    law = TransformedDistribution(diagonal_normal(loc, scale), [*transforms])
+    axis = torch.linspace(-8, 8, 161, dtype=torch.float64)
+    z = torch.cartesian_prod(axis, axis)[:, :, None, None]
+    with torch.no_grad():
+        total = law.expand((len(z),)).log_prob(z).exp().sum() * 0.1**2
+    assert float(total) == pytest.approx(1, abs=1e-6)
+
+
+# --- as a module ---------------------------------------------------------------------------------
+
+
+def test_a_fresh_flow_moves_little(generator: torch.Generator) -> None:
+    z = draws(generator, 100)
+
+    def spread(transforms: Any) -> float:
+        """Return how much what is added varies; the output layer's bias is the same for every z."""
+        with torch.no_grad():
+            return float((through(transforms, z) - z).std(0).mean())
+
+    fresh, loud = new_flow(gain=1.0), new_flow(gain=1.0)
+    for transform in loud:
+        transform.last.log_gain.data += math.log(10)
+    assert 0 < spread(fresh) < 0.01
+    assert spread(loud) == pytest.approx(10 * spread(fresh), rel=0.1)  # negative control: without the gain of a tenth
+
+
+def test_its_output_layer_starts_at_a_tenth_of_its_norm() -> None:
+    for transform in new_flow(gain=1.0):
+        last = transform.last
+        norm = last.direction().flatten(1).norm(dim=1)
+        torch.testing.assert_close(last.log_gain.exp(), 0.1 * (norm + 0.01), rtol=1e-6, atol=0)
+        assert transform.first.log_gain is None and transform.mix.log_gain is None
+        assert transform.first.bias is None and transform.mix.bias is None and last.bias is not None
+
+
+def test_it_can_be_copied_after_a_forward_pass(generator: torch.Generator) -> None:
+    """Its cache then holds part of a graph, which PyTorch refuses to copy."""
+    transforms, z = new_flow(), draws(generator)
+    y = through(transforms, z.requires_grad_())
+    assert transforms[1]._cached_x_y[1] is y and transforms[1].inv(y) is transforms[0]._cached_x_y[1]
+    for twin in (copy.deepcopy(transforms), pickle.loads(pickle.dumps(transforms))):
+        assert twin[1]._cached_x_y == (None, None)
+        assert torch.equal(through(twin, z.clone()), y)
+        with torch.no_grad():
+            twin[0].last.bias += 1
+        assert not torch.equal(through(twin, z.clone()), y)
+    assert torch.equal(through(transforms, z.clone()), y)
+
+
+def test_without_pairs_there_is_no_flow() -> None:
+    assert len(flow(3, 0)) == 0
