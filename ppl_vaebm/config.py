@@ -128,6 +128,7 @@ class NvaeConfig:
         positive = ("channels", "num_latents", "num_scales", "groups_per_scale", "min_groups_per_scale")
         for name in (*positive, "encoder_cells", "decoder_cells", "pre_cells", "post_cells", "num_mixtures"):
             _require(getattr(self, name) > 0, f"model.nvae.{name.replace('_', '-')}", "positive", getattr(self, name))
+        _require(self.channels > 1, "model.nvae.channels", "at least 2, for a halving shares them out", self.channels)
         for name in ("num_pre_blocks", "num_flows", "padding"):
             flag = f"model.nvae.{name.replace('_', '-')}"
             _require(getattr(self, name) >= 0, flag, "0 or more", getattr(self, name))

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ppl_vaebm.config import Config
+from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.figures_samples import save_grid_png
 from ppl_vaebm.figures_svi import (
@@ -30,6 +32,7 @@ from ppl_vaebm.inference.svi import mean_elbo
 from ppl_vaebm.inference.vae_draws import prior_draws, prior_means, reconstructions, traversal
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
+from ppl_vaebm.run import Run
 from ppl_vaebm.splits import Split
 from ppl_vaebm.tensorboard import Board
 
@@ -118,20 +121,23 @@ def write_gallery(
         if grids:
             save_grid_png(paths[-1].with_suffix(".png"), side_by_side(grids))
         if board is not None:
-            board.images(grids, step)
+            # Apart from those of show_gallery, which are of other data and weights.
+            board.images({f"test/{label}": grid for label, grid in grids.items()}, step)
     return paths
 
 
-def show_gallery(fitted: FittedVAE, seed: int, board: Board, step: int) -> None:
+def show_gallery(run: Run, config: Config, data: Data, board: Board, vae: HierarchicalVAE, step: int) -> None:
     """Show the pictures of a VAE in training, of validation data, on a board.
 
     Args:
-        fitted: the VAE as it is.
-        seed: of all draws, the same at every step so that pictures compare.
+        run: the run; nothing else is written into it.
+        config: its configuration; the seed is that of all draws, so that the pictures of different steps compare.
+        data: its data.
         board: where to show them.
+        vae: as it is, in evaluation mode; draws of the prior have the batch statistics of training.
         step: of the stage.
     """
-    for name, arrays in gallery(fitted, fitted.data.validation, seed).items():
+    for name, arrays in gallery(FittedVAE(run, config, data, vae), data.validation, config.seed).items():
         board.images(gallery_grids(name, arrays), step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -102,6 +103,39 @@ def test_sample_draws_images(images: Path) -> None:
     assert np.load(images / "samples" / "vaebm.npz")["x"].shape == (5, 1, 8, 8)
 
 
+@pytest.mark.parametrize("text", [POINTS, IMAGES], ids=["points", "images"])
+def test_a_run_of_stage_svi_alone_is_sampled_and_measured(tmp_path: Path, text: str) -> None:
+    run, shape = tmp_path / "run", (1, 8, 8) if text == IMAGES else (2,)
+    fit.main(["--stage", "svi", "--recipe", str(write_recipe(tmp_path, text)), "--run", str(run)])
+    choices = ["--temperatures", "0.5", "1", "--group", "z_2"] if text == IMAGES else []
+    sample.main([str(run), "--num", "7", *choices])
+    assert np.load(run / "samples" / "vae.npz")["x"].shape == (7, *shape)
+    assert not (run / "samples" / "vaebm.npz").exists()
+    assert np.load(run / "samples" / "svi_group_kl.npz")["names"].tolist() == ["z_1", "z_2"]
+    if text == IMAGES:
+        assert np.load(run / "samples" / "svi_prior.npz")["temperatures"].tolist() == [0.5, 1.0]
+        assert np.load(run / "samples" / "svi_traversal.npz")["group"] == "z_2"
+        return  # the classifier of the Frechet distances takes long to train
+    evaluate.main([str(run), *EFFORT])
+    sections = json.loads((run / "evaluate.json").read_text())
+    assert list(sections) == ["stage 1, test data", "modes: VAE"]
+
+
+def test_of_a_whole_run_stage_svi_has_to_be_asked_for(points: Path) -> None:
+    evaluate.main([str(points), "--stage", "svi", *EFFORT])
+    assert "stage 1, test data" in json.loads((points / "evaluate.json").read_text())
+    evaluate.main([str(points), *EFFORT])
+    assert "stage 1, test data" not in json.loads((points / "evaluate.json").read_text())
+
+
+def test_a_sample_of_stage_svi_does_not_depend_on_how_many_are_asked_for(points: Path) -> None:
+    draws = []
+    for num in ("7", "600"):
+        sample.main([str(points), "--stage", "svi", "--num", num])
+        draws.append(np.load(points / "samples" / "vae.npz")["x"][:7])
+    np.testing.assert_allclose(draws[0], draws[1], rtol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", ["hmc", "pyro-hmc"])
 def test_diagnose_writes_inference_data(points: Path, kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
     diagnose.main([str(points), "--kernel", kernel, "--num-chains", "4", "--num-warmup", "5", "--num-evals", "40"])
@@ -133,7 +167,7 @@ def test_the_report_of_a_whole_run_has_every_section(points: Path) -> None:
     evaluate.main([str(points), *EFFORT])
     page = write_report(Run(points)).read_text()
     assert "Not in this run yet" not in page
-    assert page.count("<img") == 5
+    assert page.count("<img") >= 5  # more where stage 1 left its own
 
 
 def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
@@ -183,7 +217,8 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_every_recipe_resolves(recipe: str) -> None:
     options, folder = fit.resolve(["--recipe", recipe, "--run", "nowhere"])
     assert folder == Path("nowhere")
-    assert fit.resolve(["--data", options.config.data.name, "--run", "nowhere"])[0].config == options.config
+    if options.config.data.name == recipe:  # a data set's own recipe needs no name
+        assert fit.resolve(["--data", recipe, "--run", "nowhere"])[0].config == options.config
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path: Path) -> None:
@@ -368,15 +403,23 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, main: Main, capsys: 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("main", [sample.main, diagnose.main, compare.main, evaluate.main])
+@pytest.mark.parametrize(
+    ("main", "argv"),
+    [
+        (sample.main, ["--stage", "ebm"]),
+        (diagnose.main, []),
+        (compare.main, []),
+        (evaluate.main, ["--stage", "ebm"]),
+    ],
+)
 def test_a_run_without_an_energy_is_refused(
-    tmp_path: Path, points: Path, main: Main, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, points: Path, main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(points, run)
     shutil.rmtree(run / "checkpoints" / "ebm")
     before = contents(run)
-    assert "--stage ebm" in sentence(main, [str(run)], capsys)
+    assert "--stage ebm" in sentence(main, [str(run), *argv], capsys)
     assert contents(run) == before
 
 
@@ -399,6 +442,13 @@ def test_a_run_without_an_energy_is_refused(
         (diagnose.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--num", "0"], ["num"]),
+        (sample.main, ["--temperatures", "-1"], ["temperatures", "-1"]),
+        (sample.main, ["--temperatures", "0.7"], ["temperatures", "--stage svi"]),
+        (sample.main, ["--group", "z_2"], ["group", "--stage svi"]),
+        (sample.main, ["--stage", "svi", "--group", "z_9"], ["z_9", "z_1 to z_2"]),
+        (sample.main, ["--stage", "svi", "--kernel", "hmc"], ["kernel", "--stage ebm"]),
+        (sample.main, ["--stage", "svi", "--num-steps", "5"], ["num-steps", "--stage ebm"]),
+        (evaluate.main, ["--stage", "svi", "--steps", "5"], ["steps", "svi"]),
         (evaluate.main, ["--steps", "0"], ["steps"]),
         (evaluate.main, ["--num-z-draws", "1"], ["num-z-draws", "2"]),
     ],
@@ -424,7 +474,9 @@ def test_a_damaged_checkpoint_is_refused(
     shutil.copytree(points, run)
     for folder in (run / "checkpoints" / "svi").iterdir():
         file = folder / name
-        damaged = file.read_bytes().replace(b'"schema": 1', b'"schema": 7') if words == ["schema"] else b"cut short"
+        damaged = (
+            re.sub(rb'"schema": \d+', b'"schema": 999', file.read_bytes()) if words == ["schema"] else b"cut short"
+        )
         file.write_bytes(damaged)
     message = sentence(sample.main, [str(run)], capsys)
     assert name in message and all(word in message for word in words), message

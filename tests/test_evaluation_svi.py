@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from ppl_vaebm import evaluation_svi
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
 from ppl_vaebm.data import Data
 from ppl_vaebm.evaluation import Effort
 from ppl_vaebm.evaluation_svi import bounds, elbo_rows, evaluate_vae
+from ppl_vaebm.features import load_or_train
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.inference.norms import norms_of
@@ -126,7 +129,8 @@ def test_modes_of_points_are_those_of_the_draws(tmp_path: Path) -> None:
     )
 
 
-def test_labelled_images_get_frechet_distances(tmp_path: Path) -> None:
+def test_labelled_images_get_frechet_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation_svi, "load_or_train", partial(load_or_train, steps=3))
     config, data = images(labels=torch.arange(30) % 3)
     vae = new_vae(config, data).eval()
     sections = evaluate_vae(FittedVAE(Run(tmp_path), config, data, vae, vae, 0.7), EFFORT, seed=0)

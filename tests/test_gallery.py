@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
@@ -15,7 +16,7 @@ from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.figures_svi import GALLERY, GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 from ppl_vaebm.fitted_vae import FittedVAE
-from ppl_vaebm.gallery import Choices, gallery, write_gallery
+from ppl_vaebm.gallery import Choices, gallery, show_gallery, write_gallery
 from ppl_vaebm.inference.svi import mean_elbo
 from ppl_vaebm.inference.vae_draws import (
     prior_draws,
@@ -184,6 +185,22 @@ def test_draws_of_the_prior_have_its_statistics_and_reconstructions_those_of_tra
     np.testing.assert_array_equal(mixed[RECONSTRUCTIONS]["x"], plain[RECONSTRUCTIONS]["x"])
     assert not np.allclose(mixed[PRIOR]["x"], plain[PRIOR]["x"])
     assert "t = 0.7" in str(mixed[PRIOR]["statistics"]) and "training" in str(plain[PRIOR]["statistics"])
+
+
+def test_a_board_shows_the_same_grids_at_every_checkpoint(tmp_path: Path) -> None:
+    fitted = fitted_images(tmp_path)
+    shown: list[tuple[str, int]] = []
+
+    class Listener:
+        def images(self, grids: dict[str, NDArray[np.uint8]], step: int) -> None:
+            shown.extend((name, step) for name in grids)
+
+    for step in (10, 20):
+        show_gallery(fitted.run, fitted.config, fitted.data, Listener(), fitted.vae, step)  # type: ignore[arg-type]
+    names = [name for name, step in shown if step == 10]
+    assert names[0] == "reconstructions" and names[1:5] == [f"prior t={t}" for t in ("0.6", "0.7", "0.8", "1")]
+    assert names == [name for name, step in shown if step == 20] and len(names) == 6
+    assert not fitted.run.samples_dir.exists()
 
 
 def test_an_unknown_group_is_refused_with_those_that_there_are(tmp_path: Path) -> None:

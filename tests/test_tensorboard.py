@@ -6,6 +6,7 @@ import importlib.util
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +28,9 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def logged(run: Run, stage: str) -> dict[str, list[tuple[int, float]]]:
+def logged(run: Run, stage: str) -> dict[str, list[tuple[int, Any]]]:
     """Return every number of the run's record, as TensorBoard should have it."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, list[tuple[int, Any]]] = {}
     for record in run.metrics(stage):
         for name, value in record.items():
             if name not in ("stage", "step"):

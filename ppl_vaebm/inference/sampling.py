@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.adaptation import warm_up
@@ -15,8 +16,8 @@ from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import stream
 
 BLOCK = 500
-"""Chains that run side by side. A block's randomness is keyed by its number, so sample i depends neither on how
-many are asked for nor on any other block."""
+"""Chains that run side by side, fewer for large models. A block's randomness is keyed by its number, so sample i depends
+neither on how many are asked for nor on any other block."""
 NUM_PILOT_STEPS = 200
 """Warm-up steps of the pilot block that tunes the step size, which the samples then share."""
 
@@ -46,7 +47,7 @@ def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int) -> 
     """
     kernel = build_kernel(config, potential)
     generator = stream(seed, "pilot", device=_device(potential))
-    position = potential.draw_reference(generator, BLOCK // 10)
+    position = potential.draw_reference(generator, max(2, _block(potential) // 10))
     params = start_params(config, position)
     if kernel.target_acceptance is None:
         return params
@@ -71,10 +72,11 @@ def sample_by_chains(
     kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed)
     noted: dict[int, list[Tensor]] = {count: [] for count in steps}
     acceptance, num_evals = [], 0.0
-    num_blocks = -(-num // BLOCK)
+    size = _block(potential)
+    num_blocks = -(-num // size)
     for block in range(num_blocks):
         generator = stream(seed, "block", block, device=_device(potential))
-        state = kernel.init(potential.draw_reference(generator, BLOCK))
+        state = kernel.init(potential.draw_reference(generator, size))
         for step in range(max(steps) + 1):
             if step in noted:
                 noted[step].append(state.position)
@@ -89,7 +91,14 @@ def sample_by_chains(
 
 def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:
     """Map noise ``(num, D)`` to x, ``(num, *event_shape)``, on the CPU, a block at a time."""
-    return torch.cat([potential.decode(rows).cpu() for rows in position.split(BLOCK)])
+    size = _block(potential)
+    # A last block that is not full is filled up, for products of matrices round otherwise with fewer rows.
+    blocks = [pad(rows, (0, 0, 0, size - len(rows))) for rows in position.split(size)]
+    return torch.cat([potential.decode(rows).cpu() for rows in blocks])[: len(position)]
+
+
+def _block(potential: NoisePotential) -> int:
+    return min(BLOCK, potential.rows_per_pass)
 
 
 def _device(potential: NoisePotential) -> torch.device:

@@ -104,13 +104,13 @@ class SignBernoulli(TorchDistribution):
         """Return -1 and 1, the boundaries of an interval of integers without 0 in use."""
         return constraints.integer_interval(-1, 1)
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> SignBernoulli:
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SignBernoulli:
         """Broadcast to a batch shape."""
         return SignBernoulli(self.logits.expand(batch_shape), validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Draw signs from the global generator, ``(*sample_shape, *batch_shape)``."""
-        drawn: Tensor = 2 * Bernoulli(logits=self.logits).sample(sample_shape) - 1
+        drawn: Tensor = 2 * Bernoulli(logits=self.logits).sample(torch.Size(sample_shape)) - 1
         return drawn
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -164,7 +164,8 @@ class DecodedLogistics(Decoded):
 
     def law(self) -> TorchDistribution:
         """Return the continuous mixture."""
-        return self.law_of_x
+        law: TorchDistribution = self.law_of_x
+        return law
 
     def level_law(self) -> TorchDistribution:
         """Return the discretised mixture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,16 +91,38 @@ class AutoregressiveShift(TransformModule):
     def _inverse(self, y: Tensor) -> Tensor:
         """Iterate ``z = y + m(z)``: each round settles at least one more element, so it ends at the exact inverse."""
         with torch.no_grad():
-            z = y
-            for _ in range(y[0].numel()):
-                z, before = y + self.shift(z), z
-                if torch.equal(z, before):
-                    break
-        return z
+            z = _settled(lambda z: y + self.shift(z), y)
+        return self._with_gradient(y, z) if torch.is_grad_enabled() else z
+
+    def _with_gradient(self, y: Tensor, z: Tensor) -> Tensor:
+        """Give the inverse its gradient: by y and by m's output it is ``(1 - J)^-T grad``, with J that of m at z."""
+        point = z.detach().requires_grad_()
+        shift = self.shift(point)
+
+        def solved(grad: Tensor) -> Tensor:
+            def pulled_back(value: Tensor) -> Tensor:
+                return grad + torch.autograd.grad(shift, point, value, retain_graph=True)[0]
+
+            return _settled(pulled_back, grad)
+
+        out: Tensor = y + self.shift(z)
+        if out.requires_grad:
+            out.register_hook(solved)
+        return out
 
     def log_abs_det_jacobian(self, z: Tensor, y: Tensor) -> Tensor:
         """Return zeros, ``(n,)``."""
         return z.new_zeros(z.shape[:-3])
+
+
+def _settled(update: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
+    """Apply an update of triangular structure until nothing changes."""
+    value = start
+    for _ in range(start[0].numel()):
+        value, before = update(value), value
+        if torch.equal(value, before):
+            break
+    return value
 
 
 def flow(num_latents: int, num_pairs: int) -> nn.ModuleList:

@@ -46,6 +46,11 @@ class Layout:
                 f"model.nvae halves images {config.num_pre_blocks + config.num_scales - 1} times, so a side with its "
                 f"padding must be a multiple of {multiple}, got {side}: {advice}, or use fewer scales"
             )
+        if side == multiple:
+            raise InputError(
+                f"model.nvae would have a coarsest grid of one pixel on images of side {side}, where batches have no "
+                "spread to normalise by: use fewer scales or pre-blocks, or set model.nvae.padding"
+            )
         self.groups = config.groups
         """Groups of every grid, finest first."""
         self.sides = [side >> (config.num_pre_blocks + scale) for scale in range(config.num_scales)]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import pyro
 import torch
 from pyro.distributions import TorchDistribution
-from pyro.infer.autoguide.effect import GuideMessenger
+from pyro.infer.autoguide.effect import GuideMessenger  # type: ignore[attr-defined]  # in no __all__
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 

@@ -75,7 +75,7 @@ def test_nothing_else_changes_and_the_draws_are_the_seeds_own() -> None:
 def test_with_them_prior_draws_are_normalised() -> None:
     vae = nvae()
     set_statistics(vae.model, prior_statistics(vae, 1.0, 100, seed=0))
-    layer, outputs = list(norms_of(vae.model).values())[-2], []
+    layer, outputs = list(norms_of(vae.model).values())[-2], list[Tensor]()
     random = torch.Generator().manual_seed(1)
     eps = {f"eps_{name}": torch.randn(500, *shape, generator=random) for name, shape in vae.model.latent_shapes.items()}
 

@@ -16,6 +16,7 @@ from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviCon
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.inference.svi import Objective, fit_svi, kl_weight, mean_elbo, new_vae, penalty_weight
 from ppl_vaebm.inference.training import learning_rate
+from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.models.spectral import norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng, stream
@@ -113,9 +114,8 @@ def test_the_penalty_is_added_with_its_weight(digits: Data) -> None:
 
 
 def _weight(layer: torch.nn.Module) -> Tensor:
-    weight = layer.effective_weight() if hasattr(layer, "effective_weight") else layer.weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+    assert isinstance(layer, Conv2d)
+    return layer.effective_weight().detach()
 
 
 def test_bfloat16_changes_the_loss_little_and_keeps_densities_in_float32(digits: Data) -> None:

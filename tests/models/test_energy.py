@@ -81,12 +81,24 @@ def test_an_image_energy_sums_over_pixels_what_a_linear_unit_reads(side: int, ge
     torch.testing.assert_close(value, torch.einsum("ncij,c->n", grids[0], head.weight[0]) + head.bias)
 
 
+def test_a_side_that_does_not_halve_is_padded_with_black(generator: torch.Generator) -> None:
+    with global_rng(0):
+        energy = build_energy(EnergyConfig(channels=2), torch.Size([1, 30, 30]))
+    x = torch.rand(3, 1, 30, 30, generator=generator) * 2 - 1
+    framed = torch.full((3, 1, 32, 32), -1.0)
+    framed[:, :, 1:-1, 1:-1] = x
+    with global_rng(0):
+        whole = build_energy(EnergyConfig(channels=2), torch.Size([1, 32, 32]))
+    torch.testing.assert_close(energy(x), whole(framed))
+    assert (energy(x) - whole(framed.clamp_min(-0.5))).abs().min() > 1e-4  # negative control: grey is another frame
+
+
 @pytest.mark.parametrize(
     ("shape", "kind", "message"),
     [
         ((2,), "image", "energy.kind 'image' does not fit"),
         ((1, 8, 8), "vector", "energy.kind 'vector' does not fit"),
-        ((1, 30, 30), "auto", r"multiple of 8, got shape \(1, 30, 30\)"),
+        ((1, 8, 16), "auto", r"multiple of 4, got shape \(1, 8, 16\)"),
     ],
 )
 def test_data_that_an_energy_cannot_take_is_refused(shape: tuple[int, ...], kind: str, message: str) -> None:

@@ -186,6 +186,32 @@ def test_the_density_integrates_to_one(generator: torch.Generator) -> None:
     assert float(total) == pytest.approx(1, abs=1e-6)
 
 
+def test_the_density_of_a_value_from_elsewhere_has_its_gradient(generator: torch.Generator) -> None:
+    """Against central differences, by the value and by every weight; a one-step gradient would be off."""
+    with global_rng(0):
+        transforms: Any = flow(2, 1).double()
+    strengthen(transforms, 3.0)
+    base = diagonal_normal(torch.zeros(1, 2, 3, 3, dtype=torch.float64), torch.ones(1, 2, 3, 3, dtype=torch.float64))
+    y = torch.randn(1, 2, 3, 3, generator=generator, dtype=torch.float64)
+
+    def log_prob(y: Tensor) -> Tensor:
+        return TransformedDistribution(base, [*transforms]).log_prob(y.clone()).sum()
+
+    leaves = [y.clone().requires_grad_(), *transforms.parameters()]
+    grads = torch.autograd.grad(log_prob(leaves[0]), leaves)
+    step = 1e-6
+    for leaf, grad in zip(leaves, grads, strict=True):
+        direction = torch.randn(leaf.shape, generator=generator, dtype=torch.float64)
+        ends = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                leaf += sign * step * direction
+                ends.append(float(log_prob(leaves[0])))
+                leaf -= sign * step * direction
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert float((grad * direction).sum()) == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
 # --- as a module ---------------------------------------------------------------------------------
 
 
