@@ -20,7 +20,7 @@ from ppl_vaebm.evaluation import (
 )
 from ppl_vaebm.features import load_or_train
 from ppl_vaebm.fitted_vae import FittedVAE
-from ppl_vaebm.inference.elbo import _kl as kl_rows
+from ppl_vaebm.inference.elbo import kl_rows
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.metrics import frechet_distance

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 import yaml
 
 from ppl_vaebm import cli
 from ppl_vaebm.config import Config
-from ppl_vaebm.errors import InputError, exits_with_one_sentence
+from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.options import load_yaml, parse, parse_known, recipe_names, recipe_path, to_dict, tokens
-
-MAX_NAMED = 5
-"""Skipped images that are named."""
-
-if TYPE_CHECKING:
-    from ppl_vaebm.processes import Process
 
 DESCRIPTION = """Fit a VAEBM. Stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options come from the run's config.yaml if it has one, else from the data set's own recipe; then from the recipe
@@ -105,79 +100,32 @@ def main(argv: list[str] | None = None) -> None:
     """
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
+    if options.dry_run:
+        from ppl_vaebm.summary import describe
+
+        _announce(options.stage, folder, options.config)
+        print("\n".join(describe(options.config)))
+        return
+
+    from ppl_vaebm.fitting import Request, fit_stage
     from ppl_vaebm.loading import check_device
     from ppl_vaebm.processes import joined
 
     cli.set_threads(options.config.threads)
     check_device(options.config.device)
-    if options.dry_run:
-        _describe(options, folder)
-        return
+    request = Request(options.stage, folder, options.resume, options.overwrite)
     with joined(os.environ, options.config.device) as (process, device):
-        if process.world > 1 and options.stage == "ebm":
-            raise InputError("expected one process for stage ebm, found several: run it without torchrun")
-        _fit(options, folder, process, device)
+        fit_stage(request, options.config, process, device, partial(_announce, options.stage, folder))
 
 
-def _describe(options: Options, folder: Path) -> None:
-    """Print what a run would be."""
-    from ppl_vaebm.summary import describe
-
-    _announce(options, folder)
-    print("\n".join(describe(options.config)))
-
-
-def _announce(options: Options, folder: Path) -> str:
+def _announce(stage: str, folder: Path, config: Config) -> str:
     """Print the resolved configuration, and return it as it is written."""
-    config = options.config
     resolved: str = yaml.safe_dump(to_dict(config), sort_keys=False)
-    print(f"run: {folder}\nstage: {options.stage}\n{resolved}", end="")
-    if options.stage == "ebm" and (config.ebm.objective == "ratio" or config.ebm.negatives == "importance"):
+    print(f"run: {folder}\nstage: {stage}\n{resolved}", end="")
+    if stage == "ebm" and (config.ebm.objective == "ratio" or config.ebm.negatives == "importance"):
         unused = "kernel, ebm.negatives and" if config.ebm.objective == "ratio" else "kernel and"
         print(f"note: this stage learns from draws of the VAE and runs no chains; {unused} ebm.replay-* are not used")
     return resolved
-
-
-def _fit(options: Options, folder: Path, process: Process, device: str) -> None:
-    """Fit a stage; of several processes the first speaks and writes."""
-    from ppl_vaebm.data import KeyedSampler, load_data
-    from ppl_vaebm.files import write_atomic
-    from ppl_vaebm.inference.ebm import fit_ebm
-    from ppl_vaebm.inference.svi import fit_svi
-    from ppl_vaebm.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
-    from ppl_vaebm.report import write_report
-    from ppl_vaebm.run import Run
-
-    data = load_data(options.config.data, options.config.seed)
-    loop = options.config.svi if options.stage == "svi" else options.config.ebm
-    sampler = KeyedSampler(len(data.train), loop.batch_size, options.config.seed, process.rank, process.world)
-    if options.stage == "svi":
-        resolved_loop = options.config.svi.resolved(sampler.steps_per_epoch)
-        options = replace(options, config=replace(options.config, svi=resolved_loop))
-    resolved = _announce(options, folder) if process.is_first else ""
-    if data.skipped and process.is_first:
-        shown = ", ".join(data.skipped[:MAX_NAMED])
-        print(f"note: {len(data.skipped)} images could not be read and were skipped: {shown}")
-    config = replace(options.config, device=device)
-    # Whatever may be refused is refused here, before anything is touched.
-    run, resume = Run(folder), None
-    if options.resume:
-        resume = load_to_resume(run, options.stage, config)
-    elif not options.overwrite:
-        check_absent(run, options.stage)
-    vae = load_finished_vae(run, config, data) if options.stage == "ebm" else None
-    check_models(config, data, options.stage)
-    if process.is_first:
-        run = Run.create(folder)
-        if resume is None:
-            clear(run, options.stage)
-        write_atomic(run.config_file, resolved)
-    if vae is None:
-        fit_svi(run, config, data, resume)
-    else:
-        fit_ebm(run, config, data, vae, resume)
-    if process.is_first:
-        print(f"report: {write_report(run)}")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,10 @@ def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
         run.rewind_metrics(void, 0)
     for void in stages:
         shutil.rmtree(run.checkpoints(void), ignore_errors=True)
-    shutil.rmtree(run.samples_dir, ignore_errors=True)
+        shutil.rmtree(run.tensorboard_dir / void, ignore_errors=True)
+    for file in run.samples_dir.glob("*"):
+        if stage == "svi" or not file.name.startswith("svi_"):  # stage 1's pictures, which stay true
+            file.unlink()
     for file in (run.chains_file, run.evaluation_file, run.comparison_file):
         file.unlink(missing_ok=True)
 

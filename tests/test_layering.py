@@ -88,6 +88,7 @@ LAYERS = {
         "figures_chains",
         "gallery",
         "report",
+        "fitting",
     ),
     "4": ("experiments", "experiments.objectives"),
     "5": ("cli", "fit", "sample", "diagnose", "compare", "evaluate"),

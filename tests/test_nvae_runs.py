@@ -106,7 +106,7 @@ def test_a_bernoulli_decoder_has_no_stage_ebm(tmp_path: Path, capsys: pytest.Cap
     error = refusal(["--stage", "ebm", *run[:2], "--ebm.batch-size", "8"], capsys)
     assert "Bernoulli decoder does not have" in error and "logistic-mixture or normal" in error
     assert not (tmp_path / "run" / "checkpoints" / "ebm").exists()
-    error = refusal([*binary, "--run", str(tmp_path / "other")], capsys)
+    error = refusal([*binary, "--svi.batch-size", "8", "--run", str(tmp_path / "other")], capsys)
     assert "decoder normal does not fit binarised images" in error
 
 

@@ -84,7 +84,7 @@ class BalancedELBO(TraceMeanField_ELBO):
         priors: Mapping[str, Any] = model_trace.nodes
         posteriors: Mapping[str, Any] = guide_trace.nodes
         samples = {name: site for name, site in priors.items() if site["type"] == "sample"}
-        kl = {name: _kl(posteriors[name], site) for name, site in samples.items() if not site["is_observed"]}
+        kl = {name: kl_rows(posteriors[name], site) for name, site in samples.items() if not site["is_observed"]}
         self.kl_nats = {name: value.detach().sum() for name, value in kl.items()}
         self.gammas = self._gammas(kl)
         plain = elbo = torch.zeros_like(next(iter(kl.values()))[0])
@@ -114,7 +114,7 @@ class BalancedELBO(TraceMeanField_ELBO):
         return kl.sum() if not self.free_bits else len(kl) * kl.mean().clamp_min(self.free_bits)
 
 
-def _kl(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> Tensor:
+def kl_rows(posterior: Mapping[str, Any], prior: Mapping[str, Any]) -> Tensor:
     """Return one group's KL or its estimate per row, ``(n,)``, nats."""
     try:
         kl = kl_divergence(posterior["fn"], prior["fn"])

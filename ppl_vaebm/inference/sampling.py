@@ -16,8 +16,8 @@ from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import stream
 
 BLOCK = 500
-"""Chains that run side by side, fewer for large models. A block's randomness is keyed by its number, so sample i depends
-neither on how many are asked for nor on any other block."""
+"""Chains that run side by side, fewer for large models. A block's randomness is keyed by its number, so sample i
+depends neither on how many are asked for nor on any other block."""
 NUM_PILOT_STEPS = 200
 """Warm-up steps of the pilot block that tunes the step size, which the samples then share."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -125,7 +126,13 @@ class Objective(nn.Module):
         return loss
 
 
-def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint | None = None) -> HierarchicalVAE:
+def fit_svi(
+    run: Run,
+    config: Config,
+    data: Data,
+    resume: checkpoints.Checkpoint | None = None,
+    at_checkpoint: Callable[[HierarchicalVAE, int], None] | None = None,
+) -> HierarchicalVAE:
     """Fit the VAE, writing metrics and checkpoints into the run.
 
     All randomness of a step is a function of the seed, the step and the process, so a resumed fit repeats an
@@ -136,6 +143,7 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
         config: the run's configuration, its stage's steps resolved.
         data: the data.
         resume: checkpoint to continue from.
+        at_checkpoint: is called after each checkpoint with the averaged VAE and the steps done.
 
     Returns:
         The VAE with averaged weights, in evaluation mode.
@@ -180,19 +188,8 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
 
         is_last = done == loop.steps
         if done % loop.log_every == 0 or is_last:
-            kl = {f"kl_nats/{name}": float(value) / len(x) for name, value in objective.elbo.kl_nats.items()}
-            record: dict[str, float | int | str] = {
-                "stage": stage,
-                "step": done,
-                "seconds": time.perf_counter() - start,
-                "loss": float(loss.detach()),
-                "elbo_nats": objective.elbo.elbo_nats / len(x),
-                "kl_nats": sum(kl.values()),
-                **kl,
-                "kl_weight": objective.elbo.kl_weight,
-                "lr": learning_rate(loop, step),
-                "grad_norm": grad_norm,
-                "num_skipped": optimizer.num_skipped,
+            record = _record(objective, optimizer, step, len(x), loss, grad_norm) | {
+                "seconds": time.perf_counter() - start
             }
             run.log(record)
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
@@ -205,7 +202,29 @@ def fit_svi(run: Run, config: Config, data: Data, resume: checkpoints.Checkpoint
             # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
             is_candidate = objective.elbo.kl_weight == 1.0 and math.isfinite(validation.elbo_nats)
             _save(run, config, done, vae, average, objective, optimizer, validation.elbo_nats if is_candidate else None)
+            if at_checkpoint is not None:
+                at_checkpoint(average.module, done)
     return average.module
+
+
+def _record(
+    objective: Objective, optimizer: GuardedOptimizer, step: int, num: int, loss: Tensor, grad_norm: float
+) -> dict[str, float | int | str]:
+    """Return a step's line of metrics; ``num`` is the number of its data points."""
+    elbo = objective.elbo
+    kl = {f"kl_nats/{name}": float(value) / num for name, value in elbo.kl_nats.items()}
+    return {
+        "stage": "svi",
+        "step": step + 1,
+        "loss": float(loss.detach()),
+        "elbo_nats": elbo.elbo_nats / num,
+        "kl_nats": sum(kl.values()),
+        **kl,
+        "kl_weight": elbo.kl_weight,
+        "lr": learning_rate(objective.loop, step),
+        "grad_norm": grad_norm,
+        "num_skipped": optimizer.num_skipped,
+    }
 
 
 def _save(
