@@ -20,12 +20,11 @@ from ppl_vaebm.evaluation import (
 )
 from ppl_vaebm.features import load_or_train
 from ppl_vaebm.fitted_vae import FittedVAE
-from ppl_vaebm.inference.elbo import kl_rows
-from ppl_vaebm.inference.likelihood import log_p
+from ppl_vaebm.inference.likelihood import elbo_rows, log_p
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.metrics import frechet_distance
-from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
-from ppl_vaebm.rng import global_rng, seed_for, stream
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.rng import seed_for, stream
 
 BLOCK = 500  # test points read at a time
 
@@ -92,34 +91,6 @@ def _test_blocks(fitted: FittedVAE, limit: int, seed: int) -> Iterator[Tensor]:
     noise, num = stream(seed, "dequantise", "test"), min(limit, len(fitted.data.test))
     for indices in torch.arange(num).split(BLOCK):
         yield fitted.data.test.batch(indices, noise).to(fitted.config.device)
-
-
-def elbo_rows(vae: HierarchicalVAE, x: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Estimate the ELBO of every data point by one draw of its posterior.
-
-    Args:
-        vae: the VAE, in evaluation mode.
-        x: ``(n, *event_shape)``.
-        seed: of the draws.
-
-    Returns:
-        The ELBO ``(n,)``, float64, nats; and the KL of every group, of the same shape.
-    """
-    with torch.no_grad(), global_rng(seed):
-        parts = [_elbo_rows(vae, rows) for rows in x.split(vae.rows_per_pass)]
-    kl = {name: torch.cat([part[1][name] for part in parts]) for name in vae.model.latent_shapes}
-    return torch.cat([elbo for elbo, _ in parts]), kl
-
-
-def _elbo_rows(vae: HierarchicalVAE, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    one_pass = OnePass(vae.guide)
-    one_pass(x)
-    model, guide = one_pass.get_traces()
-    model.compute_log_prob()
-    guide.compute_score_parts()
-    priors, posteriors = dict(model.nodes), dict(guide.nodes)
-    kl = {name: kl_rows(posteriors[name], priors[name]).double() for name in vae.model.latent_shapes}
-    return priors["x"]["log_prob"].double() - torch.stack(list(kl.values())).sum(0), kl
 
 
 def frechet_of_vae(fitted: FittedVAE, effort: Effort, seed: int) -> dict[str, Section]:

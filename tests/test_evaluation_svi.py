@@ -14,10 +14,11 @@ from ppl_vaebm import evaluation_svi
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
 from ppl_vaebm.data import Data
 from ppl_vaebm.evaluation import Effort
-from ppl_vaebm.evaluation_svi import bounds, elbo_rows, evaluate_vae
+from ppl_vaebm.evaluation_svi import bounds, evaluate_vae
 from ppl_vaebm.features import load_or_train
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.inference.elbo import BalancedELBO
+from ppl_vaebm.inference.likelihood import elbo_rows
 from ppl_vaebm.inference.norms import norms_of
 from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.rng import global_rng, stream

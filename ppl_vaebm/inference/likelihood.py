@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vaebm.inference.base import value_only
+from ppl_vaebm.inference.elbo import kl_rows
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
 from ppl_vaebm.rng import global_rng
@@ -182,6 +183,34 @@ def _proposals(
 def _thin(position: Tensor, log_probability: float, generator: torch.Generator) -> Tensor:
     uniform = torch.rand(len(position), generator=generator, dtype=torch.float64, device=position.device)
     return position[uniform.log() < log_probability]
+
+
+def elbo_rows(vae: HierarchicalVAE, x: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Estimate the ELBO of every data point by one draw of its posterior.
+
+    Args:
+        vae: the VAE, in evaluation mode.
+        x: ``(n, *event_shape)``.
+        seed: of the draws.
+
+    Returns:
+        The ELBO ``(n,)``, float64, nats; and the KL of every group, of the same shape.
+    """
+    with torch.no_grad(), global_rng(seed):
+        parts = [_elbo_rows(vae, rows) for rows in x.split(vae.rows_per_pass)]
+    kl = {name: torch.cat([part[1][name] for part in parts]) for name in vae.model.latent_shapes}
+    return torch.cat([elbo for elbo, _ in parts]), kl
+
+
+def _elbo_rows(vae: HierarchicalVAE, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    one_pass = OnePass(vae.guide)
+    one_pass(x)
+    model, guide = one_pass.get_traces()
+    model.compute_log_prob()
+    guide.compute_score_parts()
+    priors, posteriors = dict(model.nodes), dict(guide.nodes)
+    kl = {name: kl_rows(posteriors[name], priors[name]).double() for name in vae.model.latent_shapes}
+    return priors["x"]["log_prob"].double() - torch.stack(list(kl.values())).sum(0), kl
 
 
 def log_p(

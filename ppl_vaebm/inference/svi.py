@@ -19,6 +19,7 @@ from ppl_vaebm import processes
 from ppl_vaebm.config import Config, SviConfig
 from ppl_vaebm.data import Data, KeyedSampler, Split
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
+from ppl_vaebm.inference.likelihood import elbo_rows
 from ppl_vaebm.inference.norms import prior_statistics
 from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, copy_buffers, learning_rate
 from ppl_vaebm.models.build import build_vae
@@ -62,13 +63,8 @@ def mean_elbo(vae: HierarchicalVAE, split: Split, seed: int, limit: int = MAX_VA
     num = min(limit, len(split))
     device = next(vae.parameters()).device
     x = split.batch(torch.arange(num), stream(seed, "dequantise")).to(device)
-    elbo, total = BalancedELBO(), 0.0
-    kl = dict.fromkeys(vae.model.latent_shapes, 0.0)
-    with torch.no_grad(), global_rng(seed_for(seed, "posterior")):
-        for rows in x.split(vae.rows_per_pass):
-            total -= elbo.loss(vae.model, vae.guide, rows)
-            kl = {name: value + float(elbo.kl_nats[name]) for name, value in kl.items()}
-    return Elbo(total / num, {name: value / num for name, value in kl.items()})
+    elbo, kl = elbo_rows(vae, x, seed_for(seed, "posterior"))
+    return Elbo(float(elbo.mean()), {name: float(value.mean()) for name, value in kl.items()})
 
 
 def kl_weight(loop: SviConfig, step: int) -> float:

@@ -21,6 +21,9 @@ POST_EXPANSION = 3  # and in the blocks after it
 DEPTHWISE_SIZE = 5
 WEIGHT_EPSILON = 1e-5
 INIT_GAIN_EPSILON = 1e-2
+# Of what the convolutions compute. On a CPU the backward pass of the depthwise ones is slow in any other
+# (benchmarks/pyro_overhead.py).
+MEMORY_FORMAT = torch.channels_last
 
 
 class Conv2d(nn.Conv2d):
@@ -67,9 +70,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
-        # On a CPU the backward pass of the depthwise convolutions is three times as fast with channels last. The
-        # parameters stay as they are: Pyro's store, which pyro.optim reads, would train copies of these.
-        weight = self.effective_weight().to(memory_format=torch.channels_last)
+        # The parameters stay as they are: Pyro's store, which pyro.optim reads, would train copies of others.
+        weight = self.effective_weight().to(memory_format=MEMORY_FORMAT)
         out: Tensor = self._conv_forward(x, weight, self.bias)
         return out
 

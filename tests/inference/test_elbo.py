@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vaebm.inference.elbo import BalancedELBO
+from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng
 from tests.small_models import (
@@ -188,3 +188,83 @@ def test_another_guide_falls_short_by_its_kl_to_the_posterior(seed: int) -> None
     gap = 0.5 * (ratio**2 + shift**2 - 1) - math.log(ratio)
     assert gap > 0.05
     assert elbo == pytest.approx(EVIDENCE - gap, abs=5 * error)
+
+
+# --- the weights of the groups -----------------------------------------------------------------------
+
+
+def shapes_of(groups: dict[int, int]) -> dict[str, torch.Size]:
+    """Return the shapes of so many groups on grids of such sides, coarsest first."""
+    sides = [side for side in sorted(groups) for _ in range(groups[side])]
+    return {f"z_{index}": torch.Size([20, side, side]) for index, side in enumerate(sides, 1)}
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ({8: 5, 16: 5, 32: 5}, [1, 4, 16]),
+        ({8: 4, 16: 4, 32: 4, 64: 4, 128: 4}, [1, 4, 16, 64, 256]),
+        ({8: 5, 16: 10, 32: 20}, [1, 2, 4]),
+        ({8: 4, 16: 4, 32: 4, 64: 8, 128: 16}, [1, 4, 16, 32, 64]),
+        ({16: 30}, [1]),
+    ],
+)
+def test_the_coefficients_are_nvaes(groups: dict[int, int], expected: list[float]) -> None:
+    alpha = balance_coefficients(shapes_of(groups))
+    of_grid = {side: alpha[f"z_{sum(groups[s] for s in groups if s < side) + 1}"] for side in sorted(groups)}
+    assert list(of_grid.values()) == expected
+    assert sorted(set(alpha.values())) == expected and len(alpha) == sum(groups.values())
+
+
+def test_a_vector_counts_as_one_pixel() -> None:
+    shapes = {"z_1": torch.Size([16]), "z_2": torch.Size([2, 4, 4])}
+    assert balance_coefficients(shapes) == {"z_1": 1.0, "z_2": 16.0}
+
+
+def test_while_the_kl_warms_up_a_group_weighs_by_its_share_of_it_over_its_grid(seed: int) -> None:
+    vae = shipped_vae("image (1, 8, 8), 3 groups, local scale")
+    alpha = balance_coefficients(vae.model.latent_shapes)
+    x = data_for(vae, 4)
+    log_likelihood, kl = terms(vae, x, seed)
+    elbo = annealed(0.3, balance=alpha)
+    loss, _ = loss_and_grads(elbo, vae, x, seed)
+    shares = {name: (value / 4 + 0.01) / alpha[name] for name, value in kl.items()}  # a KL of Normals is positive
+    mean = sum(shares.values()) / len(shares)
+    gammas = {name: share / mean for name, share in shares.items()}
+    assert {name: float(value) for name, value in elbo.gammas.items()} == pytest.approx(gammas, rel=1e-6)
+    weighted = sum(gammas[name] * kl[name] for name in kl)
+    assert float(loss) == pytest.approx(0.3 * weighted - log_likelihood, rel=1e-6)
+    assert elbo.elbo_nats == pytest.approx(log_likelihood - sum(kl.values()), rel=1e-10)
+    # Once the weight is one, no group is favoured.
+    full, _ = loss_and_grads(annealed(1.0, balance=alpha), vae, x, seed)
+    assert float(full) == pytest.approx(sum(kl.values()) - log_likelihood, rel=1e-10)
+    assert max(gammas.values()) > 1.2
+
+
+def test_no_gradient_flows_through_the_weights(seed: int) -> None:
+    vae = shipped_vae(FEW[1])
+    alpha = balance_coefficients(vae.model.latent_shapes)
+    x = data_for(vae, 4)
+    elbo = annealed(0.3, balance=alpha)
+    grads = loss_and_grads(elbo, vae, x, seed)[1]
+    fixed = annealed(0.3)
+    fixed._gammas = lambda kl: elbo.gammas  # type: ignore[method-assign]
+    for grad, expected in zip(grads, loss_and_grads(fixed, vae, x, seed)[1], strict=True):
+        torch.testing.assert_close(grad, expected)
+
+
+def test_free_bits_cost_nothing_and_pull_nowhere(seed: int) -> None:
+    vae = shipped_vae(FEW[1])
+    x = data_for(vae, 4)
+    log_likelihood, kl = terms(vae, x, seed)
+    means = {name: value / 4 for name, value in kl.items()}
+    free = sorted(means.values())[1]  # between the smallest group's KL and the largest's, or one of them
+    elbo = annealed(1.0, free_bits=free + 1e-6)
+    loss, grads = loss_and_grads(elbo, vae, x, seed)
+    paid = 4 * sum(max(value, free + 1e-6) for value in means.values())
+    assert float(loss) == pytest.approx(paid - log_likelihood, rel=1e-10)
+    # With more bits free than any group has, only the likelihood has a gradient.
+    everything = annealed(1.0, free_bits=1e6)
+    grads = loss_and_grads(everything, vae, x, seed)[1]
+    for grad, expected in zip(grads, loss_and_grads(annealed(0.0), vae, x, seed)[1], strict=True):
+        torch.testing.assert_close(grad, expected)
