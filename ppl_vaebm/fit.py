@@ -109,12 +109,13 @@ def main(argv: list[str] | None = None) -> None:
 
     from ppl_vaebm.fitting import Request, fit_stage
     from ppl_vaebm.loading import check_device
-    from ppl_vaebm.processes import joined
+    from ppl_vaebm.processes import joined, own_device
 
     cli.set_threads(options.config.threads)
-    check_device(options.config.device)
+    device = own_device(os.environ, options.config.device)
+    check_device(device)
     request = Request(options.stage, folder, options.resume, options.overwrite)
-    with joined(os.environ, options.config.device) as (process, device):
+    with joined(os.environ, device) as process:
         fit_stage(request, options.config, process, device, partial(_announce, options.stage, folder))
 
 

@@ -37,32 +37,47 @@ def current() -> Process:
     return Process()
 
 
-@contextmanager
-def joined(environment: Mapping[str, str], device: str) -> Iterator[tuple[Process, str]]:
-    """Join the other processes that torchrun started, for the length of a block.
+def own_device(environment: Mapping[str, str], device: str) -> str:
+    """Choose this process's device.
 
     Args:
         environment: of the process; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
-        device: that the run asks for; an accelerator without a number becomes the process's own.
+        device: that the run asks for.
 
-    Yields:
-        The process's place, and its device.
+    Returns:
+        It, or the accelerator of that kind with this process's number on its machine.
 
     Raises:
-        InputError: several processes on one named accelerator.
+        InputError: several processes on one numbered accelerator.
+    """
+    kind, _, number = device.partition(":")
+    if "RANK" not in environment or kind == "cpu":
+        return device
+    if number and int(environment["WORLD_SIZE"]) > 1:
+        raise InputError(f"expected a device for every process, found {device!r} for all of them; set --device {kind}")
+    return device if number else f"{kind}:{environment['LOCAL_RANK']}"
+
+
+@contextmanager
+def joined(environment: Mapping[str, str], device: str) -> Iterator[Process]:
+    """Join the other processes that torchrun started, for the length of a block.
+
+    Args:
+        environment: of the process.
+        device: this process's own.
+
+    Yields:
+        The process's place.
     """
     if "RANK" not in environment:
-        yield Process(), device
+        yield Process()
         return
-    kind, _, index = device.partition(":")
-    if index and int(environment["WORLD_SIZE"]) > 1:
-        raise InputError(f"expected a device for every process, found {device!r} for all of them; set --device {kind}")
-    own = device if kind == "cpu" else f"{kind}:{environment['LOCAL_RANK']}"
+    kind, _, number = device.partition(":")
     if kind != "cpu":
-        torch.accelerator.set_device_index(int(environment["LOCAL_RANK"]))
+        torch.accelerator.set_device_index(int(number))
     dist.init_process_group("gloo" if kind == "cpu" else None)
     try:
-        yield current(), own
+        yield current()
         dist.barrier()  # none leaves before the first has written what it has to
     finally:
         dist.destroy_process_group()

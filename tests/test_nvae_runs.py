@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ppl_vaebm import checkpoint, evaluate, fit, report, sample
+from ppl_vaebm import checkpoint, evaluate, evaluation, fit, report, sample
+from ppl_vaebm.features import load_or_train
 from ppl_vaebm.loading import load_run
 from ppl_vaebm.run import Run
 from tests.tiny import fit_run, write_recipe
@@ -73,7 +75,10 @@ def test_stage_two_and_samples_use_the_statistics_of_prior_draws(mixture: Path) 
     assert not all(torch.equal(trained[f"model.{name}"], value) for name, value in statistics.items())
 
 
-def test_it_is_sampled_and_evaluated(mixture: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_is_sampled_and_evaluated(
+    mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "load_or_train", partial(load_or_train, steps=2))  # a few steps see enough
     sample.main([str(mixture), "--num", "5"])
     assert np.load(mixture / "samples" / "vaebm.npz")["x"].shape == (5, 1, 8, 8)
     effort = ["--num-test", "10", "--num-importance", "4", "--num-z-draws", "100", "--num-samples", "30"]
@@ -143,8 +148,8 @@ def test_stage_ebm_refuses_several_processes(
     from ppl_vaebm import processes
 
     @contextmanager
-    def two(environment: object, device: str) -> Iterator[tuple[processes.Process, str]]:
-        yield processes.Process(0, 2), device
+    def two(environment: object, device: str) -> Iterator[processes.Process]:
+        yield processes.Process(0, 2)
 
     monkeypatch.setattr(processes, "joined", two)
     assert "one process for stage ebm, found several" in refusal(["--stage", "ebm", "--run", str(mixture)], capsys)

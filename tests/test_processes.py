@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.processes import Process, current, joined
+from ppl_vaebm.processes import Process, current, joined, own_device
 from ppl_vaebm.run import Run
 from tests.two_processes import CONFIG
 
@@ -18,18 +18,28 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_a_lone_process_is_the_first() -> None:
-    with joined({}, "cpu") as (process, device):
-        assert (process, device) == (Process(0, 1), "cpu")
-        assert current() == process
+    with joined({}, "cpu") as process:
+        assert process == Process(0, 1) == current()
         assert process.is_first and process.key == ()
     assert Process(3, 4).key == (3,) and not Process(3, 4).is_first
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", "cpu"), ("meta", "meta:5"), ("cpu:0", "cpu:0")],
+    ids=["cpu", "accelerator", "named"],
+)
+def test_every_process_has_a_device(device: str, expected: str) -> None:
+    environment = {"RANK": "13", "WORLD_SIZE": "16", "LOCAL_RANK": "5"}
+    assert own_device(environment, device) == expected
+    assert own_device({}, device) == device
 
 
 def test_one_named_accelerator_for_all_is_refused() -> None:
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
     with pytest.raises(InputError, match="expected a device for every process, found 'meta:1'.*--device meta"):
-        with joined(environment, "meta:1"):
-            pass
+        own_device(environment, "meta:1")
+    assert own_device(environment | {"WORLD_SIZE": "1"}, "meta:1") == "meta:1"
 
 
 @pytest.fixture(scope="module")

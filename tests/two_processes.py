@@ -79,7 +79,7 @@ def main() -> None:
     """Write what this process found to the folder of the first argument."""
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    with joined(os.environ, "cpu") as (process, _):
+    with joined(os.environ, "cpu") as process:
         torch.save(gradients(process), folder / f"gradients-{process.world}-{process.rank}.pt")
         torch.save(fitted(folder / f"run-{process.world}"), folder / f"noise-{process.world}-{process.rank}.pt")
 
