@@ -13,6 +13,7 @@ from PIL import Image
 
 from ppl_vaebm import checkpoint, evaluate, evaluation, fit, report, sample
 from ppl_vaebm.features import load_or_train
+from ppl_vaebm.inference import sampling
 from ppl_vaebm.loading import load_run
 from ppl_vaebm.run import Run
 from tests.tiny import fit_run, write_recipe
@@ -78,7 +79,10 @@ def test_stage_two_and_samples_use_the_statistics_of_prior_draws(mixture: Path) 
 def test_it_is_sampled_and_evaluated(
     mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluation, "load_or_train", partial(load_or_train, steps=2))  # a few steps see enough
+    # What is measured does not matter here, so little is spent on it.
+    monkeypatch.setattr(evaluation, "load_or_train", partial(load_or_train, steps=2))
+    monkeypatch.setattr(sampling, "NUM_PILOT_STEPS", 3)
+    monkeypatch.setattr(sampling, "BLOCK", 20)
     sample.main([str(mixture), "--num", "5"])
     assert np.load(mixture / "samples" / "vaebm.npz")["x"].shape == (5, 1, 8, 8)
     effort = ["--num-test", "10", "--num-importance", "4", "--num-z-draws", "100", "--num-samples", "30"]
