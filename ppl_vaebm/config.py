@@ -230,8 +230,8 @@ class SviConfig:
     bf16: bool = False
     """Run the networks in bfloat16; log densities stay in float32."""
     norm_temperature: float | None = None
-    """Temperature of the prior draws from which the batch normalisations of the generator get their statistics when
-    training ends; sampling and stage 2 use these. If not given, those of training are kept."""
+    """Temperature of prior draws, from which a second set of statistics for the generator's batch normalisations is
+    taken at every checkpoint; draws of the VAE alone use it. If not given, there are those of training only."""
     norm_batches: int = 500
     """Batches of 16 such draws."""
     validate_every: int = 1_000
@@ -330,6 +330,9 @@ class EbmConfig:
     """Weight of mean E^2 over data and negatives."""
     spectral_penalty: float = 0.0
     """Weight of the sum of the weight matrices' largest singular values."""
+    prior_statistics: bool = False
+    """Take the VAE with the batch statistics of prior draws (svi.norm-temperature), not with those of training; log p of
+    the data is lower with them."""
     grad_clip: float = 100.0
     """Largest gradient norm; a larger gradient is scaled down to it."""
     ema_decay: float = 0.999

@@ -74,28 +74,32 @@ def run_config(run: Run) -> Config:
     return from_dict(load_yaml(run.config_file), str(run.config_file))
 
 
-def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool = True) -> HierarchicalVAE:
+def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -> HierarchicalVAE:
     """Load stage 1's best weights.
 
     Args:
         run: the run.
         config: its configuration.
         data: its data.
-        has_prior_statistics: whether the batch normalisations of the generator get the statistics of prior draws,
-            where the checkpoint has them; sampling and stage 2 use these. If not, those of training stay, with which
-            the validation ELBO was taken.
+        has_prior_statistics: whether the batch normalisations of the generator get the statistics of prior draws. If
+            not, those of training stay, with which the validation ELBO was taken.
 
     Returns:
         The VAE with averaged weights, in evaluation mode.
 
     Raises:
-        InputError: no checkpoint of stage svi, or one of another model.
+        InputError: no checkpoint of stage svi, one of another model, or one without statistics of prior draws.
     """
     saved = _fitted(run, "svi", "best", config)
     vae = new_vae(config, data)
     vae.load_state_dict(saved.weights["vae_average"])
     if has_prior_statistics:
-        set_statistics(vae.model, saved.weights.get("prior_statistics", {}))
+        if "prior_statistics" not in saved.weights:
+            raise InputError(
+                f"expected batch statistics of prior draws in {run.path}, found none: fit stage svi with "
+                "--svi.norm-temperature, or leave out ebm.prior-statistics"
+            )
+        set_statistics(vae.model, saved.weights["prior_statistics"])
     return vae.eval()
 
 
@@ -127,7 +131,7 @@ def load_run(path: Path | str) -> LoadedRun:
     config = run_config(run)
     check_device(config.device)
     data = load_data(config.data, config.seed)
-    vae = load_vae(run, config, data)
+    vae = load_vae(run, config, data, config.ebm.prior_statistics)
     # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
     saved = _fitted(run, "ebm", "last", config)
     vaebm = new_vaebm(config, vae)
@@ -192,7 +196,7 @@ def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
     Raises:
         InputError: as :func:`load_vae`, or stage svi has steps to go.
     """
-    vae = load_vae(run, config, data)
+    vae = load_vae(run, config, data, config.ebm.prior_statistics)
     num_done = checkpoints.available(run.checkpoints("svi"))[-1]
     if num_done < config.svi.steps:
         raise InputError(

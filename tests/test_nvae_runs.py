@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -67,13 +68,32 @@ def test_both_stages_run_on_a_mixture_decoder(mixture: Path) -> None:
     assert len(gaps) == 3 and np.isfinite(gaps).all()
 
 
-def test_stage_two_and_samples_use_the_statistics_of_prior_draws(mixture: Path) -> None:
+def test_stage_two_takes_the_batch_statistics_that_it_is_told_to(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved = checkpoint.load(Run(mixture).checkpoints("svi"), "best")
-    statistics, loaded = saved.weights["prior_statistics"], load_run(mixture).vaebm.vae.model.state_dict()
-    assert saved.state["norm_temperature"] == 1.0 and len(statistics) > 10
-    assert all(torch.equal(loaded[name], value) for name, value in statistics.items())
-    trained = saved.weights["vae_average"]
-    assert not all(torch.equal(trained[f"model.{name}"], value) for name, value in statistics.items())
+    of_training = {name: saved.weights["vae_average"][f"model.{name}"] for name in saved.weights["prior_statistics"]}
+    assert saved.state["norm_temperature"] == 1.0 and len(of_training) > 10
+
+    def statistics(run: Path) -> dict[str, torch.Tensor]:
+        state = load_run(run).vaebm.vae.model.state_dict()
+        return {name: state[name] for name in of_training}
+
+    def agree(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+        return all(torch.equal(one[name], other[name]) for name in one)
+
+    assert agree(statistics(mixture), of_training)
+    run = tmp_path / "run"
+    shutil.copytree(mixture, run)
+    fit.main(["--stage", "ebm", "--run", str(run), "--overwrite", "--ebm.prior-statistics"])
+    assert agree(statistics(run), saved.weights["prior_statistics"])
+    assert not agree(statistics(run), of_training)
+    # A run whose stage svi took none has none to offer.
+    other = tmp_path / "other"
+    options = ["--model.nvae.channels", "2", "--svi.steps", "2", "--svi.batch-size", "8"]
+    fit.main(["--data", "digits", *NVAE, *options, "--run", str(other)])
+    error = refusal(["--stage", "ebm", "--run", str(other), "--ebm.prior-statistics"], capsys)
+    assert "batch statistics of prior draws" in error and "--svi.norm-temperature" in error
 
 
 def test_it_is_sampled_and_evaluated(

@@ -140,7 +140,7 @@ def main(argv: list[str]) -> None:
     vae_run = Run.create(folder / "vae")
     if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
         fit_svi(vae_run, base, data)
-    vae = load_vae(vae_run, base, data)
+    vae = load_vae(vae_run, base, data, base.ebm.prior_statistics)
     file = folder / "objectives.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name, setting in SETTINGS.items():
