@@ -331,8 +331,8 @@ class EbmConfig:
     spectral_penalty: float = 0.0
     """Weight of the sum of the weight matrices' largest singular values."""
     prior_statistics: bool = False
-    """Take the VAE with the batch statistics of prior draws (svi.norm-temperature), not with those of training; log p of
-    the data is lower with them."""
+    """Take the VAE with the batch statistics of prior draws (svi.norm-temperature), not with those of training; log p
+    of the data is lower with them."""
     grad_clip: float = 100.0
     """Largest gradient norm; a larger gradient is scaled down to it."""
     ema_decay: float = 0.999

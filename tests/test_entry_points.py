@@ -167,7 +167,7 @@ def test_the_report_of_a_whole_run_has_every_section(points: Path) -> None:
     evaluate.main([str(points), *EFFORT])
     page = write_report(Run(points)).read_text()
     assert "Not in this run yet" not in page
-    assert page.count("<img") >= 5  # more where stage 1 left its own
+    assert page.count("<img") == 7
 
 
 def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
