@@ -44,8 +44,8 @@ def load_image_folder(config: DataConfig) -> Data:
 
     Folders ``train`` and ``test`` at its top are the parts, and ``validation`` or ``val`` if there is one; else part of
     ``train`` is held out. Without them the images are split 80/10/10. Both choices are by a hash of each path, so that
-    adding or removing a file moves no other, or one. Where every image lies in a folder of its class, and there are
-    several such folders, their order by name gives the labels.
+    adding or removing a file moves no other, or one; so is the order within a part. Where every image lies in a folder
+    of its class, and there are several such folders, their order by name gives the labels.
 
     Every header is read at the start; every file is, where the folder is kept in memory or bad files may be skipped.
     Only ``celeba-hq`` is mirrored of itself, for letters and digits may be in other pictures. The published models were
@@ -92,7 +92,9 @@ def _splits(
     paths = [file.relative_to(root) for file in files]
     has_parts = _has_parts(root)
     labels = _labels([path.relative_to(path.parts[0]) if has_parts else path for path in paths])
-    train, validation, test = (_own_parts if has_parts else _hashed_parts)(config, root, paths)
+    parts = (_own_parts if has_parts else _hashed_parts)(config, root, paths)
+    # Not by path, or the first images of a part would all be of the first class.
+    train, validation, test = (sorted(part, key=lambda index: _hash(paths[index])) for part in parts)
     load = partial(decode, form=form)
 
     def split(part: list[int], is_flipping: bool = False) -> IntegerImages | LazyImages[Path]:
@@ -202,7 +204,7 @@ def _own_parts(config: DataConfig, root: Path, paths: Sequence[Path]) -> _Parts:
         return parts
     num_held_out = len(train) - num_train(config, len(train))
     held_out = set(sorted(train, key=lambda index: _hash(paths[index]))[:num_held_out])
-    return [index for index in train if index not in held_out], sorted(held_out), test
+    return [index for index in train if index not in held_out], list(held_out), test
 
 
 def _hashed_parts(config: DataConfig, root: Path, paths: Sequence[Path]) -> _Parts:

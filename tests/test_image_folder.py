@@ -147,6 +147,15 @@ def test_every_image_is_in_one_part_and_stays_there(tmp_path: Path, storage: typ
     assert levels_of(load_data(config, 0)) == [splits[0][1:], splits[1], splits[2]]
 
 
+def test_the_first_images_of_a_part_are_of_all_classes(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write_folder(tmp_path / part)
+    for split in (load_data(folder_config(tmp_path), 0).train, load_data(folder_config(tmp_path), 0).test):
+        assert split.labels is not None
+        assert set(split.labels[:15].tolist()) == {0, 1, 2}  # by path they would all be of class 0
+        assert split.labels.tolist() != sorted(split.labels.tolist())
+
+
 def test_memory_and_files_hold_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path)
     config = replace(folder_config(tmp_path), num_bits=5, flips="random", padding=1)
