@@ -105,9 +105,7 @@ class Objective(nn.Module):
         self.loop = loop
         module = self.elbo(vae.model, vae.guide)
         # DDP averages the processes' gradients, so each one's loss is a mean over its data.
-        # Their buffers are alike already.
-        is_alone = processes.current().world == 1
-        self.module = module if is_alone else DistributedDataParallel(module, broadcast_buffers=False)
+        self.module = DistributedDataParallel(module) if processes.current().world > 1 else module
         self.vae = (vae,)  # in a tuple, so that its weights are registered once
         with global_rng(seed_for(seed, "spectral")):
             self.spectral = SpectralPenalty(spectral_layers(vae, has_linear=False) if loop.spectral_penalty else [])

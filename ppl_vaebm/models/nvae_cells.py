@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as collectives
 from torch.nn import functional
 
 from ppl_vaebm import processes
@@ -87,8 +87,8 @@ class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with NVAE's constants, over the batches of all processes.
 
     PyTorch's SyncBatchNorm refuses tensors that are not on an accelerator, and then nothing could check on a CPU that
-    several processes give the gradient of one; so the two moments are reduced here, by PyTorch's differentiable
-    collective. One process runs PyTorch's own kernel.
+    several processes give the gradient of one; so the two moments are reduced here. One process runs PyTorch's own
+    kernel.
 
     Args:
         num_channels: of the input.
@@ -121,9 +121,27 @@ class BatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(var * count / max(1, count - 1), NORM_MOMENTUM)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum whose derivative is the sum of all processes' derivatives; PyTorch's own such function is deprecated."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        """Add up the processes' values."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Add up the processes' gradients."""
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 def _mean_over_processes(value: Tensor) -> Tensor:
     """Average over all processes, each of which has as many images; differentiable."""
-    total: Tensor = collectives.all_reduce(value)
+    total: Tensor = _SumOverProcesses.apply(value)
     return total / processes.current().world
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional as collectives
 from torch.nn import functional
 
 from ppl_vaebm import processes
@@ -125,7 +125,7 @@ class Grads:
 def two_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process believe in a second one that has the same batch."""
     monkeypatch.setattr(processes, "current", lambda: processes.Process(rank=0, world=2))
-    monkeypatch.setattr(collectives, "all_reduce", lambda value: 2 * value)
+    monkeypatch.setattr(dist, "all_reduce", lambda value: value.mul_(2))
 
 
 @pytest.mark.usefixtures("two_alike")
@@ -170,7 +170,7 @@ def test_statistics_of_draws_are_taken_in_one_process(
     def refuse(value: Tensor) -> Tensor:
         raise AssertionError("waits for the other processes")
 
-    monkeypatch.setattr(collectives, "all_reduce", refuse)
+    monkeypatch.setattr(dist, "all_reduce", refuse)
     norm, x = BatchNorm2d(2).double(), images(generator, 3, 2, 4, 4)
     with pytest.raises(AssertionError, match="waits"):
         norm(x)
