@@ -41,7 +41,7 @@ class Layout:
         multiple = 1 << (config.num_pre_blocks + config.num_scales - 1)
         if side % multiple:
             padding = next((p for p in range(multiple) if (event_shape[-1] + 2 * p) % multiple == 0), None)
-            advice = "set data.image-size to one" if padding is None else f"set model.nvae.padding to {padding}"
+            advice = f"set data.image-size to a multiple of {multiple}" if padding is None else f"set model.nvae.padding to {padding}"
             raise InputError(
                 f"model.nvae halves images {config.num_pre_blocks + config.num_scales - 1} times, so a side with its "
                 f"padding must be a multiple of {multiple}, got {side}: {advice}, or use fewer scales"
