@@ -38,13 +38,14 @@ class Layout:
         if len(event_shape) != 3 or event_shape[-1] != event_shape[-2]:
             raise InputError(f"model.kind nvae takes square images, got data of shape {tuple(event_shape)}")
         side = event_shape[-1] + 2 * config.padding
-        multiple = 1 << (config.num_pre_blocks + config.num_scales - 1)
+        halvings = config.num_pre_blocks + config.num_scales - 1
+        multiple = 1 << halvings
         if side % multiple:
             padding = next((p for p in range(multiple) if (event_shape[-1] + 2 * p) % multiple == 0), None)
-            advice = f"set data.image-size to a multiple of {multiple}" if padding is None else f"set model.nvae.padding to {padding}"
+            option = "data.image-size to a multiple" if padding is None else f"model.nvae.padding to {padding}"
             raise InputError(
-                f"model.nvae halves images {config.num_pre_blocks + config.num_scales - 1} times, so a side with its "
-                f"padding must be a multiple of {multiple}, got {side}: {advice}, or use fewer scales"
+                f"model.nvae with {halvings} halving(s) takes images whose side and padding must be a multiple of "
+                f"{multiple}, got {side}: set {option}, or use fewer scales"
             )
         if side == multiple:
             raise InputError(

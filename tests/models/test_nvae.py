@@ -315,14 +315,14 @@ def test_groups_lie_on_their_grids_coarsest_first(options: dict[str, Any], expec
         (
             (1, 28, 28),
             {"num_pre_blocks": 2, "num_scales": 2},
-            "halves images 3 times.*multiple of 8, got 28: set model.nvae.padding to 2, or use fewer scales",
+            "3 halving.*multiple of 8, got 28: set model.nvae.padding to 2, or use fewer scales",
         ),
         (
             (1, 28, 28),
             {"num_pre_blocks": 2, "num_scales": 2, "padding": 1},
             "got 30: set model.nvae.padding to 2, or use fewer scales",
         ),
-        ((1, 9, 9), {}, "multiple of 2, got 9: set data.image-size to a multiple of 2, or use fewer scales"),
+        ((1, 9, 9), {}, "multiple of 2, got 9: set data.image-size to a multiple, or use fewer scales"),
     ],
 )
 def test_images_that_the_grids_do_not_divide_are_refused(
