@@ -68,7 +68,7 @@ def describe(config: Config) -> list[str]:
     """
     form = form_of(config.data)
     with torch.device("meta"):
-        vae = build_vae(config.model, form.event_shape, form.levels).train()
+        vae = build_vae(config.model, form.event_shape, form.levels, form.is_dequantized).train()
         energy = None if has_discrete_x(config) else build_energy(config.energy, form.event_shape)
     svi = dry_pass(
         Objective(vae, config.svi, config.seed), config.device, (config.svi.batch_size, *form.event_shape), 0

@@ -159,6 +159,15 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     assert not run.exists()
 
 
+@pytest.mark.parametrize("decoder", ["bernoulli", "logistic"])
+def test_one_bit_with_noise_is_not_taken_for_signs(
+    decoder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["--data", "fashion-mnist", "--data.padding", "0", *NVAE, "--model.nvae.decoder", decoder, "--dry-run"]
+    assert "at least 2 bits, got 1: set data.binarize" in refusal([*common, "--data.num-bits", "1"], capsys)
+    fit.main([*common, *(["--data.binarize"] if decoder == "bernoulli" else ["--data.num-bits", "2"])])
+
+
 def test_points_are_refused_by_nvae(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     error = refusal([*NVAE, "--run", str(tmp_path / "run")], capsys)
     assert "model.kind nvae takes square images, got data of shape (2,)" in error

@@ -45,7 +45,7 @@ class Elbo:
 def new_vae(config: Config, data: Data) -> HierarchicalVAE:
     """Make a VAE with the run's initial weights."""
     with global_rng(seed_for(config.seed, "vae")):
-        return build_vae(config.model, data.event_shape, data.levels).to(config.device)
+        return build_vae(config.model, data.event_shape, data.levels, data.is_dequantized).to(config.device)
 
 
 def mean_elbo(vae: HierarchicalVAE, split: Split, seed: int, limit: int = MAX_VALIDATION_POINTS) -> Elbo:
