@@ -62,18 +62,20 @@ def update_averaging(averaging: DualAveraging, acceptance_rate: float, target: f
 def warm_up(
     kernel: Kernel, generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
 ) -> tuple[KernelState, KernelParams, int]:
-    """Run a kernel while tuning its step size.
+    """Run a kernel while tuning its parameters: the step size, or what its own warm-up tunes.
 
     Args:
-        kernel: the transition; one without ``target_acceptance`` only runs.
+        kernel: the transition; one with a warm-up of its own has that, one without ``target_acceptance`` only runs.
         generator: source of its randomness.
         state: start.
         params: parameters to start from.
         num_steps: warm-up steps; 0 changes nothing.
 
     Returns:
-        The state, the parameters with the averaged step, and the evaluations spent over all chains.
+        The state, the tuned parameters, and the evaluations spent over all chains.
     """
+    if kernel.warm_up is not None and num_steps:
+        return kernel.warm_up(generator, state, params, num_steps)
     averaging = start_averaging(float(params.step_size))
     num_evals = 0
     for _ in range(num_steps):

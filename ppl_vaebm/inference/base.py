@@ -7,7 +7,7 @@ A target is given by its energy relative to N(0, I), ``Phi``, so that the negati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +25,36 @@ class Potential(Protocol):
         ...
 
 
+class Replicas(NamedTuple):
+    """The hotter chains that a tempered kernel keeps behind every chain: levels ``b_0 = 0`` to ``b_(K-1)``."""
+
+    position: Tensor
+    """``(C, K, D)``, hottest first."""
+    potential: Tensor
+    """Phi there, not multiplied by b, ``(C, K)``."""
+    grad: Tensor
+    """The gradient of Phi there, ``(C, K, D)``."""
+    counts: Counts
+    """What their swaps have done since the counts were last set to zero."""
+
+
+class Counts(NamedTuple):
+    """Bookkeeping of a ladder's swaps."""
+
+    num_sweeps: int
+    """Sweeps; decides too whether even or odd neighbours swap next."""
+    swap_rate_sums: Tensor
+    """Sum of the acceptance probabilities of each pair of neighbours, ``(C, K)``."""
+    num_swaps: Tensor
+    """Proposed swaps of each pair of neighbours, ``(K,)``."""
+    label: Tensor
+    """Which replica stands at each level, ``(C, K + 1)``, so that its way along the ladder can be followed."""
+    has_been_hot: Tensor
+    """Whether the replica with each label was at b = 0 since it was last at b = 1, ``(C, K + 1)``."""
+    num_round_trips: Tensor
+    """Times that some replica came from b = 1 to b = 0 and back, ``(C,)``."""
+
+
 class KernelState(NamedTuple):
     """What the next step needs. It is valid for one set of the target's parameters only."""
 
@@ -34,6 +64,8 @@ class KernelState(NamedTuple):
     """Phi there, ``(C,)``, nats."""
     grad: Tensor | None
     """The gradient of Phi there, ``(C, D)``; ``None`` after a gradient-free kernel moved."""
+    replicas: Replicas | None = None
+    """The hotter chains of a tempered kernel; no other has any."""
 
 
 class KernelInfo(NamedTuple):
@@ -52,6 +84,15 @@ class KernelInfo(NamedTuple):
     """Evaluations of Phi in this step, with their gradient where the kernel uses one."""
 
 
+class Ladder(NamedTuple):
+    """The levels of a tempered kernel, hottest first: level i samples ``exp(-b_i Phi) N(q; 0, I)``."""
+
+    inverse_temperatures: Tensor
+    """``b``, increasing from 0 to 1, ``(K + 1,)``."""
+    step_sizes: Tensor
+    """Angle of the moves at each level, ``(K + 1,)``; the last one is the step size of the parameters."""
+
+
 class KernelParams(NamedTuple):
     """Everything that adaptation may change, and nothing else."""
 
@@ -61,6 +102,12 @@ class KernelParams(NamedTuple):
     """Per-coordinate scale, ``(D,)``; coordinate i moves with step ``h * sqrt(inverse_mass[i])``."""
     trajectory_length: Tensor
     """Total angle of one HMC trajectory, ``()``; kernels of one step ignore it."""
+    ladder: Ladder | None = None
+    """Levels of a tempered kernel; no other has any."""
+
+
+WarmUp = Callable[[torch.Generator, KernelState, KernelParams, int], tuple[KernelState, KernelParams, int]]
+"""Runs a number of steps while it tunes: to the state, the parameters, and the evaluations spent over all chains."""
 
 
 class Kernel(NamedTuple):
@@ -71,6 +118,10 @@ class Kernel(NamedTuple):
     step: Callable[[torch.Generator, KernelState, KernelParams], tuple[KernelState, KernelInfo]]
     target_acceptance: float | None
     """Acceptance rate that warm-up tunes ``step_size`` to; ``None`` where there is nothing to tune."""
+    warm_up: WarmUp | None = None
+    """The kernel's own warm-up, where more is tuned than ``step_size``."""
+    report: Callable[[KernelState, KernelParams], Mapping[str, float | list[float]]] | None = None
+    """What the kernel has to say of a whole run, beyond what every step reports; names to numbers."""
 
 
 def init_params(position: Tensor, step_size: float, trajectory_length: float = torch.pi / 2) -> KernelParams:

@@ -31,13 +31,15 @@ class Chains:
     params: KernelParams
     """The parameters of the draws, after warm-up."""
     seconds: float
-    """Time of the draws."""
+    """Time of the draws, over all chains."""
+    elapsed: Tensor | None = None
+    """Seconds from the start of the draws to the end of each, ``(N,)``, over all chains; ``None`` if not known."""
     warmup_seconds: float = 0.0
     """Time of the warm-up."""
     warmup_evals: int = 0
     """Evaluations of the potential in the warm-up, over all chains."""
-    attrs: dict[str, str | float | int] = field(default_factory=dict)
-    """Whatever else identifies the chains: seed, thinning, versions."""
+    attrs: dict[str, str | float | int | list[float]] = field(default_factory=dict)
+    """Whatever else identifies the chains, and what the kernel reports of the whole run: seed, thinning, swap rates."""
 
     @property
     def num_evals(self) -> int:
@@ -56,6 +58,7 @@ def run_chains(
     thin: int = 1,
     functionals: Functionals,
     max_evals: int | None = None,
+    min_seconds: float = 0.0,
 ) -> Chains:
     """Warm a kernel up, freeze its parameters, and draw.
 
@@ -70,6 +73,7 @@ def run_chains(
         functionals: what to store of each draw.
         max_evals: stop after the draw with which the evaluations per chain, on average over chains and warm-up not
             counted, reach this number.
+        min_seconds: draws go on beyond ``max_evals`` until so much time has passed; ``num_draws`` bounds both.
 
     Returns:
         The chains; ``n_steps`` of a draw counts the evaluations of all its ``thin`` steps, its
@@ -82,6 +86,7 @@ def run_chains(
     start = time.perf_counter()
     rows: list[Mapping[str, Tensor]] = []
     stats: list[dict[str, Tensor]] = []
+    elapsed: list[float] = []
     num_evals = 0.0
     for _ in range(num_draws):
         infos: list[KernelInfo] = []
@@ -91,19 +96,20 @@ def run_chains(
         rows.append(functionals(state))
         stats.append(_stats(state, infos))
         num_evals += float(stats[-1]["n_steps"].double().mean())
-        if max_evals is not None and num_evals >= max_evals:
+        elapsed.append(time.perf_counter() - start)
+        if max_evals is not None and num_evals >= max_evals and elapsed[-1] >= min_seconds:
             break
-    seconds = time.perf_counter() - start
     return Chains(
         kernel=kernel.name,
         draws={name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]},
         stats={name: torch.stack([row[name] for row in stats], dim=1) for name in stats[0]},
         position=state.position,
         params=params,
-        seconds=seconds,
+        seconds=elapsed[-1],
+        elapsed=torch.tensor(elapsed, dtype=torch.float64),
         warmup_seconds=warmup_seconds,
         warmup_evals=warmup_evals,
-        attrs={"thin": thin},
+        attrs={"thin": thin, **(kernel.report(state, params) if kernel.report else {})},
     )
 
 
