@@ -16,21 +16,17 @@ import time
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from benchmarks.common import write
+from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
 from ppl_vaebm.inference import hmc
 from ppl_vaebm.inference.base import KernelState, init_params, value_and_grad
 from ppl_vaebm.inference.chains import Chains, run_chains
 from ppl_vaebm.inference.diagnostics import summarize, to_inference_data
-from ppl_vaebm.inference.potential import Packing
-from ppl_vaebm.rng import global_rng, stream
+from ppl_vaebm.rng import stream
 
-# Latent groups as (channels, side); x is 3 x 32 x 32.
-MODELS = {"2 groups": ((8, 8),), "10 groups": ((8, 8),) * 3 + ((6, 16),) * 6}
-X_CHANNELS, X_SIDE, CHANNELS = 3, 32, 12
-ENERGY_SD_NATS = 3.0
+MODELS = {"2 groups": Sizes(((8, 8),)), "10 groups": Sizes(((8, 8),) * 3 + ((6, 16),) * 6)}
 NUM_CHAINS = 8
 GOALS = {"2 groups": 2.5, "10 groups": 7.0}
 ONE_STEP_SIZES = (0.3, 0.5, 0.7, 1.0)
@@ -51,56 +47,6 @@ class Setting(NamedTuple):
 
 # A step and a length that suit leapfrog at D = 3,584, kept at every D: what a user gets who does not tune again.
 UNTUNED = Setting("leapfrog", 0.187, 8)
-
-
-class RandomVAEBM(nn.Module):
-    """Latent groups on growing grids, each normal given those before, then x given all, and its energy."""
-
-    def __init__(self, groups: tuple[tuple[int, int], ...]) -> None:
-        super().__init__()
-        self.groups = groups
-        shapes = {f"z{i}": torch.Size([channels, side, side]) for i, (channels, side) in enumerate(groups)}
-        self.packing = Packing(shapes | {"x": torch.Size([X_CHANNELS, X_SIDE, X_SIDE])})
-        self.start = nn.Parameter(torch.randn(1, CHANNELS, groups[0][1], groups[0][1]))
-        self.priors = nn.ModuleList(nn.Conv2d(CHANNELS, 2 * channels, 1) for channels, _ in groups)
-        self.embeddings = nn.ModuleList(nn.Conv2d(channels, CHANNELS, 3, padding=1) for channels, _ in groups)
-        self.cells = nn.ModuleList(nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1) for _ in groups)
-        self.decoder = nn.Conv2d(CHANNELS, 2 * X_CHANNELS, 3, padding=1)
-        widths = (X_CHANNELS, 16, 32, 32)
-        self.energy = nn.ModuleList(
-            nn.Conv2d(one, other, 3, stride=2, padding=1) for one, other in zip(widths, widths[1:], strict=False)
-        )
-        self.readout = nn.Linear(widths[-1] * (X_SIDE // 8) ** 2, 1)
-        self.requires_grad_(False)
-        self.mean, self.scale = 0.0, 1.0
-        energies = self(torch.randn(512, self.packing.dim))
-        self.mean, self.scale = float(energies.mean()), ENERGY_SD_NATS / float(energies.std())
-
-    def transport(self, position: Tensor) -> Tensor:
-        """Decode noise ``(C, D)`` to x ``(C, 3, 32, 32)``."""
-        *noises, x_noise = self.packing.unravel(position).values()
-        state: Tensor = self.start
-        for noise, prior, embedding, cell in zip(noises, self.priors, self.embeddings, self.cells, strict=True):
-            state = functional.interpolate(state, size=noise.shape[-1])
-            mean, log_scale = prior(state).chunk(2, dim=1)
-            latent = mean + _scale(log_scale) * noise
-            state = state + cell(functional.silu(state + embedding(latent)))
-        mean, log_scale = self.decoder(functional.silu(functional.interpolate(state, size=X_SIDE))).chunk(2, dim=1)
-        x: Tensor = mean + _scale(log_scale) * x_noise
-        return x
-
-    def forward(self, position: Tensor) -> Tensor:
-        """Evaluate Phi: ``(C, D)`` to ``(C,)``, nats."""
-        features = self.transport(position)
-        for layer in self.energy:
-            features = functional.silu(layer(features))
-        energy: Tensor = self.readout(features.flatten(1)).squeeze(1)
-        return (energy - self.mean) * self.scale
-
-
-def _scale(log_scale: Tensor) -> Tensor:
-    # Bounded, or a chain of exponentials could outgrow |q|^2 / 2 and the target would not be proper.
-    return log_scale.tanh().exp()
 
 
 def _store(state: KernelState) -> dict[str, Tensor]:
@@ -185,8 +131,7 @@ def _final(model: RandomVAEBM, warm: Tensor, settings: dict[str, Setting]) -> li
 
 
 def _measure(name: str) -> dict[str, Any]:
-    with global_rng(0):
-        model = RandomVAEBM(MODELS[name])
+    model = random_vaebm(MODELS[name])
     start = torch.randn(NUM_CHAINS, model.packing.dim, generator=stream(0, "start"))
     print(f"\n{name}, D = {model.packing.dim}")
     warm = _run(model, Setting("splitting", 0.5, 3), start, 0, 3 * WARM_TRAJECTORIES).position

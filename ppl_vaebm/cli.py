@@ -28,11 +28,11 @@ class ChainOptions:
     run: RunFolder
     """Folder of the run."""
     num_chains: int = 16
-    """Chains, from fresh noise; Pyro's run one after another."""
+    """Chains, from fresh noise; Pyro's run one after another. R-hat needs 4 or more to see modes that some miss."""
     num_warmup: int = 200
     """Steps of warm-up, in which the step size is tuned; counted and timed apart."""
     num_evals: int = 6_000
-    """Evaluations of the potential per chain for the draws."""
+    """Evaluations of the energy, most with its gradient, per chain for the draws."""
     seed: int = 0
     """Seed of starts and chains."""
 

@@ -1,34 +1,60 @@
-"""Kernels side by side: the same starts, the same number of evaluations of the potential."""
+"""Kernels side by side: each from the same starts, until it has spent the same evaluations and the same time."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import NamedTuple, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference import diagnostics
-from ppl_vaebm.inference.chains import Chains, run_chains
+from ppl_vaebm.inference.chains import Chains, Functionals, run_chains
+from ppl_vaebm.inference.convergence import FloatArray
 from ppl_vaebm.inference.functionals import noise_functionals
+from ppl_vaebm.inference.jax_bridge import JaxKernelName, run_jax
 from ppl_vaebm.inference.kernels import DEFAULT_STEP_SIZES, build_kernel, start_params
 from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.pyro_kernel import PyroKernelName, run_pyro
+from ppl_vaebm.metrics import HIGH_QUALITY_NUM_STD
 from ppl_vaebm.rng import seed_for, stream
 
-KERNELS: tuple[str, ...] = (*get_args(KernelName), *get_args(PyroKernelName))
+LEAPFROG_HMC = "hmc-leapfrog"
+"""Our HMC with leapfrog for its integrator; ``hmc`` has the one of the configuration."""
+KERNELS: tuple[str, ...] = (
+    *get_args(KernelName),
+    LEAPFROG_HMC,
+    *get_args(PyroKernelName),
+    *get_args(JaxKernelName),
+)
+PACKAGES = {
+    name: ("jax", library)
+    for library in ("numpyro", "blackjax")
+    for name in get_args(JaxKernelName)
+    if name.startswith(library)
+}
+"""What kernels need beyond what every installation has."""
+UNADJUSTED = ("langevin",)
+"""Of our kernels those that no Metropolis test makes exact; JAX's say it themselves."""
+
 NUM_EXACT = 20_000
-# Pyro's chains run one after another: these bound the cost of one draw, to 16 and to 63 evaluations at the step that
-# their trajectory or tree starts from.
+MAX_PROPOSALS = 2_000_000
+# Most draws per chain where time is to be filled: 200 MB of functionals for 8 chains in two dimensions.
+MAX_DRAWS = 50_000
+# Trees and trajectories that nothing bounds would spend a budget in a few draws: these bound one draw of Pyro's HMC to
+# 16 evaluations at the step that its trajectory starts from, and one of any NUTS to 63.
 MAX_NUM_STEPS = 16
 MAX_TREE_DEPTH = 6
+# Pyro's chains run one after another for equal times, and are cut to the one with the fewest draws, which leaves less
+# than the time of all: so much more is asked for. Chosen by us.
+PYRO_SLACK = 1.5
 
 
 class Budget(NamedTuple):
@@ -39,38 +65,27 @@ class Budget(NamedTuple):
     """Steps of warm-up; they are counted and timed apart."""
     num_evals: int
     """Evaluations of the potential per chain for the draws."""
+    num_seconds: float = 0.0
+    """Draws go on until so much time has passed too, over all chains."""
 
 
-class Row(NamedTuple):
-    """One kernel's line."""
+class Reference(NamedTuple):
+    """What is known of the target without chains."""
 
-    kernel: str
-    step_size: float
-    acceptance: float
-    draws: int
-    """Per chain."""
-    evals: float
-    """Per chain, over its draws."""
-    max_r_hat: float
-    """Largest over functionals."""
-    min_ess: float
-    """Smallest bulk ESS over functionals, all chains."""
-    ess_per_1000_evals: float
-    """Of that functional."""
-    ess_per_second: float
-    """Of that functional, warm-up not counted."""
-    mean_energy: float
+    energy: float
+    """Mean E of exact draws, nats; nan where these cannot be had."""
     energy_error: float
-    """Monte Carlo standard error of the mean energy."""
-    energy_bias: float
-    """Mean energy minus that of exact draws; nan where these cannot be had."""
-    divergences: int
-    seconds: float
-    """Draws and warm-up."""
+    """Its standard error."""
+    modes: FloatArray | None = None
+    """Centres of the data's modes, ``(m, d)``, where they are known."""
+    mode_std: float = math.nan
+    """Standard deviation of each."""
+    mode_weights: FloatArray | None = None
+    """Their probabilities under the target, ``(m,)``: shares of exact draws; ``None`` where these cannot be had."""
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Refuse a list of kernels with an unknown or repeated name.
+    """Refuse a list of kernels with an unknown or repeated name, or with one whose packages are missing.
 
     Raises:
         InputError: naming it and the known ones.
@@ -80,12 +95,47 @@ def check_names(names: Sequence[str]) -> None:
             raise InputError(f"unknown kernel {name!r}: expected some of {', '.join(KERNELS)}, separated by commas")
     if not names or len(set(names)) < len(names):
         raise InputError(f"expected a list of different kernels, got {', '.join(names) or 'none'}")
+    for name in names:
+        missing = missing_packages(name)
+        if missing:
+            raise InputError(
+                f"kernel {name} needs {' and '.join(PACKAGES[name])}, found no {' and no '.join(missing)}; "
+                "install them with pip install 'ppl_vaebm[jax]', or leave that kernel out"
+            )
+
+
+def missing_packages(name: str) -> list[str]:
+    """List the packages that a kernel needs and that are not installed."""
+    return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+
+
+def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_start: int = 1) -> Tensor:
+    """Draw where chains begin: fresh noise, the same for every kernel.
+
+    Args:
+        potential: of the VAEBM.
+        num_chains: C, a multiple of ``chains_per_start``.
+        seed: of the chains.
+        chains_per_start: neighbouring chains that begin at one place.
+
+    Returns:
+        ``(C, D)``.
+    """
+    device = next(potential.vaebm.parameters()).device
+    places = potential.draw_reference(stream(seed, "start", device=device), num_chains // chains_per_start)
+    return places.repeat_interleave(chains_per_start, 0)
 
 
 def run_kernel(
-    name: str, potential: NoisePotential, config: KernelConfig, start: Tensor, budget: Budget, seed: int
+    name: str,
+    potential: NoisePotential,
+    config: KernelConfig,
+    start: Tensor,
+    budget: Budget,
+    seed: int,
+    functionals: Functionals | None = None,
 ) -> Chains:
-    """Run one kernel, ours or Pyro's, within a budget.
+    """Run one kernel, ours or another library's, within a budget.
 
     Args:
         name: of the kernel, one of :data:`KERNELS`.
@@ -94,109 +144,134 @@ def run_kernel(
         start: ``(num_chains, D)``.
         budget: what it may spend.
         seed: of the chains.
+        functionals: what to store of every draw; those of :func:`noise_functionals` if not given.
 
     Returns:
-        The chains.
+        The chains, under that name. Their ``attrs`` have the seed and whether a Metropolis test makes the kernel
+        exact, ``is_adjusted``.
     """
-    functionals = noise_functionals(potential)
+    functionals = functionals or noise_functionals(potential)
     if name in get_args(PyroKernelName):
-        chains = run_pyro(
-            cast(PyroKernelName, name),
+        chains = _run_pyro(cast(PyroKernelName, name), potential, config, start, budget, seed, functionals)
+    elif name in get_args(JaxKernelName):
+        chains = run_jax(
+            cast(JaxKernelName, name),
             potential,
-            potential.packing,
             start,
             seed=seed_for(seed, name),
-            num_draws=budget.num_evals,
+            num_draws=_most_draws(budget),
             num_warmup=budget.num_warmup,
-            step_size=DEFAULT_STEP_SIZES["hmc"],
-            trajectory_length=(config.num_steps or MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
+            functionals=functionals,
             max_tree_depth=MAX_TREE_DEPTH,
+            max_evals=budget.num_evals,
+            min_seconds=budget.num_seconds,
+        )
+    else:
+        config = _own_config(name, config)
+        chains = run_chains(
+            build_kernel(config, potential),
+            stream(seed, "chains", name, device=start.device),
+            start,
+            start_params(config, start),
+            num_draws=_most_draws(budget),
+            num_warmup=budget.num_warmup,
             functionals=functionals,
             max_evals=budget.num_evals,
+            min_seconds=budget.num_seconds,
         )
-        return replace(chains, attrs={**chains.attrs, "seed": seed})
-    config = config.of(cast(KernelName, name))
-    chains = run_chains(
-        build_kernel(config, potential),
-        stream(seed, "chains", name, device=start.device),
+    return replace(
+        chains, kernel=name, attrs={"is_adjusted": int(name not in UNADJUSTED), **chains.attrs, "seed": seed}
+    )
+
+
+def _most_draws(budget: Budget) -> int:
+    return max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals
+
+
+def _own_config(name: str, config: KernelConfig) -> KernelConfig:
+    if name != LEAPFROG_HMC:
+        return config.of(cast(KernelName, name))
+    if config.name == "hmc" and config.integrator == "leapfrog":
+        return config
+    # Step and target were chosen for another integrator.
+    return replace(config, name="hmc", integrator="leapfrog", step_size=None, target_acceptance=None)
+
+
+def _run_pyro(
+    name: PyroKernelName,
+    potential: NoisePotential,
+    config: KernelConfig,
+    start: Tensor,
+    budget: Budget,
+    seed: int,
+    functionals: Functionals,
+) -> Chains:
+    return run_pyro(
+        name,
+        potential,
+        potential.packing,
         start,
-        start_params(config, start),
-        num_draws=budget.num_evals,
+        seed=seed_for(seed, name),
+        num_draws=_most_draws(budget),
         num_warmup=budget.num_warmup,
+        step_size=DEFAULT_STEP_SIZES["hmc"],
+        trajectory_length=(config.num_steps or MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
+        max_tree_depth=MAX_TREE_DEPTH,
         functionals=functionals,
         max_evals=budget.num_evals,
+        min_seconds=PYRO_SLACK * budget.num_seconds,
     )
-    return replace(chains, attrs={**chains.attrs, "seed": seed})
 
 
-def exact_energy(potential: NoisePotential, seed: int) -> tuple[float, float]:
-    """Return the mean energy of exact draws and its standard error, or nan where there are none to be had."""
-    generator = stream(seed, "exact", device=next(potential.vaebm.parameters()).device)
-    try:
-        draws = exact_draws(potential, generator, NUM_EXACT, max_proposals=2_000_000)
-    except RejectionError:
-        return math.nan, math.nan
-    with torch.no_grad():
-        energy = potential(draws.position).double()
-    return float(energy.mean()), float(energy.std()) / math.sqrt(len(energy))
-
-
-def summary_row(chains: Chains, reference_energy: float) -> Row:
-    """Boil chains down to a line.
+def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
+    """Find out what can be known of the target without chains.
 
     Args:
-        chains: of one kernel.
-        reference_energy: mean energy of exact draws, or nan.
+        potential: of the VAEBM.
+        data: whose modes may be known.
+        seed: of the exact draws.
 
     Returns:
-        The line; what too few draws cannot tell is nan.
+        The reference; nan, and no weights, where the energy is not finite or rejection from the VAE gives up.
     """
-    num_chains, num_draws = chains.stats["lp"].shape
-    if num_draws >= diagnostics.MIN_DRAWS:
-        summaries = diagnostics.summarize(diagnostics.to_inference_data(chains))
-    else:  # the budget is spent: this kernel's line says so, and the other kernels keep theirs
-        summaries = [_unknown_summary(chains)]
-    slowest = min(summaries, key=lambda row: -math.inf if math.isnan(row.ess_bulk) else row.ess_bulk)
-    energy = next(row for row in summaries if row.name == "energy")
-    max_r_hat, min_ess = diagnostics.worst(summaries)
-    return Row(
-        kernel=chains.kernel,
-        step_size=float(chains.params.step_size.mean()),
-        acceptance=float(chains.stats["acceptance_rate"].mean()),
-        draws=num_draws,
-        evals=chains.num_evals / num_chains,
-        max_r_hat=max_r_hat,
-        min_ess=min_ess,
-        ess_per_1000_evals=slowest.ess_per_1000_evals,
-        ess_per_second=slowest.ess_per_second,
-        mean_energy=energy.mean,
-        energy_error=energy.mcse_mean,
-        energy_bias=energy.mean - reference_energy,
-        divergences=int(chains.stats["diverging"].sum()),
-        seconds=chains.seconds + chains.warmup_seconds,
-    )
+    modes = None if data.modes is None else data.modes.double().numpy()
+    unknown = Reference(math.nan, math.nan, modes, data.mode_std or math.nan)
+    device = next(potential.vaebm.parameters()).device
+    with torch.no_grad():
+        pilot = potential(potential.draw_reference(stream(seed, "pilot", device=device), 64))
+    if not pilot.isfinite().all():
+        return unknown  # rejection would wait for proposals that never come
+    try:
+        draws = exact_draws(
+            potential, stream(seed, "exact", device=device), NUM_EXACT, max_proposals=MAX_PROPOSALS
+        ).position
+    except RejectionError:
+        return unknown
+    with torch.no_grad():
+        rows = draws.split(potential.rows_per_pass)
+        energy = torch.cat([potential(part) for part in rows]).double()
+    known = unknown._replace(energy=float(energy.mean()), energy_error=float(energy.std()) / math.sqrt(len(energy)))
+    if modes is None:
+        return known
+    x = torch.cat([potential.decode(part).flatten(1) for part in rows]).double().cpu().numpy()
+    counts = mode_counts(x, modes, known.mode_std)
+    return known._replace(mode_weights=counts / counts.sum())
 
 
-def _unknown_summary(chains: Chains) -> diagnostics.FunctionalSummary:
-    energy = chains.draws["energy"].double()
-    return diagnostics.FunctionalSummary("energy", float(energy.mean()), *[math.nan] * 7)
+def mode_counts(x: FloatArray, modes: FloatArray, mode_std: float) -> FloatArray:
+    """Count the draws at every mode.
 
+    Args:
+        x: ``(n, d)``; one that is not finite is at no mode.
+        modes: centres, ``(m, d)``.
+        mode_std: of each; a draw is at its nearest mode if it is within three of these of it, the convention of
+            :mod:`ppl_vaebm.metrics`.
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """Format lines as CSV with a header."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(Row._fields)
-    writer.writerows([_short(value) for value in row] for row in rows)
-    return text.getvalue()
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """Format lines as an aligned table."""
-    table = [list(Row._fields), *([str(_short(value)) for value in row] for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(Row._fields))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in table)
-
-
-def _short(value: str | float) -> str | float:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    Returns:
+        ``(m,)``.
+    """
+    x = x[np.isfinite(x).all(axis=1)]
+    squares = np.square(x[:, None] - modes).sum(axis=-1)
+    is_near = np.sqrt(squares.min(axis=1, initial=math.inf)) <= HIGH_QUALITY_NUM_STD * mode_std
+    nearest = squares[is_near].argmin(axis=1)
+    return np.bincount(nearest, minlength=len(modes)).astype(np.float64)

@@ -25,9 +25,11 @@ DataName = Literal[
 NetKind = Literal["auto", "vector", "image"]
 ModelKind = Literal["auto", "vector", "image", "nvae"]
 DecoderName = Literal["normal", "bernoulli", "logistic", "logistic-mixture"]
-KernelName = Literal["langevin", "mala", "hmc", "pcn", "independence", "elliptical", "mixture"]
-TUNABLE_KERNELS = ("mala", "hmc", "pcn")
+KernelName = Literal["langevin", "mala", "hmc", "chees", "pcn", "independence", "elliptical", "mixture", "tempered"]
+TUNABLE_KERNELS = ("mala", "hmc", "chees", "pcn", "tempered")
 """Kernels whose step warm-up tunes."""
+SELF_TUNING_KERNELS = ("chees", "tempered")
+"""Kernels with a warm-up of their own, which tunes more than the step; a mixture has no room for it."""
 Objective = Literal["mle", "ratio"]
 Negatives = Literal["chains", "importance"]
 
@@ -373,34 +375,49 @@ class KernelConfig:
     step_size: float | None = None
     """Angle h of one step (the paper's Langevin eta is h squared); tuned in warm-up where the kernel is adjusted."""
     integrator: Literal["splitting", "leapfrog"] = "splitting"
-    """mala, hmc: split off N(0, I) and follow it exactly, or leapfrog on the whole. langevin is Euler's step."""
+    """mala, hmc, chees: split off N(0, I) and follow it exactly, or leapfrog on the whole. langevin is Euler's step."""
     num_steps: int | None = None
-    """hmc: integration steps per trajectory; if not given, trajectory-length over step-size, at most 16."""
+    """hmc: integration steps per trajectory; trajectory-length over step-size if not given. tempered: integration steps
+    of a move at every level; 1 if not given."""
+    max_num_steps: int | None = None
+    """hmc, chees: most integration steps of one trajectory; 16 for hmc and 1000 for chees if not given."""
     trajectory_length: float = math.pi / 2
-    """hmc: angle of one trajectory; a quarter turn forgets the start where E = 0."""
+    """hmc: angle of one trajectory; a quarter turn forgets the start where E = 0. chees: where warm-up starts from for
+    the longest trajectory, of which each goes a uniform share."""
+    fit_reference: bool = True
+    """chees: fit a Gaussian with independent coordinates to the chains in warm-up, as leapfrog's inverse mass and as
+    what splitting splits off instead of N(0, I)."""
+    num_levels: int = 6
+    """tempered: levels between N(0, I) and the target, both included; about twice the communication barrier that it
+    reports, and one more, are best."""
     jitter: float = 0.2
     """hmc: relative spread of the trajectory's angle, one draw per step; 0 is a fixed trajectory."""
     target_acceptance: float | None = None
     """What warm-up tunes the step size to; the kernel's own target if not given."""
     members: tuple[KernelName, ...] = ("independence", "hmc")
-    """mixture: the kernels of one cycle; at most one of them may have a step to tune."""
+    """mixture: the kernels of one cycle; at most one of them may have a step to tune, and neither chees nor tempered is
+    one."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         h = self.step_size
         _require(h is None or 0 < h <= math.pi / 2, "kernel.step-size", "an angle in (0, pi/2]", h)
-        _require(self.num_steps is None or self.num_steps > 0, "kernel.num-steps", "positive", self.num_steps)
+        for name in ("num_steps", "max_num_steps"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"kernel.{name.replace('_', '-')}", "positive", value)
+        _require(self.num_levels >= 2, "kernel.num-levels", "at least 2", self.num_levels)
         angle = self.trajectory_length
         _require(0 < angle < math.inf, "kernel.trajectory-length", "positive and finite", angle)
         _require(0 <= self.jitter < 1, "kernel.jitter", "in [0, 1)", self.jitter)
         target = self.target_acceptance
         _require(target is None or 0 < target < 1, "kernel.target-acceptance", "in (0, 1)", target)
         _require(bool(self.members), "kernel.members", "at least one kernel", self.members)
-        refused = {"mixture", "langevin"} & set(self.members)
-        _require(not refused, "kernel.members", "adjusted kernels, not langevin or another mixture", self.members)
-        expected = f"a cycle with at most one kernel that has a step to tune ({', '.join(TUNABLE_KERNELS)})"
-        num_tunable = sum(name in TUNABLE_KERNELS for name in self.members)
-        _require(num_tunable <= 1, "kernel.members", expected, self.members)
+        refused = {"langevin", "mixture", *SELF_TUNING_KERNELS} & set(self.members)
+        expected = f"adjusted kernels, not langevin, {', '.join(SELF_TUNING_KERNELS)} or another mixture"
+        _require(not refused, "kernel.members", expected, self.members)
+        tunable = [name for name in TUNABLE_KERNELS if name not in SELF_TUNING_KERNELS]
+        expected = f"a cycle with at most one kernel that has a step to tune ({', '.join(tunable)})"
+        _require(sum(name in tunable for name in self.members) <= 1, "kernel.members", expected, self.members)
 
     def of(self, name: KernelName) -> KernelConfig:
         """Return the options of another kernel.

@@ -19,6 +19,8 @@ Frechet distances in the features of a small classifier, where the data are labe
 ELBO and a tighter bound, KL of every latent group, modes and Frechet distances of the VAE. Prints one table and writes
 evaluate.json and the report."""
 
+MIN_PARTICLES = 16
+
 
 @dataclass(frozen=True)
 class Options:
@@ -38,6 +40,12 @@ class Options:
     """Samples for the metrics of samples."""
     steps: tuple[int, ...] = ()
     """ebm: chain lengths from fresh noise; the run's sampling.num-steps and five times that if not given."""
+    log_likelihood: bool = False
+    """ebm: estimate log Z by annealing both ways, sequential samplers, tempered chains and a bridge; bound log h."""
+    num_particles: int = 256
+    """ebm: particles of each of these with --log-likelihood."""
+    num_temperatures: int | None = None
+    """ebm: annealing steps with --log-likelihood; chosen by a pilot run if not given."""
     seed: int = 0
     """Seed of all draws."""
 
@@ -47,6 +55,13 @@ class Options:
             value = getattr(self, name)
             if value < 2:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 2 for an error to be known, got {value}")
+        if self.num_particles < MIN_PARTICLES:
+            raise ValueError(
+                f"num-particles must be at least {MIN_PARTICLES}, two for each of the sequential samplers, "
+                f"got {self.num_particles}"
+            )
+        if self.num_temperatures is not None:
+            cli.positive("num-temperatures", self.num_temperatures)
         for count in self.steps:
             cli.positive("steps", count)
 
@@ -80,20 +95,31 @@ def _measure_vae(options: Options) -> dict[str, Section]:
 
     if options.steps:
         raise InputError("steps are those of stage ebm's chains, and stage svi has none: leave the option out")
+    if options.log_likelihood:
+        raise InputError("log-likelihood normalises the VAEBM, and stage svi has none: leave the option out")
     fitted = open_fitted_vae(options.run)
     cli.set_threads(fitted.config.threads)
     return evaluate_vae(fitted, _effort(options, ()), options.seed)
 
 
 def _measure_vaebm(options: Options) -> dict[str, Section]:
-    from ppl_vaebm.evaluation import evaluate
+    from ppl_vaebm.evaluation import evaluate, likelihood_terms
     from ppl_vaebm.loading import load_run
 
     loaded = load_run(options.run)
     cli.set_threads(loaded.config.threads)
     num_steps = loaded.config.sampling.num_steps
     steps = tuple(sorted(set(options.steps))) or (num_steps, 5 * num_steps)
-    return evaluate(loaded, _effort(options, steps), options.seed)
+    effort = _effort(options, steps)
+    terms = likelihood_terms(loaded, effort, options.seed)
+    sections = evaluate(loaded, effort, options.seed, terms)
+    if options.log_likelihood:
+        from ppl_vaebm.evaluation_normaliser import normaliser_sections
+        from ppl_vaebm.inference.normaliser import Effort
+
+        how_much = Effort(options.num_particles, options.num_temperatures)
+        sections |= normaliser_sections(loaded, how_much, terms, options.seed)
+    return sections
 
 
 def _effort(options: Options, steps: tuple[int, ...]) -> Effort:

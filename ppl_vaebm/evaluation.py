@@ -18,7 +18,15 @@ from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, gaussians25_log_prob
 from ppl_vaebm.features import Classifier, load_or_train
 from ppl_vaebm.inference.ebm import has_discrete_x
-from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, RejectionError, exact_draws, log_p, log_z_from_vae
+from ppl_vaebm.inference.likelihood import (
+    CERTIFIED_ESS,
+    LogLikelihood,
+    RejectionError,
+    exact_draws,
+    log_p,
+    reference_energies,
+)
+from ppl_vaebm.inference.log_z import LogZ, log_mean_exp
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.loading import LoadedRun
@@ -44,19 +52,59 @@ class Effort(NamedTuple):
     """Chain lengths from fresh noise at which the Frechet distance is taken."""
 
 
-def evaluate(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
+class Terms(NamedTuple):
+    """What log h of the test data is made of."""
+
+    x: Tensor
+    """Test points, ``(n, *event_shape)``."""
+    log_p: LogLikelihood
+    """Of each under the VAE."""
+    energy: Tensor
+    """E of each, ``(n,)``, float64, nats."""
+    reference_energy: Tensor
+    """E of draws of the VAE, ``(num_z_draws,)``, nats."""
+
+    @property
+    def log_z(self) -> LogZ:
+        """Estimate log Z from the draws of the VAE."""
+        return log_mean_exp(-self.reference_energy)
+
+
+def likelihood_terms(loaded: LoadedRun, effort: Effort, seed: int) -> Terms:
+    """Evaluate test points under the VAE and the energy, and draws of the VAE under the energy.
+
+    Args:
+        loaded: the fitted VAEBM.
+        effort: test points and draws.
+        seed: of all draws.
+
+    Returns:
+        The terms.
+    """
+    data, potential = loaded.data, loaded.potential
+    num = min(effort.num_test, len(data.test))
+    x = data.test.batch(torch.arange(num), stream(seed, "dequantise", "test")).to(loaded.config.device)
+    reference_energy = reference_energies(potential, stream(seed, "log_z", device=x.device), effort.num_z_draws)
+    estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance)
+    with torch.no_grad():
+        energy = torch.cat([loaded.vaebm.energy(rows) for rows in x.split(1_000)]).double()
+    return Terms(x, estimate, energy, reference_energy)
+
+
+def evaluate(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> dict[str, Section]:
     """Measure what can be measured on a run's data.
 
     Args:
         loaded: the fitted VAEBM.
         effort: how much to spend.
         seed: of all draws.
+        terms: of :func:`likelihood_terms`, where they are there already.
 
     Returns:
         Sections of named numbers: the likelihood always; modes where the data's are known; Frechet distances where
         the data are labelled images.
     """
-    sections = {"log-likelihood of test data (nats per point)": likelihood(loaded, effort, seed)}
+    sections = {"log-likelihood of test data (nats per point)": likelihood(loaded, effort, seed, terms)}
     if loaded.data.modes is not None:
         sections |= modes(loaded, effort, seed)
     if has_labelled_images(loaded.data):
@@ -69,24 +117,21 @@ def has_labelled_images(data: Data) -> bool:
     return data.train.labels is not None and len(data.event_shape) == 3
 
 
-def likelihood(loaded: LoadedRun, effort: Effort, seed: int) -> Section:
+def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> Section:
     """Estimate log p, log Z and log h on test data.
 
     Args:
         loaded: the fitted VAEBM.
         effort: test points and draws.
         seed: of all draws.
+        terms: of :func:`likelihood_terms`, where they are there already.
 
     Returns:
         The numbers, with standard errors over test points and draws. ``log p`` is a lower bound in expectation.
     """
-    data, potential = loaded.data, loaded.potential
-    num = min(effort.num_test, len(data.test))
-    x = data.test.batch(torch.arange(num), stream(seed, "dequantise", "test")).to(loaded.config.device)
-    log_z = log_z_from_vae(potential, stream(seed, "log_z", device=x.device), effort.num_z_draws)
-    estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance)
-    with torch.no_grad():
-        energy = torch.cat([loaded.vaebm.energy(rows) for rows in x.split(1_000)]).double()
+    data = loaded.data
+    x, estimate, energy, _ = terms = terms or likelihood_terms(loaded, effort, seed)
+    log_z = terms.log_z
     gain = -energy - log_z.value
     section: Section = {
         "log p (VAE)": mean_cell(estimate.value),

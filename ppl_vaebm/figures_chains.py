@@ -12,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ppl_vaebm.figures import TITLE_POINTS, FloatArray, Picture, axes_grid, picture
 from ppl_vaebm.inference import diagnostics
+from ppl_vaebm.inference.convergence import Convergence
 
 MAX_FUNCTIONALS = 4  # drawn per report, worst effective sample size first
 MAX_TRACE_DRAWS = 500  # per chain; longer traces are thinned
@@ -43,27 +44,29 @@ def _functionals_figure(idata: diagnostics.InferenceData, summaries: Sequence[di
     shown = [summary.name for summary in by_ess[:MAX_FUNCTIONALS]]
     figure, axes = axes_grid(len(shown), 3, height=1.9)
     for (trace, ranks, correlation), name in zip(axes, shown, strict=True):
-        _trace(trace, draws[name])
+        draw_trace(trace, draws[name])
         trace.set_title(f"{name}: trace of every chain", fontsize=TITLE_POINTS)
-        _ranks(ranks, draws[name])
+        draw_ranks(ranks, draws[name])
         ranks.set_title(f"{name}: ranks of every chain", fontsize=TITLE_POINTS)
-        correlation.plot(_autocorrelation(draws[name]), linewidth=1.2)
+        correlation.plot(autocorrelation(draws[name]), linewidth=1.2)
         correlation.axhline(0, color="black", linestyle="--", linewidth=0.8)
         correlation.set_title(f"{name}: autocorrelation by lag", fontsize=TITLE_POINTS)
     return figure
 
 
-def _trace(ax: Axes, draws: FloatArray) -> None:
+def draw_trace(ax: Axes, draws: FloatArray, scale: float = 1.0) -> None:
+    """Draw the trace of every chain, ``(C, N)``, with ``scale`` units of the axis per draw."""
     num_chains, num_draws = draws.shape
     shown = np.arange(0, num_draws, math.ceil(num_draws / MAX_TRACE_DRAWS))
-    ax.plot(shown, draws[:, shown].T, linewidth=0.6, alpha=_alpha(num_chains))
+    ax.plot(scale * shown, draws[:, shown].T, linewidth=0.6, alpha=_alpha(num_chains))
 
 
 def _alpha(num_chains: int) -> float:
     return max(0.15, min(0.8, 4 / num_chains))
 
 
-def _ranks(ax: Axes, draws: FloatArray) -> None:
+def draw_ranks(ax: Axes, draws: FloatArray) -> None:
+    """Draw how each chain's draws, ``(C, N)``, share the ranks of all, over the band that independent ones keep to."""
     counts = _rank_counts(draws)
     num_chains, num_draws = draws.shape
     centre = counts.mean(axis=0)
@@ -72,6 +75,7 @@ def _ranks(ax: Axes, draws: FloatArray) -> None:
     ax.stairs(centre + spread, edges, baseline=centre - spread, fill=True, color="lightgrey")
     for row in counts:
         ax.stairs(row, edges, baseline=None, linewidth=0.8, alpha=_alpha(num_chains))
+    ax.set_ylim(bottom=0)
 
 
 def _rank_counts(draws: FloatArray) -> FloatArray:
@@ -82,12 +86,12 @@ def _rank_counts(draws: FloatArray) -> FloatArray:
     return np.stack([np.bincount(row, minlength=NUM_RANK_BINS) for row in bins]).astype(np.float64)
 
 
-def _autocorrelation(draws: FloatArray) -> FloatArray:
+def autocorrelation(draws: FloatArray, max_lag: int = MAX_LAG) -> FloatArray:
     """Average the chains' autocorrelation, ``(lags,)``, about the mean of all: chains that disagree stay correlated."""
     num_draws = draws.shape[1]
     with np.errstate(invalid="ignore"):  # draws that never move or are not finite have none, and get no curve
         spectrum = np.fft.rfft(draws - draws.mean(), n=2 * num_draws, axis=1)
-        covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1).mean(axis=0)[: min(num_draws // 2, MAX_LAG) + 1]
+        covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1).mean(axis=0)[: min(num_draws // 2, max_lag) + 1]
         correlation: FloatArray = covariance / covariance[0]
     return correlation
 
@@ -115,3 +119,29 @@ def _per_chain(ax: Axes, values: FloatArray, title: str) -> None:
     ax.set_ylim(0, 1.1 * values[np.isfinite(values)].max(initial=0) or 1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_title(title, fontsize=TITLE_POINTS)
+
+
+def coordinates_picture(found: Convergence) -> Picture:
+    """Draw how R-hat and effective sample sizes spread over all coordinates.
+
+    Args:
+        found: of every coordinate.
+
+    Returns:
+        The picture.
+    """
+    figure, ((r_hat, ess),) = axes_grid(1, 2)
+    r_hat.hist(found.r_hat[np.isfinite(found.r_hat)], bins=60, log=True)
+    r_hat.axvline(diagnostics.MAX_R_HAT, color="black", linestyle="--", linewidth=0.8)
+    r_hat.set_title(f"R-hat of all {len(found.r_hat)} coordinates", fontsize=TITLE_POINTS)
+    for values, label in ((found.ess_bulk, "bulk"), (found.ess_tail, "tail")):
+        ess.hist(values[np.isfinite(values)], bins=60, log=True, histtype="step", label=label)
+    ess.axvline(diagnostics.MIN_ESS, color="black", linestyle="--", linewidth=0.8)
+    ess.set_title("effective draws of all coordinates", fontsize=TITLE_POINTS)
+    ess.legend(fontsize=7)
+    note = (
+        f"Good: no R-hat beyond the dashed line at {diagnostics.MAX_R_HAT}, and no effective number of draws to the "
+        f"left of that at {diagnostics.MIN_ESS:.0f}. Among thousands of coordinates a few R-hats lie just beyond it by "
+        "chance; a separate heap does not."
+    )
+    return picture("every coordinate of the noise by itself", figure, note)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from ppl_vaebm.run import Run
 
 # What a checkpoint's weights depend on; the other options may change between stages.
 BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "energy")}
+FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
 # What the rest of a stage depends on too.
 RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
 
@@ -37,6 +41,30 @@ class LoadedRun:
     data: Data
     vaebm: VAEBM
     potential: NoisePotential
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this density from any other: a hash of all weights of VAE and energy, and of what they are of."""
+        return fingerprint(self.vaebm, self.config)
+
+
+def fingerprint(vaebm: VAEBM, config: Config) -> str:
+    """Hash a density.
+
+    Args:
+        vaebm: its weights and statistics count, bit for bit; on which device they lie does not.
+        config: of its options those that decide what the weights mean: seed, data, model and energy.
+
+    Returns:
+        The first :data:`FINGERPRINT_DIGITS` hexadecimal digits of SHA-256.
+    """
+    options = to_dict(config)
+    meaning = {name: options[name] for name in BINDING["ebm"]}
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+    for name, tensor in sorted(vaebm.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
 
 
 def check_device(device: str) -> None:
@@ -244,8 +272,9 @@ def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
     for file in run.samples_dir.glob("*"):
         if stage == "svi" or not file.name.startswith("svi_"):  # stage 1's pictures, which stay true
             file.unlink()
-    for file in (run.chains_file, run.evaluation_file, run.comparison_file):
+    for file in (run.chains_file, run.positions_file, run.evaluation_file, run.comparison_file):
         file.unlink(missing_ok=True)
+    shutil.rmtree(run.comparison_dir, ignore_errors=True)
 
 
 def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:

@@ -8,25 +8,41 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_vaebm import figures, figures_chains, figures_samples, figures_svi
+from ppl_vaebm import figures, figures_chains, figures_conditional, figures_samples, figures_svi
+from ppl_vaebm.comparison_text import with_spread
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference import diagnostics
+from ppl_vaebm.inference import diagnostics, diagnostics_text
+from ppl_vaebm.inference.coordinates import load_coordinates
 from ppl_vaebm.run import Run
 from ppl_vaebm.version import __version__
 
 SAMPLE_SETS = {"data": "data", "vae": "VAE", "vaebm": "VAEBM"}
 """Files of the samples folder and what to call them."""
+COMPARED = {
+    "kernel": "kernel",
+    "adjusted": "exact",
+    "max_r_hat": "R-hat\nlargest",
+    "ess_per_1000_evals": "ESS per\n1000 evals",
+    "ess_per_second": "ESS per\nsecond",
+    "energy_bias": "bias of E\nnats",
+    "modes_found": "modes\nfound",
+    "divergences": "divergent\ndraws",
+    "seconds": "seconds\nof draws",
+    "warmup_seconds": "seconds of\nwarm-up",
+}
+"""Columns of the comparison that the report shows; the others are on the comparison's own page."""
 
 
 class Cell(NamedTuple):
@@ -52,6 +68,8 @@ class Section:
     pictures: Sequence[figures.Picture] = ()
     tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
+    link: str = ""
+    """Path, from the run's folder, of a page with more; none if empty."""
 
 
 class Part(NamedTuple):
@@ -80,15 +98,58 @@ def write_report(run: Run) -> Path:
         InputError: a file that the report cannot show.
     """
     sections = [(part, _built(part, run)) for part in PARTS]
-    page = _template().render(
+    page = render(
         name=run.path.name,
-        version=__version__,
+        subtitle="Report of a run.",
         config=run.config_file.read_text(encoding="utf-8") if run.config_file.exists() else None,
         sections=[(part, section) for part, section in sections if section is not None],
         missing=[part for part, section in sections if section is None],
     )
     write_atomic(run.report_file, page)
     return run.report_file
+
+
+class Heading(Protocol):
+    """What a page says of a section before its contents: a :class:`Part`, or something like it."""
+
+    @property
+    def anchor(self) -> str:
+        """Its name in links."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """Its title."""
+        ...
+
+    @property
+    def lead(self) -> str:
+        """What is shown and what good looks like."""
+        ...
+
+
+def render(
+    name: str,
+    subtitle: str,
+    sections: Sequence[tuple[Heading, Section]],
+    missing: Sequence[Part] = (),
+    config: str | None = None,
+) -> str:
+    """Make a page.
+
+    Args:
+        name: its title.
+        subtitle: one line on what it is.
+        sections: in their order.
+        missing: those that the page says how to get.
+        config: the run's configuration, to unfold.
+
+    Returns:
+        HTML.
+    """
+    return _template().render(
+        name=name, subtitle=subtitle, version=__version__, config=config, sections=sections, missing=missing
+    )
 
 
 def _built(part: Part, run: Run) -> Section | None:
@@ -178,11 +239,31 @@ def _chains_section(run: Run) -> Section | None:
     summaries = diagnostics.summarize(idata)
     num_converged = sum(map(diagnostics.is_converged, summaries))
     caption = f"{num_converged} of {len(summaries)} functionals meet the thresholds of R-hat and ESS"
-    return Section(
-        figures_chains.chain_pictures(idata, summaries),
-        [Table(caption, [_header_cell(*column) for column in diagnostics.TABLE_HEADER], list(map(_row, summaries)))],
-        diagnostics.run_lines(idata),
-    )
+    header = [_header_cell(*column) for column in diagnostics_text.TABLE_HEADER]
+    pictures, lines = figures_chains.chain_pictures(idata, summaries), diagnostics_text.run_lines(idata)
+    if run.positions_file.exists():
+        coordinates = load_coordinates(run.positions_file)
+        pictures.append(figures_chains.coordinates_picture(coordinates.found))
+        lines += coordinates.lines
+    return Section(pictures, [_without_empty_columns(Table(caption, header, list(map(_row, summaries))))], lines)
+
+
+def _conditioning_section(run: Run) -> Section | None:
+    file = run.samples_dir / "conditional.npz"
+    if not file.exists():
+        return None
+    idata = diagnostics.load_netcdf(file.with_suffix(".nc"))
+    summaries = diagnostics.summarize(idata)
+    caption = f"{sum(map(diagnostics.is_converged, summaries))} of {len(summaries)} functionals meet the thresholds"
+    header = [_header_cell(*column) for column in diagnostics_text.TABLE_HEADER]
+    table = _without_empty_columns(Table(caption, header, list(map(_row, summaries))))
+    return Section([figures_conditional.conditional_picture(_arrays(file))], [table], diagnostics_text.run_lines(idata))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [index for index in range(len(table.header)) if any(row[index].text for row in table.rows)]
+    rows = [[row[index] for index in kept] for row in table.rows]
+    return Table(table.caption, [table.header[index] for index in kept], rows)
 
 
 def _comparison_section(run: Run) -> Section | None:
@@ -190,8 +271,15 @@ def _comparison_section(run: Run) -> Section | None:
         return None
     with run.comparison_file.open(newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    table = Table("kernels", [Cell(name) for name in header], [list(map(_csv_cell, row)) for row in rows])
-    return Section(tables=[table])
+    link = run.comparison_page.relative_to(run.path).as_posix() if run.comparison_page.exists() else ""
+    if not {*COMPARED, "note"} <= set(header):  # a file of an earlier version, or of somebody else
+        table = Table("kernels", [Cell(name) for name in header], [list(map(_csv_cell, row)) for row in rows])
+        return Section(tables=[table], link=link)
+    lines = [dict(zip(header, row, strict=True)) for row in rows]
+    titles = [Cell(title, "" if name in ("kernel", "adjusted") else "number") for name, title in COMPARED.items()]
+    table = Table("kernels", titles, [[_compared_cell(name, line) for name in COMPARED] for line in lines])
+    notes = [f"{line['kernel']}: {line['note']}" for line in lines if line["note"]]
+    return Section(tables=[_without_empty_columns(table)], notes=notes, link=link)
 
 
 PARTS = (
@@ -226,6 +314,17 @@ PARTS = (
         "the VAEBM's cannot be told from the data, and what the VAE puts where no data are is gone.",
     ),
     Part(
+        "conditioning",
+        "Conditioning",
+        "python -m ppl_vaebm.sample RUN --given IMAGE --mask MASK",
+        _conditioning_section,
+        "The posterior of x given a part of it, exactly or with noise, or given a blurred or coarser x: the mean, the "
+        "standard deviation and the R-hat of every value, and draws. Good: R-hat at most "
+        f"{diagnostics.MAX_R_HAT} everywhere; until then mean and standard deviation are those of the chains and not "
+        "of the posterior. In the table, energy is E(x), misfit is minus the log-likelihood of what was observed, and "
+        "value is a value of x that was not.",
+    ),
+    Part(
         "evaluation",
         "Evaluation",
         "python -m ppl_vaebm.evaluate RUN",
@@ -250,9 +349,10 @@ PARTS = (
         "Comparison of kernels",
         "python -m ppl_vaebm.compare RUN",
         _comparison_section,
-        "Several kernels drew from the same target. More effective draws (ESS) per evaluation of the potential "
-        "and per second are better, but only among kernels whose R-hat is close to 1: one that misses a mode can "
-        "look fast.",
+        "Several kernels drew from the same target, each with the same evaluations of the energy. More effective "
+        "draws (ESS) per evaluation and per second are better, but only among kernels whose R-hat is close to 1: one "
+        "that misses a mode can look fast. A kernel that is not exact has no Metropolis test, and its step biases its "
+        "draws. After the sign ± stands the standard deviation over seeds.",
     ),
 )
 """The sections in the order of the page."""
@@ -277,6 +377,16 @@ def _csv_cell(text: str) -> Cell:
     return Cell(text if text.lstrip("-").isdigit() else _value_text(number), "number")
 
 
+def _compared_cell(name: str, line: Mapping[str, str]) -> Cell:
+    """Make a cell of the comparison; what is not known of a kernel is empty."""
+    if name in ("kernel", "adjusted"):
+        return Cell(line[name], "name")
+    value = float(line[name])
+    if name == "max_r_hat":
+        return Cell(diagnostics_text.r_hat_text(value), "number" if value <= diagnostics.MAX_R_HAT else "number bad")
+    return Cell("" if math.isnan(value) else with_spread(value, float(line[f"{name}_sd"])), "number")
+
+
 def _header_cell(title: str, unit: str) -> Cell:
     return Cell(f"{title}\n{unit}".strip(), "" if title == "functional" else "number")
 
@@ -287,7 +397,7 @@ def _row(summary: diagnostics.FunctionalSummary) -> list[Cell]:
         "ess_bulk": not summary.ess_bulk >= diagnostics.MIN_ESS,
         "ess_tail": not summary.ess_tail >= diagnostics.MIN_ESS,
     }
-    name, *numbers = diagnostics.table_cells(summary)
+    name, *numbers = diagnostics_text.table_cells(summary)
     fields = summary._fields[1:]
     return [
         Cell(name),

@@ -123,8 +123,23 @@ class Run:
 
     @property
     def comparison_file(self) -> Path:
-        """The table of ``compare``."""
+        """The table of ``compare``, a line for each kernel."""
         return self.path / "compare.csv"
+
+    @property
+    def comparison_dir(self) -> Path:
+        """What stands behind that table: the chains of every kernel and seed, and the page."""
+        return self.path / "compare"
+
+    @property
+    def comparison_page(self) -> Path:
+        """The pictures of ``compare``, one HTML file."""
+        return self.comparison_dir / "compare.html"
+
+    @property
+    def positions_file(self) -> Path:
+        """Whole positions of ``diagnose --all-coordinates``, and what was found of every coordinate."""
+        return self.path / "positions.nc"
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
         """Append one record of metrics.

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from ppl_vaebm import compare, diagnose, evaluate, fit, report, sample
+from ppl_vaebm import compare, comparison, comparison_page, diagnose, evaluate, fit, report, sample
 from ppl_vaebm.config import KernelName
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.convergence import diagnose_columns
+from ppl_vaebm.inference.coordinates import load_coordinates
 from ppl_vaebm.inference.diagnostics import load_netcdf
 from ppl_vaebm.options import recipe_names
 from ppl_vaebm.run import Run
@@ -26,18 +28,24 @@ from tests.tiny import IMAGES, POINTS, fit_run, write_recipe
 Main = Callable[[list[str]], None]
 EFFORT = ["--num-test", "20", "--num-importance", "10", "--num-z-draws", "500", "--num-samples", "100"]
 write_report = report.write_report
+write_comparison = comparison_page.write_comparison
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_reports() -> Iterator[None]:
-    """Leave the report an empty page: drawing it takes longer than all the rest, and one test here draws it."""
+    """Leave the pages empty: drawing them takes longer than all the rest, and a few tests here draw them."""
 
     def write_empty(run: Run) -> Path:
         run.report_file.touch()
         return run.report_file
 
+    def compare_empty(run: Run, *rest: object) -> Path:
+        run.comparison_page.touch()
+        return run.comparison_page
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", write_empty)
+        patch.setattr(comparison_page, "write_comparison", compare_empty)
         yield
 
 
@@ -146,28 +154,116 @@ def test_diagnose_writes_inference_data(points: Path, kernel: str, capsys: pytes
     assert "R-hat" in capsys.readouterr().out
 
 
-def test_compare_spends_the_same_on_every_kernel(points: Path) -> None:
-    kernels = ["langevin", "mala", "hmc", "pcn", "independence", "elliptical", "mixture", "pyro-hmc", "pyro-nuts"]
-    compare.main(
-        [str(points), "--kernels", ",".join(kernels), "--num-chains", "4", "--num-warmup", "4", "--num-evals", "30"]
+def test_diagnose_judges_every_coordinate_and_chains_that_share_a_start(
+    tmp_path: Path, points: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    options = ["--kernel", "hmc", "--num-chains", "4", "--num-warmup", "5", "--num-evals", "60"]
+    diagnose.main([str(run), *options, "--all-coordinates", "--chains-per-start", "2"])
+    out = capsys.readouterr().out
+    assert "nested" in out and "all 4 coordinates, 4 chains of" in out and "eps_x[1]" in out
+    found = load_coordinates(run / "positions.nc")
+    assert found.names.tolist() == ["eps_z_1[0]", "eps_z_2[0]", "eps_x[0]", "eps_x[1]"]
+    idata = load_netcdf(run / "chains.nc")
+    assert found.num_draws == idata["posterior"].sizes["draw"] and found.stride == 1
+    # The coordinate of which every draw is stored is the same chain.
+    column = idata["posterior"]["coordinate"].to_numpy()[:, :, 1:2]
+    assert diagnose_columns(column).r_hat[0] == pytest.approx(found.found.r_hat[1], rel=1e-4)
+    diagnose.main([str(run), *options])
+    assert not (run / "positions.nc").exists()  # they were of other chains
+
+
+def test_compare_spends_the_same_on_every_kernel(
+    tmp_path: Path, points: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(points, run)
+    kernels = ["langevin", "hmc", "hmc-leapfrog", "mixture", "tempered", "pyro-hmc", "pyro-nuts"]
+    options = ["--num-chains", "4", "--num-warmup", "4", "--num-evals", "30", "--num-seconds", "0", "--num-seeds", "2"]
+    compare.main([str(run), "--kernels", ",".join(kernels), *options])
+    rows = comparison_rows(run)
+    assert list(rows) == kernels
+    for row in rows.values():
+        assert row["seeds"] == "2" and (row["adjusted"] == "no") == (row["kernel"] == "langevin")
+    for name in kernels[:-2]:
+        assert 30 <= float(rows[name]["evals"]) <= 60, name  # the last draw may pass the budget by its own cost
+    # NUTS's chains stop after different draws, and are cut to the shortest.
+    assert 0 < float(rows["pyro-nuts"]["evals"]) < 2_000
+    captured = capsys.readouterr()
+    assert captured.err.count("done") == 2 * len(kernels) and "[7/7] pyro-nuts, seed 1" in captured.err
+    assert "modes" in captured.out
+    chains = sorted(path.name for path in (run / "compare").glob("*.nc"))
+    assert chains == sorted(f"{kernel}-seed{seed}.nc" for kernel in kernels for seed in (0, 1))
+
+    compare.main([str(run), "--kernels", "pcn,hmc", "--keep", *options])
+    again = comparison_rows(run)
+    assert set(again) == {*kernels, "pcn"}
+    timeless = [name for name in rows["langevin"] if "second" not in name]
+    for name in ("langevin", "hmc"):  # one was kept, the other ran anew
+        assert {column: again[name][column] for column in timeless} == {
+            column: rows[name][column] for column in timeless
+        }
+    capsys.readouterr()
+    assert "num-evals 30 instead of 31" in sentence(
+        compare.main, [str(run), "--kernels", "pcn", "--keep", *options, "--num-evals", "31"], capsys
     )
-    with (points / "compare.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["kernel"] for row in rows] == kernels
-    for row in rows[:-1]:
-        assert 30 <= float(row["evals"]) <= 40, row  # the last draw may pass the budget by its own cost
-    assert 0 < float(rows[-1]["evals"]) < 2_000  # NUTS's chains stop after different draws, and are cut to the shortest
+    compare.main([str(run), "--kernels", "pcn", *options])
+    assert sorted(path.name for path in (run / "compare").glob("*.nc")) == ["pcn-seed0.nc", "pcn-seed1.nc"]
 
 
-def test_the_report_of_a_whole_run_has_every_section(points: Path) -> None:
+def comparison_rows(run: Path) -> dict[str, dict[str, str]]:
+    with (run / "compare.csv").open() as file:
+        return {row["kernel"]: row for row in csv.DictReader(file)}
+
+
+def test_compare_pictures_images_and_goes_on_after_a_kernel_that_fails(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(images, run)
+
+    def fail(*args: object, **options: object) -> None:
+        raise RuntimeError("no memory\nleft")
+
+    monkeypatch.setattr(comparison, "run_pyro", fail)
+    monkeypatch.setattr(comparison_page, "write_comparison", write_comparison)
+    options = ["--num-chains", "4", "--num-warmup", "2", "--num-evals", "12", "--num-seconds", "0", "--num-seeds", "1"]
+    compare.main([str(run), "--kernels", "pyro-hmc,mala", *options])
+    rows = comparison_rows(run)
+    assert rows["pyro-hmc"]["seeds"] == "0" and rows["pyro-hmc"]["note"] == "no memory left"
+    assert rows["mala"]["seeds"] == "1" and float(rows["mala"]["draws"]) == 12
+    assert "pyro-hmc: no memory left" in capsys.readouterr().out
+    with np.load(run / "compare" / "mala-seed0.npz") as file:
+        assert file["x"].shape == (3, 12, 1, 8, 8) and file["stride"] == 1
+    page = (run / "compare" / "compare.html").read_text()
+    assert "mala: 3 chains over time" in page and "pyro-hmc: no memory left." in page
+
+
+def test_kernels_of_other_libraries_are_left_out_of_the_default_where_they_are_missing(
+    points: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    names = compare._names(compare.DEFAULT_KERNELS)
+    assert names and not any(name.startswith(("numpyro", "blackjax")) for name in names)
+    assert "left out, without pip install 'ppl_vaebm[jax]': numpyro-nuts, blackjax-nuts" in capsys.readouterr().err
+    monkeypatch.undo()
+    comparison.check_names([*compare.DEFAULT_KERNELS.split(",")])
+
+
+def test_the_report_of_a_whole_run_has_every_section(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison_page, "write_comparison", write_comparison)
     sample.main([str(points), "--num", "20"])
     chains = ["--num-chains", "4", "--num-warmup", "4", "--num-evals", "20"]
     diagnose.main([str(points), *chains])
-    compare.main([str(points), "--kernels", "hmc", *chains])
+    compare.main([str(points), "--kernels", "hmc", *chains, "--num-seconds", "0", "--num-seeds", "1"])
     evaluate.main([str(points), *EFFORT])
     page = write_report(Run(points)).read_text()
-    assert "Not in this run yet" not in page
+    assert re.findall(r'<li class="faint">(\w+)', page) == ["Conditioning"]  # which images have
     assert page.count("<img") == 7
+    assert '<a href="compare/compare.html">' in page
+    kernels = (points / "compare" / "compare.html").read_text()
+    assert kernels.count("<img") == 6 and "chains over time" in kernels and "http" not in kernels
 
 
 def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
@@ -238,7 +334,8 @@ def test_the_command_line_is_read_beside_the_recipe_and_not_beside_the_defaults(
 def test_a_stage_that_starts_again_leaves_nothing_of_the_old_one(tmp_path: Path, points: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(points, run)
-    old = [run / name for name in ("samples/vaebm.npz", "chains.nc", "evaluate.json", "compare.csv")]
+    names = ("samples/vaebm.npz", "chains.nc", "positions.nc", "evaluate.json", "compare.csv", "compare/compare.html")
+    old = [run / name for name in names]
     for file in old:
         file.parent.mkdir(exist_ok=True)
         file.write_text("of the old energy")
@@ -439,6 +536,11 @@ def test_a_run_without_an_energy_is_refused(
         (compare.main, ["--kernels", "hmc,nope"], ["nope", "pyro-nuts"]),
         (compare.main, ["--kernels", "hmc,hmc"], ["different"]),
         (compare.main, ["--num-chains", "0"], ["num-chains"]),
+        (compare.main, ["--num-seeds", "0"], ["num-seeds"]),
+        (compare.main, ["--num-seconds", "-1"], ["num-seconds", "-1"]),
+        (compare.main, ["--kernels", "hmc", "--keep"], ["--keep", "found none"]),
+        (diagnose.main, ["--num-chains", "4", "--chains-per-start", "3"], ["multiple", "4 and 3"]),
+        (diagnose.main, ["--position-mib", "0"], ["position-mib"]),
         (diagnose.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--num", "0"], ["num"]),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_vaebm import figures, figures_chains, figures_samples, figures_svi
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.convergence import Convergence
 
 
 def normals(*shape: int) -> NDArray[np.float64]:
@@ -139,12 +140,27 @@ def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
     draws = noise.copy()
     for t in range(1, 5000):
         draws[:, t] = 0.8 * draws[:, t - 1] + 0.6 * noise[:, t]
-    correlation = figures_chains._autocorrelation(draws)
+    correlation = figures_chains.autocorrelation(draws)
     np.testing.assert_allclose(correlation[:10], 0.8 ** np.arange(10), atol=0.05)
     assert len(correlation) == figures_chains.MAX_LAG + 1
     # Chains that sit at +1 and -1 share no mean, so their correlation stays at 1 / (1 + 0.1**2).
     apart = 0.1 * noise + np.where(np.arange(8) % 2, 1.0, -1.0)[:, None]
-    np.testing.assert_allclose(figures_chains._autocorrelation(apart)[1:20], 0.99, atol=0.01)
+    np.testing.assert_allclose(figures_chains.autocorrelation(apart)[1:20], 0.99, atol=0.01)
+
+
+def test_a_trace_runs_over_what_its_draws_cost() -> None:
+    ax = Figure().subplots()
+    figures_chains.draw_trace(ax, normals(3, 1000), scale=7.0)
+    assert len(ax.lines) == 3
+    x = np.asarray(ax.lines[0].get_xdata())
+    assert x[0] == 0 and x[1] == 14 and len(x) == figures_chains.MAX_TRACE_DRAWS
+
+
+def test_coordinates_without_numbers_leave_the_others_their_bars() -> None:
+    r_hat = np.array([1.0, 1.002, np.nan, 1.3, np.inf])
+    found = Convergence(r_hat, np.array([500.0, 900.0, np.nan, 3.0, np.nan]), np.full(5, np.nan))
+    picture = figures_chains.coordinates_picture(found)
+    assert picture.title == "every coordinate of the noise by itself" and "1.01" in picture.note and picture.width > 200
 
 
 def test_a_family_of_many_curves_is_not_named_one_by_one() -> None:

@@ -226,3 +226,24 @@ def test_a_damaged_file_of_chains_is_an_input_error(run: Run) -> None:
     run.chains_file.write_text("no chains")
     with pytest.raises(InputError, match="chains.nc"):
         report.write_report(run)
+
+
+def test_the_comparison_shows_spreads_and_leaves_out_what_no_kernel_has(run: Run) -> None:
+    header = [*report.COMPARED, *(f"{name}_sd" for name in report.COMPARED), "note", "draws"]
+    lines = []
+    for kernel, r_hat in (("hmc", "1.25"), ("mala", "1.001"), ("pcn", "3e15")):
+        values = {"kernel": kernel, "adjusted": "yes", "max_r_hat": r_hat, "note": f"{kernel} is slow"}
+        values |= {"modes_found": "nan", "ess_per_second": "12.5", "ess_per_second_sd": "0.25"}
+        lines.append([values.get(name, "3.0") for name in header])
+    with run.comparison_file.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *lines])
+    page = page_of(run)
+    cells = cells_of(page)
+    assert cells[:5] == ["hmc", "yes", "1.250", "3 ± 3", "12.5 ± 0.2"]
+    assert cells[len(cells) // 3 :][2] == "1.001" and cells[2 * len(cells) // 3 :][2] == "&gt; 1000"
+    assert page.count("number bad") == 2
+    assert "modes" not in "".join(re.findall(r"<th[^>]*>([^<]*)</th>", page))
+    assert "hmc: hmc is slow" in page and "compare.html" not in page
+    run.comparison_dir.mkdir()
+    run.comparison_page.touch()
+    assert '<a href="compare/compare.html">' in page_of(run)

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ppl_vaebm.inference.base import Kernel, KernelParams, KernelState
 
@@ -16,6 +17,10 @@ STABILISATION, DECAY = 10.0, 0.75
 SHRINKAGE = 0.2
 # A quarter turn forgets the position; a larger angle brings it back.
 MAX_STEP_SIZE = math.pi / 2
+
+
+# A chain below this share of the target has not found its step, or stands where none will do. Chosen by us.
+MIN_SHARE_OF_TARGET = 0.1
 
 
 class DualAveraging(NamedTuple):
@@ -54,9 +59,14 @@ def update_averaging(averaging: DualAveraging, acceptance_rate: float, target: f
     mean_error = (1 - weight) * averaging.mean_error + weight * (target - acceptance_rate)
     log_step = averaging.anchor - math.sqrt(count) / SHRINKAGE * mean_error
     log_step = min(log_step, math.log(MAX_STEP_SIZE))
-    decay = count**-DECAY
-    average = decay * log_step + (1 - decay) * averaging.log_step_average
+    average = average_in(averaging.log_step_average, log_step, count)
     return DualAveraging(log_step, average, averaging.anchor, mean_error, count)
+
+
+def average_in(average: float, value: float, count: int) -> float:
+    """Take a value into an average of iterates that forgets early ones: number ``count`` weighs ``count^-DECAY``."""
+    decay: float = count**-DECAY
+    return decay * value + (1 - decay) * average
 
 
 def warm_up(
@@ -90,5 +100,36 @@ def warm_up(
 
 
 def with_step_size(params: KernelParams, step_size: float) -> KernelParams:
-    """Return the parameters with another step size."""
-    return params._replace(step_size=torch.full_like(params.step_size, step_size))
+    """Return the parameters with another step size; the other levels of a ladder keep theirs relative to it."""
+    ladder = params.ladder
+    if ladder is not None:
+        step_sizes = ladder.step_sizes * (step_size / ladder.step_sizes[-1])
+        step_sizes = step_sizes.clamp(max=MAX_STEP_SIZE)
+        step_sizes[0] = ladder.step_sizes[0]  # not a matter of acceptance
+        ladder = ladder._replace(step_sizes=step_sizes)
+    return params._replace(step_size=torch.full_like(params.step_size, step_size), ladder=ladder)
+
+
+def acceptance_note(kernel: Kernel, acceptance_rate: Tensor) -> str | None:
+    """Say that chains hardly accept, which a tuned step should not leave them to.
+
+    Args:
+        kernel: the transition.
+        acceptance_rate: of every draw, ``(C, N)``.
+
+    Returns:
+        A sentence if some chain's mean is below :data:`MIN_SHARE_OF_TARGET` of the kernel's target; ``None`` if none
+        is, and for a kernel without a target.
+    """
+    target = kernel.target_acceptance
+    if target is None:
+        return None
+    means = acceptance_rate.mean(1)
+    num_stuck = int((~(means >= MIN_SHARE_OF_TARGET * target)).sum())
+    if not num_stuck:
+        return None
+    return (
+        f"{num_stuck} of {len(means)} chains accept less than {MIN_SHARE_OF_TARGET * target:.2g} of their proposals, "
+        f"where {kernel.name} is tuned to {target:.2g}: their draws repeat few positions; warm up for longer, or set "
+        "a smaller step size"
+    )

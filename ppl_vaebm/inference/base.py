@@ -39,16 +39,18 @@ class Replicas(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Bookkeeping of a ladder's swaps."""
+    """Bookkeeping of a ladder's swaps, since it was last set to zero."""
 
     num_sweeps: int
     """Sweeps; decides too whether even or odd neighbours swap next."""
     swap_rate_sums: Tensor
-    """Sum of the acceptance probabilities of each pair of neighbours, ``(C, K)``."""
+    """Sum of the acceptance probabilities of each pair of neighbours, ``(C, K)``, float64."""
     num_swaps: Tensor
     """Proposed swaps of each pair of neighbours, ``(K,)``."""
     label: Tensor
     """Which replica stands at each level, ``(C, K + 1)``, so that its way along the ladder can be followed."""
+    was_cold: Tensor
+    """Whether the replica with each label has been at b = 1, ``(C, K + 1)``."""
     has_been_hot: Tensor
     """Whether the replica with each label was at b = 0 since it was last at b = 1, ``(C, K + 1)``."""
     num_round_trips: Tensor
@@ -84,6 +86,15 @@ class KernelInfo(NamedTuple):
     """Evaluations of Phi in this step, with their gradient where the kernel uses one."""
 
 
+class Reference(NamedTuple):
+    """A Gaussian with independent coordinates, for splitting to split off instead of N(0, I)."""
+
+    mean: Tensor
+    """``(D,)``."""
+    scale: Tensor
+    """Standard deviations, ``(D,)``."""
+
+
 class Ladder(NamedTuple):
     """The levels of a tempered kernel, hottest first: level i samples ``exp(-b_i Phi) N(q; 0, I)``."""
 
@@ -104,6 +115,8 @@ class KernelParams(NamedTuple):
     """Total angle of one HMC trajectory, ``()``; kernels of one step ignore it."""
     ladder: Ladder | None = None
     """Levels of a tempered kernel; no other has any."""
+    reference: Reference | None = None
+    """What HMC by splitting splits off; ``None`` is N(0, I)."""
 
 
 WarmUp = Callable[[torch.Generator, KernelState, KernelParams, int], tuple[KernelState, KernelParams, int]]

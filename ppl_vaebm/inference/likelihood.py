@@ -20,6 +20,9 @@ from torch import Tensor
 
 from ppl_vaebm.inference.base import value_only
 from ppl_vaebm.inference.elbo import kl_rows
+from ppl_vaebm.inference.log_z import LogZ as LogZ
+from ppl_vaebm.inference.log_z import log_mean_exp as log_mean_exp
+from ppl_vaebm.inference.log_z import weights_ess as weights_ess
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
 from ppl_vaebm.rng import global_rng
@@ -35,17 +38,6 @@ MAX_WIDE_DIM = 8
 """Latent values d up to which they are used: a guide twice as wide has 2^-d of its mass where the narrow one is."""
 CERTIFIED_ESS = 100.0
 """Effective samples below which a log Z from draws of the VAE is reported as not certified."""
-
-
-class LogZ(NamedTuple):
-    """An estimate of the log normaliser."""
-
-    value: float
-    """Nats."""
-    error: float
-    """Standard error, nats, by the delta method."""
-    ess: float
-    """Effective samples of the weights exp(-E)."""
 
 
 class LogLikelihood(NamedTuple):
@@ -70,27 +62,6 @@ class ExactDraws(NamedTuple):
     """Share of the VAE's draws that were kept."""
     num_proposals: int
     """Draws of the VAE that it took, those before the bound was last raised included."""
-
-
-def weights_ess(log_weights: Tensor) -> float:
-    """Return the effective sample size ``(sum w)^2 / sum w^2`` of weights ``(n,)`` given by their logs."""
-    return float((2 * log_weights.logsumexp(0) - (2 * log_weights).logsumexp(0)).exp())
-
-
-def log_mean_exp(log_weights: Tensor) -> LogZ:
-    """Estimate the log of a mean of weights.
-
-    Args:
-        log_weights: ``(n,)``, nats.
-
-    Returns:
-        The estimate; its error is that of the weights' mean over that mean.
-    """
-    log_weights = log_weights.double()
-    n = len(log_weights)
-    value = float(log_weights.logsumexp(0)) - math.log(n)
-    ratios = (log_weights - value).exp()
-    return LogZ(value, float(ratios.std()) / math.sqrt(n), weights_ess(log_weights))
 
 
 def reference_energies(potential: NoisePotential, generator: torch.Generator, num: int) -> Tensor:
@@ -185,25 +156,26 @@ def _thin(position: Tensor, log_probability: float, generator: torch.Generator) 
     return position[uniform.log() < log_probability]
 
 
-def elbo_rows(vae: HierarchicalVAE, x: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+def elbo_rows(vae: HierarchicalVAE, x: Tensor, seed: int, by_level: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
     """Estimate the ELBO of every data point by one draw of its posterior.
 
     Args:
         vae: the VAE, in evaluation mode.
         x: ``(n, *event_shape)``.
         seed: of the draws.
+        by_level: as in :func:`log_p`; stage 1's ELBO is by level.
 
     Returns:
         The ELBO ``(n,)``, float64, nats; and the KL of every group, of the same shape.
     """
     with torch.no_grad(), global_rng(seed):
-        parts = [_elbo_rows(vae, rows) for rows in x.split(vae.rows_per_pass)]
+        parts = [_elbo_rows(vae, rows, by_level) for rows in x.split(vae.rows_per_pass)]
     kl = {name: torch.cat([part[1][name] for part in parts]) for name in vae.model.latent_shapes}
     return torch.cat([elbo for elbo, _ in parts]), kl
 
 
-def _elbo_rows(vae: HierarchicalVAE, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    one_pass = OnePass(vae.guide)
+def _elbo_rows(vae: HierarchicalVAE, x: Tensor, by_level: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    one_pass = OnePass(vae.guide, by_level=by_level)
     one_pass(x)
     model, guide = one_pass.get_traces()
     model.compute_log_prob()

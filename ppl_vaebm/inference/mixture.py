@@ -21,7 +21,8 @@ def build_mixture(members: Sequence[Kernel], *, name: str = "mixture") -> Kernel
         tunable member (of the last one, if none is). It accepts if any member moved.
 
     Raises:
-        ValueError: no members, or more than one tunable member (they would share one step size).
+        ValueError: no members, more than one tunable member (they would share one step size), or a member with a
+            warm-up of its own, which would not be run.
     """
     tunable = [index for index, member in enumerate(members) if member.target_acceptance is not None]
     if not members:
@@ -29,6 +30,9 @@ def build_mixture(members: Sequence[Kernel], *, name: str = "mixture") -> Kernel
     if len(tunable) > 1:
         names = ", ".join(members[index].name for index in tunable)
         raise ValueError(f"a mixture may have one kernel with a step to tune, got {names}: fix the others' steps")
+    for member in members:
+        if member.warm_up is not None:
+            raise ValueError(f"a mixture runs no warm-up of a member's own, which {member.name} has: leave it out")
     leading = tunable[0] if tunable else len(members) - 1
 
     def step(generator: torch.Generator, state: KernelState, params: KernelParams) -> tuple[KernelState, KernelInfo]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from pyro.infer import HMC, MCMC, NUTS
@@ -17,16 +17,19 @@ from torch import Tensor
 
 from ppl_vaebm.inference.base import KernelParams, KernelState, Potential
 from ppl_vaebm.inference.chains import Chains, Functionals
+from ppl_vaebm.inference.potential import Packing
 from ppl_vaebm.rng import global_rng, seed_for
-
-if TYPE_CHECKING:
-    from ppl_vaebm.inference.potential import Packing
 
 PyroKernelName = Literal["pyro-hmc", "pyro-nuts"]
 
 # Pyro's defaults, which are Stan's.
 TARGET_ACCEPTANCE = 0.8
 MAX_TREE_DEPTH = 10
+
+
+def flat_packing(dim: int) -> Packing:
+    """Make one site ``position`` of all columns: names cost Pyro time, and not everybody needs them."""
+    return Packing({"position": torch.Size([dim])})
 
 
 class SitePotential:
@@ -70,16 +73,25 @@ class _Draw(NamedTuple):
     end_time: float
 
 
+class _Budget(NamedTuple):
+    """What one chain may spend on its draws."""
+
+    max_evals: float
+    """Evaluations after which it stops,"""
+    min_seconds: float
+    """but not before so much time."""
+
+
 class _BudgetSpent(Exception):
-    """The evaluations of one chain are used up."""
+    """The budget of one chain is used up."""
 
 
 class _Recorder:
     """Watches one of Pyro's kernels, which carry no types; its :meth:`hook` goes to ``pyro.infer.MCMC``."""
 
-    def __init__(self, kernel: Any, potential: SitePotential, max_evals: float) -> None:
+    def __init__(self, kernel: Any, potential: SitePotential, budget: _Budget) -> None:
         self.potential = potential
-        self.max_evals = max_evals
+        self.budget = budget
         self.draws: list[_Draw] = []
         self.draws_evals = 0
         self._sum_acceptance = 0.0
@@ -101,7 +113,7 @@ class _Recorder:
         return momentum, whitened
 
     def hook(self, kernel: Any, sites: Mapping[str, Tensor], stage: str, index: int) -> None:
-        """Record a draw, and stop once the evaluations are spent."""
+        """Record a draw, and stop once the budget is spent."""
         if stage != "Sample":
             return
         # Pyro keeps the running mean of the acceptance probabilities only.
@@ -120,7 +132,8 @@ class _Recorder:
         )
         self._sum_acceptance = sum_acceptance
         self.draws_evals += num_evals
-        if self.draws_evals >= self.max_evals:
+        seconds = self.draws[-1].end_time - self.start_time
+        if self.draws_evals >= self.budget.max_evals and seconds >= self.budget.min_seconds:
             raise _BudgetSpent
 
 
@@ -140,7 +153,7 @@ class _Chain(NamedTuple):
 def run_pyro(
     kernel: PyroKernelName,
     potential: Potential,
-    packing: Packing,
+    packing: Packing | None,
     position: Tensor,
     *,
     seed: int,
@@ -152,13 +165,14 @@ def run_pyro(
     max_tree_depth: int = MAX_TREE_DEPTH,
     functionals: Functionals,
     max_evals: int | None = None,
+    min_seconds: float = 0.0,
 ) -> Chains:
     """Sample with Pyro's HMC or NUTS, chain after chain, each from its own stream of random numbers.
 
     Args:
         kernel: ``pyro-hmc`` or ``pyro-nuts``.
         potential: Phi, relative to N(0, I).
-        packing: the named sites that Pyro sees.
+        packing: the named sites that Pyro sees; ``None`` for one flat site.
         position: starts, ``(C, D)``.
         seed: the run's seed.
         num_draws: draws per chain, at least 1; with ``max_evals``, the most of them.
@@ -171,10 +185,13 @@ def run_pyro(
         functionals: what to store of each draw; it sees all chains at once, without gradients.
         max_evals: a chain stops after the draw with which its evaluations reach this number, warm-up not
             counted, and all chains are cut to the shortest.
+        min_seconds: draws go on beyond ``max_evals`` until so much time has passed, of which every chain has an equal
+            share; ``num_draws`` bounds both.
 
     Returns:
         The chains. In ``params`` the step size is ``(C,)`` and the inverse mass ``(C, D)``, for every chain
-        adapts alone; ``warmup_evals`` includes the evaluation at the start and those of Pyro's search for a step.
+        adapts alone; ``warmup_evals`` includes the evaluation at the start and those of Pyro's search for a step;
+        ``elapsed`` is the sum over chains of the time that their first draws took.
 
     Raises:
         ValueError: an unknown kernel, or a start where U is not finite.
@@ -187,6 +204,8 @@ def run_pyro(
         "adapt_step_size": num_warmup > 0,
         "adapt_mass_matrix": num_warmup > 0,
     }
+    packing = packing or flat_packing(position.shape[1])
+    budget = _Budget(math.inf if max_evals is None else max_evals, min_seconds / len(position))
     chains = []
     for index, row in enumerate(position.detach().split(1)):
         site_potential = SitePotential(potential, packing)
@@ -196,7 +215,7 @@ def run_pyro(
                 if kernel == "pyro-hmc"
                 else NUTS(potential_fn=site_potential, max_tree_depth=max_tree_depth, **options)
             )
-            chains.append(_run_chain(pyro_kernel, site_potential, row, num_draws, num_warmup, max_evals))
+            chains.append(_run_chain(pyro_kernel, site_potential, row, num_draws, num_warmup, budget))
     params = KernelParams(
         position.new_tensor([chain.step_size for chain in chains]),
         torch.stack([chain.inverse_mass for chain in chains]),
@@ -206,10 +225,10 @@ def run_pyro(
 
 
 def _run_chain(
-    kernel: HMC, potential: SitePotential, start: Tensor, num_draws: int, num_warmup: int, max_evals: int | None
+    kernel: HMC, potential: SitePotential, start: Tensor, num_draws: int, num_warmup: int, budget: _Budget
 ) -> _Chain:
     sites = {name: site.squeeze(0).clone() for name, site in potential.packing.unravel(start).items()}
-    recorder = _Recorder(kernel, potential, math.inf if max_evals is None else max_evals)
+    recorder = _Recorder(kernel, potential, budget)
     mcmc = MCMC(kernel, num_draws, num_warmup, initial_params=sites, hook_fn=recorder.hook, disable_progbar=True)
     began = time.perf_counter()
     try:
@@ -245,6 +264,10 @@ def _collect(kernel: str, chains: list[_Chain], params: KernelParams, functional
 
     energies = column("potential_energy", torch.float64)
     phi = (energies - 0.5 * positions.double().square().sum(-1)).to(positions.dtype)
+    elapsed = torch.tensor(
+        [[draw.end_time - chain.start_time for draw in row] for chain, row in zip(chains, draws, strict=True)],
+        dtype=torch.float64,
+    ).sum(0)
     states = [KernelState(positions[:, n], phi[:, n], None) for n in range(num_draws)]
     rows = [functionals(state) for state in states]
     return Chains(
@@ -259,7 +282,8 @@ def _collect(kernel: str, chains: list[_Chain], params: KernelParams, functional
         },
         position=positions[:, -1],
         params=params,
-        seconds=sum(row[-1].end_time - chain.start_time for chain, row in zip(chains, draws, strict=True)),
+        seconds=float(elapsed[-1]),
+        elapsed=elapsed,
         warmup_seconds=sum(chain.warmup_seconds for chain in chains),
         warmup_evals=sum(chain.warmup_evals for chain in chains),
         attrs={"thin": 1, "seed": seed},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.base import Potential
+from ppl_vaebm.rng import stream
 
 
 class Target(NamedTuple):
@@ -26,6 +27,8 @@ class Target(NamedTuple):
     """``log E[exp(-Phi(q))]`` under q ~ N(0, I), nats."""
     exact: Callable[[torch.Generator, int], Tensor]
     """Independent draws, ``(n, D)``, from a generator and n."""
+    mode: Callable[[Tensor], Tensor] | None = None
+    """Index of the mode that a position belongs to, ``(C, D)`` to ``(C,)``, int64; where there are several."""
 
 
 def reference(dim: int, dtype: torch.dtype = torch.float64) -> Target:
@@ -70,32 +73,74 @@ def gaussian(mean: Tensor, scale: Tensor) -> Target:
     return Target("gaussian", potential, mean, scale.square(), float(scale.log().sum()), exact)
 
 
-def ar1_gaussian(dim: int, correlation: float = 0.8, dtype: torch.dtype = torch.float64) -> Target:
-    """A Gaussian with unit variances and correlation ``correlation^|i - j|``.
+def conditioned_gaussian(
+    dim: int, condition_number: float = 100.0, dtype: torch.dtype = torch.float64, *, is_rotated: bool = False
+) -> Target:
+    """A Gaussian with mean zero and variances from ``1 / condition_number`` to 1, evenly spaced in their logarithm.
+
+    No direction is wider than the reference, as where an energy only narrows what the VAE draws. Kernels with unit
+    mass do not notice a rotation; those that scale single coordinates cannot undo one.
+
+    Args:
+        dim: D, at least 2.
+        condition_number: largest variance over the smallest, at least 1.
+        dtype: of positions.
+        is_rotated: turn the axes by one fixed random rotation; else coordinate i has the i-th smallest variance.
+
+    Returns:
+        The target; ``log Z = sum_i log sd_i``.
+    """
+    variances = torch.logspace(-math.log10(condition_number), 0, dim, dtype=dtype)
+    if not is_rotated:
+        return gaussian(torch.zeros(dim, dtype=dtype), variances.sqrt())._replace(name="conditioned_gaussian")
+    along_axes = gaussian(torch.zeros(dim, dtype=dtype), variances.sqrt())
+    normals = torch.randn(dim, dim, generator=stream(0, "rotation"), dtype=torch.float64)
+    rotation = torch.linalg.qr(normals).Q.to(dtype)
+    return Target(
+        "conditioned_gaussian",
+        lambda position: along_axes.potential(position @ rotation),
+        along_axes.mean,
+        rotation.square() @ variances,
+        along_axes.log_z,
+        lambda generator, n: along_axes.exact(generator, n) @ rotation.mT,
+    )
+
+
+def ar1_gaussian(
+    dim: int,
+    correlation: float = 0.8,
+    dtype: torch.dtype = torch.float64,
+    *,
+    scales: Tensor | None = None,
+) -> Target:
+    """A Gaussian with mean zero and correlation ``correlation^|i - j|``.
 
     Args:
         dim: D.
         correlation: of neighbours, in (-1, 1).
         dtype: of positions.
+        scales: standard deviations, ``(D,)``, positive; all 1 if not given.
 
     Returns:
-        The target; ``log Z = (D - 1) log(1 - correlation^2) / 2``.
+        The target; ``log Z = (D - 1) log(1 - correlation^2) / 2 + sum_i log scale_i``.
     """
     innovation = math.sqrt(1 - correlation**2)
+    scale = torch.ones(dim, dtype=dtype) if scales is None else scales.to(dtype)
 
     def potential(position: Tensor) -> Tensor:
-        innovations = (position[:, 1:] - correlation * position[:, :-1]) / innovation
-        return 0.5 * (innovations.square() - position[:, 1:].square()).sum(-1)
+        unit = position / scale
+        innovations = (unit[:, 1:] - correlation * unit[:, :-1]) / innovation
+        return 0.5 * (unit[:, 0].square() + innovations.square().sum(-1) - position.square().sum(-1))
 
     def exact(generator: torch.Generator, n: int) -> Tensor:
         noise = torch.randn(n, dim, generator=generator, dtype=dtype)
         columns = [noise[:, 0]]
         for index in range(1, dim):
             columns.append(correlation * columns[-1] + innovation * noise[:, index])
-        return torch.stack(columns, -1)
+        return torch.stack(columns, -1) * scale
 
-    zeros, ones = torch.zeros(dim, dtype=dtype), torch.ones(dim, dtype=dtype)
-    return Target("ar1_gaussian", potential, zeros, ones, (dim - 1) * math.log(innovation), exact)
+    log_z = (dim - 1) * math.log(innovation) + float(scale.log().sum())
+    return Target("ar1_gaussian", potential, torch.zeros(dim, dtype=dtype), scale.square(), log_z, exact)
 
 
 def two_modes(distance: float = 2.0, scale: float = 0.2, dtype: torch.dtype = torch.float64) -> Target:
@@ -126,4 +171,5 @@ def two_modes(distance: float = 2.0, scale: float = 0.2, dtype: torch.dtype = to
 
     mean = torch.zeros(1, dtype=dtype)
     variance = torch.full((1,), distance**2 + scale**2, dtype=dtype)
-    return Target("two_modes", potential, mean, variance, -0.5 * math.log(2 * math.pi), exact)
+    log_z = -0.5 * math.log(2 * math.pi)
+    return Target("two_modes", potential, mean, variance, log_z, exact, lambda position: (position[:, 0] > 0).long())

@@ -26,8 +26,8 @@ Numbers: TypeAlias = dict[str, list[dict[str, list[float]]]]
 
 def all_kernels(potential: Potential) -> dict[str, Kernel]:
     """Build every kernel by name, and every integrator of those that have a choice."""
-    built = {name: kernels.build_kernel(KernelConfig(name), potential) for name in get_args(KernelName)}
-    for name in ("mala", "hmc"):
+    built = {name: kernels.build_kernel(KernelConfig(name, num_levels=2), potential) for name in get_args(KernelName)}
+    for name in ("mala", "hmc", "chees"):
         built[f"{name} leapfrog"] = kernels.build_kernel(KernelConfig(name, integrator="leapfrog"), potential)
     built["langevin splitting"] = langevin.build_langevin(potential, scheme="splitting")
     return built
@@ -39,13 +39,14 @@ def compute() -> Numbers:
     Returns:
         Position, potential and every field of the step's report, after each step.
     """
-    # Nine normals at a time: from 16 on torch draws them by another, vectorised route.
+    # Nine normals at a time, or twelve for two chains of two levels: from 16 on torch draws them by another, vectorised
+    # route.
     target = targets.ar1_gaussian(3)
     start = torch.tensor([[0.5, -0.5, 0.1], [1.5, 1.0, 2.0], [-2.0, 0.0, 1.0]], dtype=torch.float64)
     params = init_params(start, STEP_SIZE)
     numbers: Numbers = {}
     for name, kernel in all_kernels(target.potential).items():
-        generator, state = torch.Generator().manual_seed(SEED), kernel.init(start)
+        generator, state = torch.Generator().manual_seed(SEED), kernel.init(start[:2] if name == "tempered" else start)
         numbers[name] = []
         for _ in range(2):
             state, info = kernel.step(generator, state, params)

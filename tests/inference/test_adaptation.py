@@ -113,3 +113,28 @@ def test_the_step_that_is_kept_is_the_average_of_those_tried() -> None:
     assert float(tuned.step_size) == pytest.approx(math.exp(averaging.log_step_average))
     assert float(tuned.step_size) != pytest.approx(expected[-1], rel=0.05)
     assert num_evals == 6 * 3
+
+
+def rates_of(*means: float) -> torch.Tensor:
+    return torch.tensor([[mean, mean] for mean in means], dtype=torch.float64)
+
+
+def test_chains_that_hardly_accept_are_named() -> None:
+    kernel = hmc.build(PHI, target_acceptance=0.8)
+    assert adaptation.acceptance_note(kernel, rates_of(0.9, 0.5, 0.081)) is None
+    note = adaptation.acceptance_note(kernel, rates_of(0.9, 0.0, 0.079, math.nan))
+    assert note is not None
+    assert note.startswith("3 of 4 chains accept less than 0.08 of their proposals, where hmc is tuned to 0.8")
+    assert adaptation.acceptance_note(crank_nicolson.build_independence(PHI), rates_of(0.0)) is None
+
+
+def test_a_step_that_is_hopeless_is_named_after_a_run() -> None:
+    narrow = targets.gaussian(torch.zeros(2, dtype=torch.float64), torch.full((2,), 1e-3, dtype=torch.float64))
+    kernel, start = langevin.build_mala(narrow.potential), narrow.exact(stream(6, "narrow"), 4)
+    for step_size, is_named in ((0.5, True), (1e-3, False)):
+        state, rates = kernel.init(start), []
+        for index in range(20):
+            state, info = kernel.step(stream(index, "hopeless"), state, init_params(start, step_size))
+            rates.append(info.acceptance_rate)
+        note = adaptation.acceptance_note(kernel, torch.stack(rates, 1))
+        assert (note is not None and note.startswith("4 of 4 chains")) == is_named

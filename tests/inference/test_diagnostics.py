@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
@@ -14,9 +15,10 @@ import xarray
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference import diagnostics
+from ppl_vaebm.inference import containers, diagnostics, diagnostics_text
 from ppl_vaebm.inference.base import init_params
 from ppl_vaebm.inference.chains import Chains
+from ppl_vaebm.inference.convergence import nested_r_hat
 
 
 def make_chains(draws: dict[str, NDArray[np.float64]], energy: NDArray[np.float64] | None = None) -> Chains:
@@ -78,6 +80,7 @@ def test_ess_of_an_autoregression_is_draws_over_its_autocorrelation_time(rho: fl
     (summary,) = diagnostics.summarize(make_idata(x=autoregression(rho, 8, 4000, seed=1)))
     expected = 8 * 4000 * (1 - rho) / (1 + rho)
     assert summary.ess_bulk == pytest.approx(expected, rel=0.15)
+    assert summary.autocorrelation_time == pytest.approx((1 + rho) / (1 - rho), rel=0.15)
     # 8 evaluations per draw and 2 seconds, warm-up left out.
     assert summary.ess_per_1000_evals == pytest.approx(1000 * summary.ess_bulk / (8 * 8 * 4000))
     assert summary.ess_per_second == pytest.approx(summary.ess_bulk / 2)
@@ -116,8 +119,8 @@ def test_a_functional_that_never_moves_earns_nothing() -> None:
     assert (stuck.mean, stuck.sd) == (1.5, 0.0)
     assert all(math.isnan(value) for value in stuck[3:])
     assert not diagnostics.is_converged(stuck)
-    assert all(math.isfinite(value) for value in moving[1:])
-    assert all(math.isnan(value) for value in diagnostics.worst([moving, stuck]))
+    assert all(math.isfinite(value) for value in moving._replace(r_hat_nested=1.0)[1:])
+    assert diagnostics.worst([moving, stuck]) == (stuck, stuck)
 
 
 def test_draws_that_are_not_finite_are_reported_not_repaired() -> None:
@@ -133,7 +136,7 @@ def test_draws_that_are_not_finite_are_reported_not_repaired() -> None:
 def test_worst_takes_the_largest_r_hat_and_the_smallest_ess() -> None:
     template = diagnostics.summarize(make_idata(x=normals(4, 50)))[0]
     summaries = [template._replace(r_hat=1.0, ess_bulk=30.0), template._replace(r_hat=1.2, ess_bulk=90.0)]
-    assert diagnostics.worst(summaries) == (1.2, 30.0)
+    assert diagnostics.worst(summaries) == (summaries[1], summaries[0])
 
 
 def test_one_chain_is_compared_with_itself_and_marked() -> None:
@@ -142,8 +145,8 @@ def test_one_chain_is_compared_with_itself_and_marked() -> None:
     good, bad = diagnostics.summarize(idata)
     assert good.r_hat < 1.03
     assert bad.r_hat > 1.5
-    assert "note: R-hat of 1 chain cannot see" in diagnostics.text_table([good, bad], idata)
-    assert "note:" not in diagnostics.text_table([good, bad], make_idata(x=normals(4, 8)))
+    assert "note: R-hat of 1 chain cannot see" in diagnostics_text.text_table([good, bad], idata)
+    assert "R-hat of" not in diagnostics_text.text_table([good, bad], make_idata(x=normals(4, 8)))
 
 
 def test_too_few_draws_are_refused_in_one_sentence() -> None:
@@ -256,7 +259,7 @@ def test_a_file_without_posterior_is_an_input_error(tmp_path: Path) -> None:
 def test_text_table_is_aligned_and_complete() -> None:
     idata = make_idata(x=normals(4, 500), a_longer_name=normals(4, 500, seed=1) * 1000)
     summaries = diagnostics.summarize(idata)
-    lines = diagnostics.text_table(summaries, idata).splitlines()
+    lines = diagnostics_text.text_table(summaries, idata).splitlines()
     titles, units, first, second, blank, *footer = lines
     assert titles.split()[:5] == ["functional", "mean", "sd", "MCSE", "R-hat"]
     assert units.split()[:2] == ["own", "unit"]
@@ -264,13 +267,115 @@ def test_text_table_is_aligned_and_complete() -> None:
     assert len(first) == len(second) == len(units)
     assert f"{summaries[1].ess_bulk:.0f}" in second.split()
     text = " ".join(footer)
+    assert footer[-1] == "R-hat is at most 1.01 for 2 of 2 functionals"
     for part in ("kernel hmc", "step size 0.25", "acceptance 0.750", "draws 2 of 2000", "16000 evaluations", "1234"):
         assert part in text
 
 
 def test_table_cells_are_readable_over_the_whole_range() -> None:
-    summary = diagnostics.FunctionalSummary("lp", -10234.56, 101.234, 0.01234, 1.0, 3999.6, 55.2, 0.123456, 12345.6)
-    assert diagnostics.table_cells(summary) == [
-        *("lp", "-10235", "101", "0.012", "1.000", "4000", "55", "0.123", "12346"),
+    nan = float("nan")
+    numbers = (-10234.56, 101.234, 0.01234, 1.0, nan, 3999.6, 55.2, 1.2345, 0.123456, 12345.6)
+    summary = diagnostics.FunctionalSummary("lp", *numbers)
+    assert diagnostics_text.table_cells(summary) == [
+        *("lp", "-10235", "101", "0.012", "1.000", "", "4000", "55", "1.23", "0.123", "12346"),
     ]
-    assert diagnostics.table_cells(summary._replace(r_hat=float("nan"), mean=6.5e15))[1:5:3] == ["6.5e+15", "nan"]
+    assert diagnostics_text.table_cells(summary._replace(r_hat=nan, mean=6.5e15))[1:5:3] == ["6.5e+15", "nan"]
+    assert diagnostics_text.table_cells(summary._replace(r_hat=3e15, r_hat_nested=1.5))[4:6] == ["> 1000", "1.500"]
+
+
+# --- attributes, prefixes, and words ----------------------------------------------------------------
+
+
+def with_attrs(chains: Chains, **attrs: str | float | int | list[float]) -> diagnostics.InferenceData:
+    return diagnostics.to_inference_data(dataclasses.replace(chains, attrs={**chains.attrs, **attrs}))
+
+
+def test_what_a_kernel_reports_survives_the_file(tmp_path: Path) -> None:
+    report: dict[str, str | float | int | list[float]] = {
+        "swap_rates": [0.25, 0.5, 0.75],
+        "inverse_temperatures": [0.0, 0.25, 0.5, 1.0],
+        "num_round_trips": 17,
+        "round_trips_per_1000_sweeps": 3.25,
+        "one_level": [0.5],
+        "words": "and signs: é",
+    }
+    idata = with_attrs(make_chains({"x": normals(4, 20)}), **report)
+    path = tmp_path / "chains.nc"
+    diagnostics.save_netcdf(idata, path)
+    loaded = diagnostics.load_netcdf(path)
+    attrs = loaded["posterior"].attrs
+    assert {name: attrs[name] for name in report if name != "one_level"} == {
+        name: value for name, value in report.items() if name != "one_level"
+    }
+    assert containers.attribute_list(loaded, "one_level") == [0.5]
+    assert containers.attribute_list(loaded, "absent") == []
+    for lines in (diagnostics_text.run_lines(idata), diagnostics_text.run_lines(loaded)):
+        (line,) = (line for line in lines if line.startswith("inverse temperatures"))
+        assert line == (
+            "inverse temperatures 0, 0.25, 0.5, 1; swaps of neighbours accepted 0.25 to 0.75; "
+            "round trips between the ends 17, per 1000 sweeps 3.25"
+        )
+
+
+def test_a_prefix_is_what_the_run_would_have_been(tmp_path: Path) -> None:
+    chains = dataclasses.replace(
+        make_chains({"x": normals(4, 50), "y": normals(4, 50, 2)}), elapsed=torch.linspace(0.04, 2, 50).double()
+    )
+    path = tmp_path / "chains.nc"
+    diagnostics.save_netcdf(diagnostics.to_inference_data(chains), path)
+    for idata in (diagnostics.to_inference_data(chains), diagnostics.load_netcdf(path)):
+        before = dict(idata["posterior"].attrs)
+        part = diagnostics.cut(idata, 20)
+        assert part["posterior"].sizes["draw"] == part["sample_stats"].sizes["draw"] == 20
+        np.testing.assert_array_equal(part["posterior"]["y"], chains.draws["y"][:, :20])
+        attrs = part["posterior"].attrs
+        assert attrs["num_evals"] == 4 * 20 * 8 and attrs["seconds"] == pytest.approx(0.8)
+        assert attrs["warmup_seconds"] == 0.5 and attrs["kernel"] == "hmc"
+        assert dict(idata["posterior"].attrs) == before  # the whole is left as it was
+    no_times = diagnostics.cut(diagnostics.to_inference_data(dataclasses.replace(chains, elapsed=None)), 20)
+    assert no_times["posterior"].attrs["seconds"] == pytest.approx(0.8)  # the evaluations' share
+
+
+def test_chains_that_share_starts_have_a_nested_r_hat() -> None:
+    draws = normals(8, 30)
+    (plain,) = diagnostics.summarize(with_attrs(make_chains({"x": draws})))
+    assert math.isnan(plain.r_hat_nested)
+    for per_start, is_known in ((2, True), (4, True), (8, False)):
+        idata = with_attrs(make_chains({"x": draws}), chains_per_start=per_start)
+        (summary,) = diagnostics.summarize(idata)
+        assert math.isnan(summary.r_hat_nested) != is_known
+        header = diagnostics_text.text_table([summary], idata).splitlines()[1]
+        assert ("nested" in header) == is_known
+        if is_known:
+            assert summary.r_hat_nested == nested_r_hat(draws, np.arange(8) // per_start)
+
+
+def test_what_is_wrong_with_chains_is_said_in_words() -> None:
+    good = make_chains({"x": normals(4, 500)})
+    good = dataclasses.replace(good, stats={**good.stats, "diverging": torch.zeros(4, 500, dtype=torch.bool)})
+    assert diagnostics_text.notes(diagnostics.to_inference_data(good)) == []
+
+    never = {**good.stats, "acceptance_rate": torch.full((4, 500), 0.002)}
+    idata = diagnostics.to_inference_data(dataclasses.replace(good, stats=never))
+    (note,) = diagnostics_text.notes(idata)
+    assert note.startswith("the step size never accepts: 0.2 %")
+    unadjusted = with_attrs(dataclasses.replace(good, stats=never), is_adjusted=0)
+    assert diagnostics_text.notes(unadjusted) == []  # nothing is rejected there
+
+    (note,) = diagnostics_text.notes(make_idata(x=normals(4, 500)))
+    assert note.startswith("2 of 2000 draws diverged")
+
+    draws = normals(4, 500)
+    draws[0, 0] = np.nan
+    (note,) = diagnostics_text.notes(
+        diagnostics.to_inference_data(dataclasses.replace(good, draws={"x": torch.from_numpy(draws)}))
+    )
+    assert "draws of x are not all finite" in note
+
+    slow = autoregression(0.99, 4, 500, seed=3)
+    idata = diagnostics.to_inference_data(
+        dataclasses.replace(good, stats={**good.stats, "energy": torch.from_numpy(slow)})
+    )
+    (note,) = diagnostics_text.notes(idata)
+    assert note.startswith("the BFMI of a chain is below 0.3")
+    assert f"note: {note}" in diagnostics_text.run_lines(idata)

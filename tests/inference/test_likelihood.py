@@ -14,12 +14,11 @@ from ppl_vaebm.inference.base import init_params
 from ppl_vaebm.inference.kernels import build_kernel
 from ppl_vaebm.inference.likelihood import (
     RejectionError,
+    elbo_rows,
     exact_draws,
-    log_mean_exp,
     log_p,
     log_z_from_vae,
     reference_energies,
-    weights_ess,
 )
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
@@ -58,30 +57,6 @@ def moment_errors(x: Tensor) -> list[float]:
         abs(float(x.mean()) - MEAN) / mean_error,
         abs(float((x - MEAN).square().mean()) - PRODUCT_VARIANCE) / variance_error,
     ]
-
-
-@pytest.mark.parametrize(
-    ("weights", "ess"),
-    [
-        ([1.0] * 7, 7.0),
-        ([1.0, 0.0, 0.0], 1.0),
-        ([3.0, 3.0, 0.0, 0.0], 2.0),
-        ([1.0, 2.0, 3.0], 36 / 14),
-        ([1e-200, 2e-200, 3e-200], 36 / 14),
-    ],
-)
-def test_effective_samples_of_known_weights(weights: list[float], ess: float) -> None:
-    log_weights = torch.tensor(weights, dtype=torch.float64).log()
-    assert weights_ess(log_weights) == pytest.approx(ess, rel=1e-12)
-    assert weights_ess(log_weights + 1_000) == pytest.approx(ess, rel=1e-10)
-
-
-def test_the_log_of_a_mean_has_the_error_of_the_delta_method() -> None:
-    weights = torch.tensor([1.0, 2.0, 3.0, 6.0], dtype=torch.float64)
-    estimate = log_mean_exp(weights.log() - 900)
-    assert estimate.value == pytest.approx(math.log(3) - 900)
-    assert estimate.error == pytest.approx(float(weights.std()) / math.sqrt(4) / 3)
-    assert estimate.ess == pytest.approx(144 / 50)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -208,6 +183,33 @@ def test_they_stay_so_when_the_pilot_saw_little(monkeypatch: pytest.MonkeyPatch,
     potential = linear_potential()
     x = torch.cat([potential.decode(exact_draws(potential, generator, 40).position) for _ in range(200)])
     assert max(moment_errors(x)) < 5
+
+
+@pytest.mark.parametrize("by_level", [True, False])
+def test_the_elbo_of_the_exact_posterior_is_the_evidence(by_level: bool, seed: int) -> None:
+    elbo, kl = elbo_rows(linear_vae(), POINTS, seed, by_level)
+    # Given x, the ELBO's draw is log p(x | z) less the KL, whose mean over draws is the evidence.
+    many = torch.stack([elbo_rows(linear_vae(), POINTS, draw, by_level)[0] for draw in range(400)])
+    error = many.std(0) / math.sqrt(400)
+    assert ((many.mean(0) - log_normal(POINTS, 0.0, VARIANCE)).abs() / error).max() < 5
+    assert elbo.shape == kl["z_1"].shape == (4,)
+
+
+def test_the_elbo_by_level_is_another_one_where_levels_have_mass_of_their_own(seed: int) -> None:
+    vae = shipped_vae("nvae, padding, logistic")
+    x = torch.zeros(3, 1, 6, 6, dtype=torch.float64)
+    by_level, continuous = (elbo_rows(vae, x, seed, flag)[0] for flag in (True, False))
+    assert (by_level - continuous).abs().min() > 1e-6
+
+
+def test_the_density_of_the_product_integrates_to_one(generator: torch.Generator) -> None:
+    """By quadrature over x of exp(log p - E - log Z), which nothing here is fitted to."""
+    x = torch.linspace(-6, 6, 1_201, dtype=torch.float64).unsqueeze(1)
+    log_h = log_p(linear_vae(), x, 0, 2, scales=(1.0,)).value - QuadraticEnergy(CENTER, WIDTH)(x)
+    log_z = log_z_from_vae(linear_potential(), generator, 40_000).value
+    for offset, is_normalised in ((0.0, True), (0.05, False)):
+        mass = float(torch.trapezoid((log_h - log_z - offset).exp(), x[:, 0]))
+        assert (abs(mass - 1) < 0.02) == is_normalised
 
 
 class Scripted:

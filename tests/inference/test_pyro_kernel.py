@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ppl_vaebm.inference import hmc, targets
 from ppl_vaebm.inference.base import KernelState, Potential, init_params
 from ppl_vaebm.inference.chains import Chains, run_chains
 from ppl_vaebm.inference.potential import Packing
-from ppl_vaebm.inference.pyro_kernel import PyroKernelName, SitePotential, run_pyro
+from ppl_vaebm.inference.pyro_kernel import PyroKernelName, SitePotential, flat_packing, run_pyro
 from ppl_vaebm.rng import stream
 
 # Not in alphabetical order, which is Pyro's.
@@ -42,9 +43,11 @@ def stored(state: KernelState) -> dict[str, Tensor]:
     return {"q": state.position, "phi": state.potential}
 
 
-def run(kernel: PyroKernelName, potential: Potential, start: Tensor, **options: Any) -> Chains:
+def run(
+    kernel: PyroKernelName, potential: Potential, start: Tensor, packing: Packing | None = PACKING, **options: Any
+) -> Chains:
     settings = {"seed": 1, "num_draws": 20, "num_warmup": 0, "step_size": 0.25, "trajectory_length": 1.0}
-    return run_pyro(kernel, potential, PACKING, start, functionals=stored, **(settings | options))
+    return run_pyro(kernel, potential, packing, start, functionals=stored, **(settings | options))
 
 
 def start(num_chains: int) -> Tensor:
@@ -208,6 +211,52 @@ def test_nuts_chains_are_cut_to_the_shortest_within_the_budget() -> None:
     cut = run("pyro-nuts", quartic, start(3), num_draws=40, max_evals=60)
     assert cut.draws["q"].equal(whole.draws["q"][:, : lengths.min()])
     assert cut.num_evals == whole.stats["n_steps"][:, : lengths.min()].sum()
+
+
+def test_more_time_is_filled_and_shared_by_the_chains() -> None:
+    def slow(position: Tensor) -> Tensor:
+        time.sleep(0.002)
+        return quartic(position)
+
+    chains = run("pyro-hmc", slow, start(2), num_draws=1000, max_evals=8, min_seconds=0.2)
+    num_draws = chains.stats["lp"].shape[1]
+    assert 2 < num_draws <= 0.1 / (4 * 0.002) + 1  # two draws would spend the evaluations; a draw takes 8 ms or more
+    assert chains.elapsed is not None
+    assert chains.elapsed[-1] >= 2 * (num_draws - 1) * 4 * 0.002
+    assert run("pyro-hmc", slow, start(2), num_draws=3, max_evals=8, min_seconds=10.0).stats["lp"].shape[1] == 3
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_elapsed_adds_up_the_time_of_all_chains_draw_by_draw(kernel: PyroKernelName) -> None:
+    def slow(position: Tensor) -> Tensor:
+        time.sleep(0.001)
+        return quartic(position)
+
+    chains = run(kernel, slow, start(3), num_draws=6)
+    assert chains.elapsed is not None and chains.elapsed.shape == (6,)
+    assert chains.elapsed[-1] == chains.seconds
+    of_each_draw = torch.diff(chains.elapsed, prepend=chains.elapsed.new_zeros(1))
+    assert (of_each_draw >= 0.001 * chains.stats["n_steps"].sum(0)).all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_flat_site_gives_the_draws_of_the_same_program(kernel: PyroKernelName) -> None:
+    packing = flat_packing(PACKING.dim)
+    assert packing.shapes == {"position": torch.Size([5])}
+    flat = run(kernel, quartic, start(2), packing=None, num_draws=5, num_warmup=5)
+    same = run(kernel, quartic, start(2), packing=packing, num_draws=5, num_warmup=5)
+    assert flat.draws["q"].equal(same.draws["q"]) and flat.draws["q"].shape == (2, 5, 5)
+    # Pyro draws momenta site by site in alphabetical order, so other sites are other draws.
+    assert not flat.draws["q"].equal(run(kernel, quartic, start(2), num_draws=5, num_warmup=5).draws["q"])
+
+
+def test_a_flat_site_samples_the_same_target() -> None:
+    target = targets.ar1_gaussian(PACKING.dim, 0.6)
+    exact = target.exact(stream(0, "exact"), 2)
+    chains = run("pyro-hmc", target.potential, exact, packing=None, num_draws=300, num_warmup=60)
+    q = chains.draws["q"]
+    assert standard_errors_off(q[..., 0] * q[..., 1], 0.6) < 5
+    assert standard_errors_off(q[..., 0] * q[..., 1], 0.0) > 5
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -1,0 +1,138 @@
+"""Conditioning a VAEBM on what was observed of x: the posterior in noise space, for the same kernels.
+
+The noises that the observation leaves free keep their N(0, I), so the posterior is
+``exp(-Phi(eps)) N(eps; 0, I)`` with ``Phi(eps) = E(x(eps)) - log p(observation | eps)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.observations import (
+    ExactValues,
+    NoisyValues,
+    Observation,
+    Operator,
+    check_mask,
+    values_at,
+    whole,
+)
+from ppl_vaebm.inference.potential import NoisePotential, Packing, noise_potential
+from ppl_vaebm.models.vaebm import VAEBM
+
+
+class ConditionalProgram(PyroModule):
+    """The VAEBM with something observed, as a Pyro program: what :class:`ConditionalPotential` is to compute.
+
+    Args:
+        vaebm: the model.
+        observation: what was observed.
+    """
+
+    def __init__(self, vaebm: VAEBM, observation: Observation) -> None:
+        super().__init__()
+        self.vaebm = vaebm
+        self.observation = observation
+
+    def forward(self, num: int) -> Tensor:
+        """Run the program.
+
+        Args:
+            num: rows.
+
+        Returns:
+            x, ``(num, *event)``.
+        """
+        return self.observation.program(self.vaebm, num)
+
+
+class ConditionalPotential(NoisePotential):
+    """Phi of a VAEBM given an observation, as a batched function of the noises that are left free.
+
+    It stands wherever that of the VAEBM does; of several observations each has as many rows as the others, one
+    after another.
+
+    Args:
+        vaebm: the model, in evaluation mode.
+        observation: what was observed.
+
+    Raises:
+        InputError: an observation that does not fit the model.
+    """
+
+    def __init__(self, vaebm: VAEBM, observation: Observation) -> None:
+        super().__init__(vaebm)
+        observation.check(vaebm.vae)
+        self.observation = observation
+        self.packing = Packing(observation.noise_shapes(vaebm.vae))
+
+    def __call__(self, position: Tensor) -> Tensor:
+        """Evaluate ``E(x(eps)) - log p(observation | eps)``: ``(C, D)`` to ``(C,)``, nats relative to N(0, I)."""
+        x, z, loss = self.observation.transport(self.vaebm.vae, self.packing.unravel(position))
+        energy: Tensor = self.vaebm.energy(x, z)
+        return energy + loss
+
+    def decode(self, position: Tensor) -> Tensor:
+        """Map free noise ``(C, D)`` to the x that it stands for, ``(C, *event)``, without a gradient."""
+        with torch.no_grad():
+            return self.observation.transport(self.vaebm.vae, self.packing.unravel(position)).x
+
+
+def condition(
+    vaebm: VAEBM,
+    *,
+    given: Tensor,
+    mask: Tensor | None = None,
+    noise_sd: float | None = None,
+    operator: Operator | None = None,
+) -> ConditionalPotential:
+    """Condition a VAEBM on an observation of x.
+
+    Without ``noise_sd`` the values of ``given`` under the mask are those of x exactly. With it, ``given`` is a
+    measurement ``A x`` plus independent Normal noise, where A takes the values under the mask, or is the operator, or
+    leaves x as it is.
+
+    Args:
+        vaebm: the model, in evaluation mode.
+        given: what was observed, of the shape of x or of what the operator makes of it, or several of them,
+            ``(G, *shape)``: then the chains of each stand one after another.
+        mask: of the shape of x, boolean, true where x is observed.
+        noise_sd: standard deviation of the noise, in the units of ``given``.
+        operator: what is measured of x; see :mod:`ppl_vaebm.inference.observations`.
+
+    Returns:
+        The posterior's potential; the kernels sample it as they do the VAEBM's own.
+
+    Raises:
+        InputError: shapes that do not fit, neither a mask nor a noise, or a mask and an operator.
+    """
+    like = next(vaebm.parameters())
+    noise_potential(vaebm)  # refuses one in training mode
+    if mask is not None and operator is not None:
+        raise InputError("expected a mask or an operator, found both: write an operator that reads the mask")
+    if noise_sd is None and (mask is None or operator is not None):
+        raise InputError(
+            "expected a mask of the values that were observed exactly, or the noise-sd of the observation, found "
+            "neither: give one of them"
+        )
+    shape = vaebm.vae.model.event_shape
+    event = shape if mask is not None or operator is None else operator(like.new_zeros(1, *shape)).shape[1:]
+    if given.shape[given.dim() - len(event) :] != event or given.dim() - len(event) not in (0, 1) or not given.numel():
+        raise InputError(
+            f"expected something observed of shape {tuple(event)}, or several of them, found {tuple(given.shape)}: "
+            "give it in the shape of what is observed"
+        )
+    rows = given.to(like).reshape(-1, *event)
+    observation: Observation
+    if noise_sd is None:
+        assert mask is not None
+        observation = ExactValues(rows, mask)
+    elif mask is not None:
+        check_mask(mask, shape)
+        observation = NoisyValues(rows[:, mask], noise_sd, values_at(mask))
+    else:
+        observation = NoisyValues(rows, noise_sd, operator or whole)
+    return ConditionalPotential(vaebm, observation)

@@ -1,0 +1,243 @@
+"""What evaluate --log-likelihood says of a product whose log Z and log h are known, and when it says yes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ppl_vaebm import evaluate
+from ppl_vaebm.config import Config
+from ppl_vaebm.evaluation import Terms, likelihood, likelihood_terms, lines
+from ppl_vaebm.evaluation_normaliser import (
+    agreeing,
+    bound_section,
+    estimate_section,
+    how_section,
+    normaliser_sections,
+    verdict,
+)
+from ppl_vaebm.inference import likelihood as likelihood_module
+from ppl_vaebm.inference import normaliser
+from ppl_vaebm.inference.ebm import new_vaebm
+from ppl_vaebm.inference.log_z import LogZ
+from ppl_vaebm.inference.normaliser import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
+from ppl_vaebm.inference.potential import noise_potential
+from ppl_vaebm.inference.svi import new_vae
+from ppl_vaebm.loading import LoadedRun
+from ppl_vaebm.run import Run
+from tests.small_models import VARIANCE, log_normal
+from tests.test_evaluation import CENTER, EFFORT, MEAN, STD, WIDTH, cell, image_set, loaded_run
+from tests.tiny import fit_run
+
+LOG_Z = 0.5 * math.log(2 * math.pi * WIDTH**2) + float(
+    log_normal(torch.tensor([[CENTER]], dtype=torch.float64), 0.0, VARIANCE + WIDTH**2)
+)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRun, Terms, Normaliser]:
+    loaded = loaded_run(tmp_path_factory.mktemp("run"))
+    terms = likelihood_terms(loaded, EFFORT, seed=0)
+    return loaded, terms, estimate_normaliser(loaded.potential, Effort(256), terms.reference_energy, seed=0)
+
+
+def test_the_estimates_are_listed_with_their_errors(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    section: dict[str, object] = {**estimate_section(measured[2])}
+    for name in (*measured[2].estimates, "middle of the bounds"):
+        value, error = cell(section, name)
+        assert abs(value - LOG_Z) < 5 * error + measured[2].integral.discretisation
+    gap, error = cell(section, "gap, upper bound less lower")
+    assert gap == pytest.approx(cell(section, UPPER)[0] - cell(section, LOWER)[0])
+    assert abs(gap) < 0.1 and abs(gap) < 5 * error
+    low, high = (
+        cell(section, f"mean log weight, {way} bound")[0]
+        for way in ("forward: a wider lower", "reverse: a wider upper")
+    )
+    assert low < LOG_Z < high
+    assert section["log Z certified"] == "yes: the bounds and 5 of 5 other estimates agree"
+
+
+def test_what_stands_behind_them_is_said(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    section = how_section(measured[2])
+    assert str(section["reverse starts"]).startswith("exact draws")
+    assert section["R-hat of these"] == "none: they are independent"
+    assert section["particles without a finite weight"] == 0 and section["divergent moves, forward and reverse"] == 0
+    assert str(section["levels of the ladder"]).startswith("0.000, ")
+    assert len(str(section["swap rates of its neighbours"]).split(", ")) == 5
+    assert "nan" not in "\n".join(lines({"how": section}))
+
+
+def test_log_h_is_bounded_from_below(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    loaded, terms, found = measured
+    section: dict[str, object] = {**bound_section(loaded, found, terms, seed=0)}
+    truth = float(log_normal(terms.x, MEAN, STD**2).mean())
+    middle, _ = cell(section, "log h by IWAE - E - log Z (middle)")
+    assert middle == pytest.approx(truth, abs=0.002 + 4 * found.middle.error)
+    upper, error = cell(section, "log h >= IWAE - E - log Z (upper bound)")
+    assert upper == pytest.approx(middle + found.middle.value - found.upper.log_z.value)
+    # The guide is the exact posterior, so that the ELBO's bound is as good, but for its one draw a point.
+    elbo, elbo_error = cell(section, "log h >= ELBO - E - log Z (upper bound)")
+    assert abs(elbo - upper) < 5 * math.hypot(elbo_error, error)
+    points, log_z = (
+        section[f"error of these by {what}"] for what in ("the choice of test points", "log Z, upper bound")
+    )
+    assert error == pytest.approx(math.hypot(float(points), float(log_z)))  # type: ignore[arg-type]
+    value, _ = cell(section, "IWAE bound of log p (VAE)")
+    energy, _ = cell(section, "E of test data")
+    assert upper == pytest.approx(value - energy - found.upper.log_z.value)
+
+
+def test_terms_given_are_not_computed_anew(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    loaded, terms, _ = measured
+    assert likelihood(loaded, EFFORT, 0, terms) == likelihood(loaded, EFFORT, 0)
+    shifted = terms._replace(energy=terms.energy + 1)
+    section: dict[str, object] = {**likelihood(loaded, EFFORT, 0, shifted)}
+    log_h, _ = cell({**likelihood(loaded, EFFORT, 0, terms)}, "log h (VAEBM)")
+    assert cell(section, "log h (VAEBM)")[0] == pytest.approx(log_h - 1)
+
+
+# --- the verdict ---------------------------------------------------------------------------------
+
+
+def bounds(found: Normaliser, low: float, high: float, error: float = 0.01) -> Normaliser:
+    """Put other bounds in place of the found ones, given relative to log Z."""
+    lower = found.lower._replace(log_z=LogZ(LOG_Z + low, error, 200.0))
+    upper = found.upper._replace(log_z=LogZ(LOG_Z + high, error, 200.0))
+    return found._replace(lower=lower, upper=upper)
+
+
+def others(found: Normaliser, values: dict[str, LogZ | str]) -> Normaliser:
+    """Put other estimates in place of the found ones."""
+    return found._replace(estimates={**found.estimates, **values})
+
+
+def wrong(found: Normaliser) -> Normaliser:
+    return others(found, {"sequential samplers": LogZ(LOG_Z + 1, 0.02, 8.0)})
+
+
+def alone(found: Normaliser) -> Normaliser:
+    return found._replace(estimates={name: found.estimates[name] for name in (LOWER, UPPER)})
+
+
+def of_chains(found: Normaliser, r_hat: float) -> Normaliser:
+    return found._replace(target=found.target._replace(r_hat=r_hat))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda found: bounds(found, -0.02, 0.02), "yes: the bounds and 5 of 5 other estimates agree"),
+        (lambda found: bounds(found, -0.3, 0.3), "no: the bounds leave 0.64 nats"),
+        (lambda found: bounds(found, 0.2, -0.2), "no: the lower bound is above the upper one"),
+        (lambda found: bounds(found, math.nan, 0.1), "no: the bounds leave nan nats"),
+        (lambda found: bounds(found, -0.3, 0.0, 0.2), "no: the bounds leave 1.1 nats"),
+        (wrong, "no: sequential samplers differ from the bounds by more than 3 errors"),
+        (alone, "no: no other estimate agrees"),
+        (lambda found: of_chains(found, 1.2), "no: the chains behind the upper bound have R-hat 1.200"),
+        (lambda found: of_chains(found, math.nan), "no: the chains behind the upper bound have R-hat nan"),
+        (lambda found: of_chains(found, 1.002), "agree, as far as chains of R-hat 1.002 have converged"),
+        (
+            lambda found: found._replace(lower=found.lower._replace(num_not_finite=3)),
+            "no: 3 annealed particles have no finite weight",
+        ),
+    ],
+)
+def test_the_verdict(
+    change: Callable[[Normaliser], Normaliser], said: str, measured: tuple[LoadedRun, Terms, Normaliser]
+) -> None:
+    assert said in verdict(change(measured[2]))
+
+
+def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    found = measured[2]
+    assert len(agreeing(found)) == 5
+    vague = others(
+        found,
+        {
+            "draws of the VAE": LogZ(LOG_Z + 1, 0.01, 12.0),  # too few effective draws
+            "thermodynamic integration": LogZ(LOG_Z + 1, 0.4, 5_000.0),  # too large an error to disagree
+            "bridge from the VAE to h": "the two densities hardly overlap",
+        },
+    )
+    assert agreeing(vague) == ["sequential samplers", "bridges between levels"]
+    assert verdict(vague) == "yes: the bounds and 2 of 5 other estimates agree"
+
+
+def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    loaded, terms, _ = measured
+    sections = normaliser_sections(loaded, Effort(1), terms, seed=0)
+    assert "at least 2 particles" in str(sections["log Z by every way (nats)"]["none"])
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+FEW = ["--num-test", "20", "--num-importance", "4", "--num-z-draws", "200", "--num-samples", "20"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(likelihood_module, "NUM_PILOT", 100)
+    small = {"NUM_PILOT": 16, "NUM_EXACT": 20, "NUM_LADDERS": 4, "NUM_LADDER_WARMUP": 20, "NUM_LADDER_DRAWS": 10}
+    for name, value in small.items():
+        monkeypatch.setattr(normaliser, name, value)
+    monkeypatch.setattr("ppl_vaebm.report.write_report", lambda run: "none")  # its pictures take most of the time
+
+
+def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
+    tmp_path: Path, quick: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fit_run(tmp_path)
+    evaluate.main([str(run), *FEW])
+    plain = json.loads((run / "evaluate.json").read_text())
+    assert not any("log Z" in title for title in plain)
+    evaluate.main([str(run), *FEW, "--log-likelihood", "--num-particles", "16", "--num-temperatures", "3"])
+    sections = json.loads((run / "evaluate.json").read_text())
+    assert {title: sections[title] for title in plain} == plain
+    assert sections["how log Z was estimated"]["temperatures"] == 3
+    assert "annealing, reverse: an upper bound" in capsys.readouterr().out
+    assert not any("bits" in name for name in sections["log h of test data, from bounds (nats per point)"])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([str(run), "--stage", "svi", "--log-likelihood"])
+    assert ended.value.code == 2
+    assert (
+        "log-likelihood normalises the VAEBM, and stage svi has none: leave the option out" in capsys.readouterr().err
+    )
+
+
+def test_images_have_their_bounds_in_bits_too(tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+    config, data = Config(), image_set(17)
+    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
+    few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
+    section: dict[str, object] = {**bound_section(loaded, measured[2], likelihood_terms(loaded, few, 0), seed=0)}
+    nats, error = cell(section, "log h >= IWAE - E - log Z (upper bound)")
+    bits, bits_error = cell(section, "bits per dimension, at most by IWAE - E - log Z (upper bound)")
+    assert "bits per dimension, by IWAE - E - log Z (middle)" in section
+    assert bits == pytest.approx(math.log2(17 / 2) - nats / (64 * math.log(2)))
+    assert bits_error == pytest.approx(error / (64 * math.log(2)))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--num-particles", "15"], ["num-particles", "at least 16", "15"]),
+        (["--num-temperatures", "0"], ["num-temperatures", "at least 1"]),
+    ],
+)
+def test_options_that_cannot_work_end_in_a_sentence(
+    options: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([str(tmp_path), *options])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words)
+
+
+def test_the_least_number_of_particles_is_two_for_each_sequential_sampler() -> None:
+    assert evaluate.MIN_PARTICLES == 2 * normaliser.NUM_POPULATIONS
