@@ -183,11 +183,12 @@ def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int)
     """
     elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), by_level=False)
     high, middle = found.upper.log_z, found.middle
-    cells = {
-        "log h >= ELBO - E - log Z (upper bound)": _log_h(elbo, terms.energy, high),
-        "log h >= IWAE - E - log Z (upper bound)": _log_h(terms.log_p.value, terms.energy, high),
-        "log h by IWAE - E - log Z (middle)": _log_h(terms.log_p.value, terms.energy, middle),
-    }
+    bounds, estimates = ("log h >=", "bits per dimension, at most by"), ("log h by", "bits per dimension by")
+    rows = [
+        (bounds, "ELBO - E - log Z (upper bound)", _log_h(elbo, terms.energy, high)),
+        (bounds, "IWAE - E - log Z (upper bound)", _log_h(terms.log_p.value, terms.energy, high)),
+        (estimates, "IWAE - E - log Z (middle)", _log_h(terms.log_p.value, terms.energy, middle)),
+    ]
     num = len(terms.energy)
     draws_error = float(terms.log_p.error.double().square().sum().sqrt()) / num
     section: Section = {
@@ -197,16 +198,13 @@ def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int)
         "E of test data": mean_cell(terms.energy),
         "log Z, upper bound": _cell(high),
         "log Z, middle of the bounds": _cell(middle),
-        **cells,
+        **{f"{in_nats} {name}": cell for (in_nats, _), name, cell in rows},
         "error of these by the choice of test points": mean_cell(terms.log_p.value - terms.energy)["error"],
         "error of these by log Z, upper bound": high.error,
         "error of these by log Z, middle": middle.error,
     }
     if has_bits(loaded.config, loaded.data):
-        for name, cell in cells.items():
-            section[f"bits per dimension, {name.replace('log h >=', 'at most by').replace('log h by', 'by')}"] = (
-                bits_per_dim(cell, loaded.data)
-            )
+        section |= {f"{in_bits} {name}": bits_per_dim(cell, loaded.data) for (_, in_bits), name, cell in rows}
     return section
 
 

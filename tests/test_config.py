@@ -50,7 +50,7 @@ def test_nothing_gives_the_defaults() -> None:
         ("data: {image_size: null}", "data.image_size", None),
         ("data: {image_size: 16}", "data.image_size", 16),
         ("kernel: {step_size: null}", "kernel.step_size", None),
-        ("kernel: {name: tempered, num_levels: 3}", "kernel.num_levels", 3),
+        ("kernel: {num_levels: 3}", "kernel.num_levels", 3),
         ("kernel: {max_num_steps: 64}", "kernel.max_num_steps", 64),
         ("kernel: {fit_reference: false}", "kernel.fit_reference", False),
         ("kernel: {step_size: 3e-1}", "kernel.step_size", 0.3),

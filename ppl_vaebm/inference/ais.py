@@ -2,8 +2,8 @@
 
 Down, the mean of the weights is unbiased for Z, so by Jensen's inequality the log of the mean is a lower bound of log Z
 in expectation. Up, from draws of the target, the inverse weights' mean is unbiased for 1 / Z, and minus its log an
-upper bound in expectation (Grosse, Ghahramani and Adams 2015, arXiv:1511.02543). The gap between the two bounds what
-either is wrong by.
+upper bound in expectation (Grosse, Ghahramani and Adams 2015, arXiv:1511.02543). So in expectation neither is off by
+more than the gap between the two.
 """
 
 from __future__ import annotations

@@ -27,15 +27,16 @@ BuildKernel = Callable[[Potential], Kernel]
 """Makes the kernel of one temperature from its ``b * Phi``; one that leaves its target invariant, so not langevin."""
 
 NUM_STEPS = 3
-"""Integration steps of the default kernel's trajectories."""
+"""Integration steps of the default kernel's trajectories. Chosen by us: with HMC alone, at 600 evaluations on 25
+Gaussians, the mean log weight was 1.3, 0.18 and 0.21 nats below log Z with 1, 3 and 5 of them."""
 
 
 def default_kernel(potential: Potential) -> Kernel:
     """Make a cycle of independence Metropolis and HMC by splitting.
 
-    The first crosses between modes as long as N(0, I) still reaches them, the second moves on within one. At equal
-    evaluations the gap between the bounds of log Z on 25 Gaussians was a tenth of that of HMC alone, and of the same
-    size on digits (``benchmarks/log_z.py``).
+    The first crosses between modes as long as N(0, I) still reaches them, the second moves on within one. At 300
+    evaluations the mean log weight fell short of log Z by 0.04 nats on 25 Gaussians where HMC alone fell short by 0.19
+    (``benchmarks/log_z.py``).
     """
     members = [crank_nicolson.build_independence(potential), hmc.build(potential, num_steps=NUM_STEPS)]
     return mixture.build_mixture(members)

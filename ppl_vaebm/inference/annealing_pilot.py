@@ -29,9 +29,10 @@ from ppl_vaebm.inference.base import KernelState, Ladder, Potential, init_params
 from ppl_vaebm.inference.log_z import weights_ess
 
 START_STEP_SIZE = 0.5
-"""Where the first level's tuning begins."""
+"""Where the first level's tuning begins; every other level's begins where the one before ended."""
 EVEN_SHARE = 1e-3
-"""Share of evenly spaced b that is mixed into the spacing by barrier, so that b increases where Phi does not vary."""
+"""Share of evenly spaced b that is mixed into the spacing by barrier, so that b increases where Phi does not vary.
+Chosen by us."""
 
 
 class Pilot(NamedTuple):

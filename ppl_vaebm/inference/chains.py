@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.adaptation import warm_up
+from ppl_vaebm.inference.adaptation import acceptance_note, warm_up
 from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, KernelState, log_density_energy
 
 Functionals = Callable[[KernelState], Mapping[str, Tensor]]
@@ -77,7 +77,8 @@ def run_chains(
 
     Returns:
         The chains; ``n_steps`` of a draw counts the evaluations of all its ``thin`` steps, its
-        acceptance rate is their mean, and it is ``diverging`` if any of them was.
+        acceptance rate is their mean, and it is ``diverging`` if any of them was. ``attrs`` has what the kernel
+        reports of the run, and a ``note`` where chains hardly accept.
     """
     start = time.perf_counter()
     state, params, warmup_evals = warm_up(kernel, generator, kernel.init(position), params, num_warmup)
@@ -99,17 +100,23 @@ def run_chains(
         elapsed.append(time.perf_counter() - start)
         if max_evals is not None and num_evals >= max_evals and elapsed[-1] >= min_seconds:
             break
+    columns = {name: torch.stack([row[name] for row in stats], dim=1) for name in stats[0]}
+    note = acceptance_note(kernel, columns["acceptance_rate"])
     return Chains(
         kernel=kernel.name,
         draws={name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]},
-        stats={name: torch.stack([row[name] for row in stats], dim=1) for name in stats[0]},
+        stats=columns,
         position=state.position,
         params=params,
         seconds=elapsed[-1],
         elapsed=torch.tensor(elapsed, dtype=torch.float64),
         warmup_seconds=warmup_seconds,
         warmup_evals=warmup_evals,
-        attrs={"thin": thin, **(kernel.report(state, params) if kernel.report else {})},
+        attrs={
+            "thin": thin,
+            **(kernel.report(state, params) if kernel.report else {}),
+            **({"note": note} if note else {}),
+        },
     )
 
 

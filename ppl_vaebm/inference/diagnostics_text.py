@@ -126,6 +126,8 @@ def _notes(idata: InferenceData, counts_divergences: bool) -> Iterator[str]:
             f"the step size never accepts: {100 * acceptance:.2g} % of the proposals are, so the chains stand still; "
             "take a smaller step or a longer warm-up"
         )
+    elif "note" in idata["posterior"].attrs:  # of run_chains: a mean over all chains hides one that is stuck
+        yield str(idata["posterior"].attrs["note"])
     num_bad = num_divergent(idata)
     if num_bad and counts_divergences:
         yield (

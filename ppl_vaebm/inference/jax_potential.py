@@ -5,7 +5,8 @@ The call is ``jax.pure_callback``; ``jax.custom_vjp`` keeps the gradient that ca
 gradients are torch's to the last bit, and numbers that are not finite pass through: a sampler sees its divergences.
 
 This is the way for every potential. :mod:`~ppl_vaebm.inference.jax_compiled` translates small fully connected ones
-instead; ``benchmarks/jax_compiled.py`` has what each way costs, and what a convolution would in a loop of XLA's.
+instead. With the networks of the recipe gaussians25 and 64 chains, a gradient in a loop of XLA's took 1.35 times as
+long as by torch alone this way, and a quarter as long translated (*measured*, ``benchmarks/jax_compiled.py``).
 """
 
 from __future__ import annotations

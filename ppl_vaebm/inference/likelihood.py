@@ -21,7 +21,7 @@ from torch import Tensor
 from ppl_vaebm.inference.base import value_only
 from ppl_vaebm.inference.elbo import kl_rows
 from ppl_vaebm.inference.log_z import LogZ as LogZ
-from ppl_vaebm.inference.log_z import log_mean_exp as log_mean_exp
+from ppl_vaebm.inference.log_z import log_mean_exp
 from ppl_vaebm.inference.log_z import weights_ess as weights_ess
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass

@@ -87,7 +87,7 @@ TARGETS = {
     "banana": Known(
         targets_curved.banana,
         {"mala": 8, "hmc": 2, "hmc leapfrog": 2, "chees": 1, "pcn": 3, "independence": 3, "elliptical": 2}
-        | {"mixture": 1, "tempered": 1},
+        | {"mixture": 1, "tempered": 2},
     ),
     "25 modes": Known(
         targets_modes.grid_modes,
