@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands, on a tiny run."""
+"""The README's Python examples run as they stand, one after another, on a tiny run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,17 @@ from tests.tiny import fit_run
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", lambda run: Run(run.path).report_file)
     run = fit_run(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    example = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     assert '"runs/demo"' in example
     names: dict[str, object] = {}
     with global_rng(0):
         exec(example.replace('"runs/demo"', repr(str(run))), names)
     assert tuple(names["x"].shape) == (100, 2)  # type: ignore[attr-defined]
     assert {"z_1", "z_2", "x", "energy"} <= set(names["trace"].nodes)  # type: ignore[attr-defined]
+    draws = names["mcmc"].get_samples(group_by_chain=True)  # type: ignore[attr-defined]
+    assert all(site.shape[:2] == (8, 500) for site in draws.values())
+    position = names["posterior"].packing.ravel({name: site.flatten(0, 1) for name, site in draws.items()})  # type: ignore[attr-defined]
+    assert (names["posterior"].decode(position)[:, 0] == 0.5).all()  # type: ignore[attr-defined]

@@ -88,14 +88,14 @@ def _nuts(options: Options) -> Sampler:
 
     kernel = blackjax.nuts.build_kernel()
 
-    def start(number: Array, key: Array, position: Array) -> tuple[State, Array]:
+    def start(phi: Any, key: Array, position: Array) -> tuple[State, Array]:
         key, warm_key = jax.random.split(key)
         if not options.num_warmup:
-            chain = blackjax.nuts.init(position, log_density(number))
+            chain = blackjax.nuts.init(position, log_density(phi))
             return State(key, chain, _untuned(options, position)), jnp.int32(1)
         adaptation = blackjax.window_adaptation(
             blackjax.nuts,
-            log_density(number),
+            log_density(phi),
             initial_step_size=options.step_size,
             target_acceptance_rate=options.target_acceptance,
             adaptation_info_fn=lambda state, info, adapted: info.num_integration_steps,
@@ -107,12 +107,10 @@ def _nuts(options: Options) -> Sampler:
         )
         return State(key, chain, tuned), 1 + num_steps.sum()
 
-    def step(number: Array, state: State) -> tuple[State, Draw]:
+    def step(phi: Any, state: State) -> tuple[State, Draw]:
         key, step_key = jax.random.split(state.keys)
         step_size, inverse_mass, _ = state.tuned
-        chain, info = kernel(
-            step_key, state.chain, log_density(number), step_size, inverse_mass, options.max_tree_depth
-        )
+        chain, info = kernel(step_key, state.chain, log_density(phi), step_size, inverse_mass, options.max_tree_depth)
         return State(key, chain, state.tuned), _hamiltonian_draw(state, chain, info)
 
     return _over_chains(start, step)
@@ -134,14 +132,14 @@ def _chees(options: Options) -> Sampler:
 
     kernel = dynamic_hmc.build_kernel(next_random_arg_fn=lambda index: index + 1, integration_steps_fn=draw_num_steps)
 
-    def start(number: Array, keys: Array, position: Array) -> tuple[State, Array]:
+    def start(phi: Any, keys: Array, position: Array) -> tuple[State, Array]:
         keys, warm_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
         untuned = _untuned(options, position)
         if not options.num_warmup:
-            chain = jax.vmap(lambda row: dynamic_hmc.init(row, log_density(number), 0))(position)
+            chain = jax.vmap(lambda row: dynamic_hmc.init(row, log_density(phi), 0))(position)
             return State(keys, chain, untuned), jnp.ones(len(position), int)
         adaptation = blackjax.chees_adaptation(
-            log_density(number),
+            log_density(phi),
             len(position),
             target_acceptance_rate=options.target_acceptance,
             adaptation_info_fn=lambda state, info, adapted: Spent(info.num_integration_steps),
@@ -155,11 +153,11 @@ def _chees(options: Options) -> Sampler:
         tuned = untuned._replace(step_size=step_size, trajectory_length=length)  # the mass stays unit
         return State(keys, chain, tuned), 1 + spent.num_steps.sum(0)
 
-    def step(number: Array, state: State) -> tuple[State, Draw]:
+    def step(phi: Any, state: State) -> tuple[State, Draw]:
         key, step_key = jax.random.split(state.keys)
         step_size, inverse_mass, length = state.tuned
         average = length / step_size
-        chain, info = kernel(step_key, state.chain, log_density(number), step_size, inverse_mass, (average,))
+        chain, info = kernel(step_key, state.chain, log_density(phi), step_size, inverse_mass, (average,))
         return State(key, chain, state.tuned), _hamiltonian_draw(state, chain, info)
 
     return _over_chains(None, step)._replace(start=start)
@@ -173,9 +171,9 @@ def _mclmc(options: Options) -> Sampler:
 
     kernel = mclmc.build_kernel()
 
-    def start(number: Array, key: Array, position: Array) -> tuple[State, Array]:
+    def start(phi: Any, key: Array, position: Array) -> tuple[State, Array]:
         key, init_key, tune_key = jax.random.split(key, 3)
-        chain = mclmc.init(position, log_density(number), init_key)
+        chain = mclmc.init(position, log_density(phi), init_key)
         root = math.sqrt(position.size)
         if not options.num_warmup:
             return State(key, chain, _untuned(options, position)), jnp.int32(1)
@@ -184,7 +182,7 @@ def _mclmc(options: Options) -> Sampler:
             num_steps=options.num_warmup,
             state=chain,
             rng_key=tune_key,
-            logdensity_fn=log_density(number),
+            logdensity_fn=log_density(phi),
             frac_tune1=MCLMC_PHASE,
             frac_tune2=MCLMC_PHASE,
             frac_tune3=MCLMC_PHASE,
@@ -193,11 +191,11 @@ def _mclmc(options: Options) -> Sampler:
         tuned = Tuned(params.step_size / root, params.inverse_mass_matrix, params.L / root)
         return State(key, chain, tuned), jnp.int32(1 + EVALS_PER_MCLMC_STEP * num_steps)
 
-    def step(number: Array, state: State) -> tuple[State, Draw]:
+    def step(phi: Any, state: State) -> tuple[State, Draw]:
         key, step_key = jax.random.split(state.keys)
         root = math.sqrt(state.chain.position.size)
         step_size, inverse_mass, length = state.tuned
-        chain, info = kernel(step_key, state.chain, log_density(number), inverse_mass, length * root, step_size * root)
+        chain, info = kernel(step_key, state.chain, log_density(phi), inverse_mass, length * root, step_size * root)
         draw = Draw(
             position=chain.position,
             potential_energy=-chain.logdensity,
@@ -219,15 +217,15 @@ def _adjusted_mclmc(options: Options) -> Sampler:
 
     kernel = dynamic.build_kernel(integration_steps_fn=dynamic.make_random_trajectory_length_fn(True))
 
-    def start(number: Array, key: Array, position: Array) -> tuple[State, Array]:
+    def start(phi: Any, key: Array, position: Array) -> tuple[State, Array]:
         key, init_key, tune_key = jax.random.split(key, 3)
-        chain = dynamic.init(position, log_density(number), init_key)
+        chain = dynamic.init(position, log_density(phi), init_key)
         root = math.sqrt(position.size)
         if not options.num_warmup:
             return State(key, chain, _untuned(options, position)), jnp.int32(1)
         chain, params, num_steps = blackjax.adjusted_mclmc_find_L_and_step_size(
             mclmc_kernel=kernel,
-            logdensity_fn=log_density(number),
+            logdensity_fn=log_density(phi),
             num_steps=options.num_warmup,
             state=chain,
             rng_key=tune_key,
@@ -239,13 +237,13 @@ def _adjusted_mclmc(options: Options) -> Sampler:
         tuned = Tuned(params.step_size / root, params.inverse_mass_matrix, params.L / root)
         return State(key, chain, tuned), 1 + EVALS_PER_MCLMC_STEP * num_steps
 
-    def step(number: Array, state: State) -> tuple[State, Draw]:
+    def step(phi: Any, state: State) -> tuple[State, Draw]:
         key, step_key = jax.random.split(state.keys)
         step_size, inverse_mass, length = state.tuned
         chain, info = kernel(
             step_key,
             state.chain,
-            log_density(number),
+            log_density(phi),
             step_size * math.sqrt(state.chain.position.size),
             inverse_mass_matrix=inverse_mass,
             integration_steps_params=(length / step_size,),

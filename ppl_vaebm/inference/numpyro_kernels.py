@@ -35,7 +35,7 @@ def build_numpyro(name: NumpyroKernelName, options: Options) -> Sampler:
 
     init_kernel, sample_kernel = hmc(potential_fn_gen=potential_energy, algo="HMC" if name == "numpyro-hmc" else "NUTS")
 
-    def init(number: Array, key: Array, position: Array) -> Any:
+    def init(phi: Any, key: Array, position: Array) -> Any:
         return init_kernel(
             position,
             options.num_warmup,
@@ -45,18 +45,18 @@ def build_numpyro(name: NumpyroKernelName, options: Options) -> Sampler:
             target_accept_prob=options.target_acceptance,
             trajectory_length=options.trajectory_length if name == "numpyro-hmc" else None,
             max_tree_depth=options.max_tree_depth,
-            model_args=(number,),
+            model_args=(phi,),
             rng_key=key,
         )
 
-    move = jax.vmap(lambda state, number: sample_kernel(state, (number,)), in_axes=(0, None))
+    move = jax.vmap(lambda state, phi: sample_kernel(state, (phi,)), in_axes=(0, None))
 
-    def start(number: Array, keys: Array, position: Array) -> tuple[Any, Array]:
-        state = jax.vmap(init, in_axes=(None, 0, 0))(number, keys, position)
+    def start(phi: Any, keys: Array, position: Array) -> tuple[Any, Array]:
+        state = jax.vmap(init, in_axes=(None, 0, 0))(phi, keys, position)
         return state, jnp.ones(len(position), int)
 
-    def step(number: Array, state: Any) -> tuple[Any, Draw]:
-        state = move(state, number)
+    def step(phi: Any, state: Any) -> tuple[Any, Draw]:
+        state = move(state, phi)
         draw = Draw(
             position=state.z,
             potential_energy=state.potential_energy,
