@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,16 @@ from ppl_vaebm.inference.diagnostics import FunctionalSummary, load_netcdf
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.splits import Data, IntegerImages, image_data
 from tests.small_models import VARIANCE, A, S, ZeroEnergy, linear_vae
-from tests.tiny import IMAGES, POINTS, fit_run
+from tests.tiny import IMAGES, POINTS, fit_run, write_empty_report
 
 SHORT = ["--num-chains", "4", "--num-warmup", "5", "--num-draws", "12"]
 FEW = ["--num", "20"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_reports() -> object:
+def quick_reports() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", lambda run: run.report_file)
+        patch.setattr(report, "write_report", write_empty_report)
         yield
 
 

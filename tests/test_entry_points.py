@@ -23,7 +23,7 @@ from ppl_vaebm.inference.coordinates import load_coordinates
 from ppl_vaebm.inference.diagnostics import load_netcdf
 from ppl_vaebm.options import recipe_names
 from ppl_vaebm.run import Run
-from tests.tiny import IMAGES, POINTS, fit_run, write_recipe
+from tests.tiny import IMAGES, POINTS, fit_run, write_empty_report, write_recipe
 
 Main = Callable[[list[str]], None]
 EFFORT = ["--num-test", "20", "--num-importance", "10", "--num-z-draws", "500", "--num-samples", "100"]
@@ -35,16 +35,12 @@ write_comparison = comparison_page.write_comparison
 def quick_reports() -> Iterator[None]:
     """Leave the pages empty: drawing them takes longer than all the rest, and a few tests here draw them."""
 
-    def write_empty(run: Run) -> Path:
-        run.report_file.touch()
-        return run.report_file
-
     def compare_empty(run: Run, *rest: object) -> Path:
         run.comparison_page.touch()
         return run.comparison_page
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", write_empty)
+        patch.setattr(report, "write_report", write_empty_report)
         patch.setattr(comparison_page, "write_comparison", compare_empty)
         yield
 

@@ -32,7 +32,7 @@ from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.run import Run
 from tests.small_models import VARIANCE, log_normal
 from tests.test_evaluation import CENTER, EFFORT, MEAN, STD, WIDTH, cell, image_set, loaded_run
-from tests.tiny import fit_run
+from tests.tiny import fit_run, write_empty_report
 
 LOG_Z = 0.5 * math.log(2 * math.pi * WIDTH**2) + float(
     log_normal(torch.tensor([[CENTER]], dtype=torch.float64), 0.0, VARIANCE + WIDTH**2)
@@ -185,7 +185,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"NUM_PILOT": 16, "NUM_EXACT": 20, "NUM_LADDERS": 4, "NUM_LADDER_WARMUP": 20, "NUM_LADDER_DRAWS": 10}
     for name, value in small.items():
         monkeypatch.setattr(normaliser, name, value)
-    monkeypatch.setattr("ppl_vaebm.report.write_report", lambda run: "none")  # its pictures take most of the time
+    monkeypatch.setattr("ppl_vaebm.report.write_report", write_empty_report)  # its pictures take most of the time
 
 
 def test_the_command_writes_the_sections_and_leaves_them_out_unasked(

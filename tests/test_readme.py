@@ -9,14 +9,13 @@ import pytest
 
 from ppl_vaebm import report
 from ppl_vaebm.rng import global_rng
-from ppl_vaebm.run import Run
-from tests.tiny import fit_run
+from tests.tiny import fit_run, write_empty_report
 
 README = Path(__file__).parents[1] / "README.md"
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "write_report", lambda run: Run(run.path).report_file)
+    monkeypatch.setattr(report, "write_report", write_empty_report)
     run = fit_run(tmp_path)
     example = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     assert '"runs/demo"' in example

@@ -163,7 +163,7 @@ def test_a_place_that_is_not_finite_is_refused_even_where_phi_does_not_look_at_i
     ids=["per coordinate", "summed over chains", "extra axis", "a chain is missing"],
 )
 @each_kernel
-def test_a_wrong_shape_is_one_clear_sentence(name: str, wrong: Callable[[Tensor], Tensor]) -> None:
+def test_a_wrong_shape_is_one_clear_sentence(name: str, wrong: Potential) -> None:
     with pytest.raises(ValueError, match=rf"one number per chain, shape \({NUM_CHAINS},\)") as caught:
         run(name, wrong, normal(), 3)
     message = str(caught.value)
