@@ -45,7 +45,7 @@ NUM_CHAINS, SEED = 8, 1
 MAX_NUM_STEPS = 64
 JITTER = 0.2  # the default of the configuration
 BURN_IN = 60  # trajectories of splitting HMC from N(0, I), before any kernel starts
-NUM_EVALS, GRADIENT_FREE_EVALS = 1200, 3600  # per chain and kernel
+NUM_EVALS, GRADIENT_FREE_EVALS = 1000, 3000  # per chain and kernel
 COLOURS = {
     "hmc splitting": "#0072b2",
     "mala splitting": "#56b4e9",
@@ -175,7 +175,7 @@ def _growth(results: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def _draw(results: list[dict[str, Any]]) -> None:
-    figure = Figure(figsize=(10.4, 4.2), layout="constrained")
+    figure = Figure(figsize=(10.4, 4.0), layout="constrained")
     steps, draws = figure.subplots(1, 2)
     _curves(steps, results, "step_size", IS_TUNED)
     _curves(draws, results, "ess_per_1000_evals", tuple(METHODS))
@@ -185,7 +185,7 @@ def _draw(results: list[dict[str, Any]]) -> None:
     steps.annotate(r"$D^{-1/4}$", (dims[1], first * (dims[1] / dims[0]) ** -0.25), ha="right", va="top")
     steps.set_title("Tuned step size h (angle)", loc="left", fontsize=10)
     draws.set_title("Effective draws of E per 1000 evaluations of the potential", loc="left", fontsize=10)
-    draws.legend(fontsize=8, frameon=False, loc="lower left")
+    figure.legend(*draws.get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside right center")
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(FIGURE, dpi=144)
     print(f"drawn to {FIGURE.relative_to(FIGURE.parents[2])}")
@@ -198,6 +198,7 @@ def _curves(axes: Axes, results: list[dict[str, Any]], key: str, names: tuple[st
         style = "--" if name == "langevin" else "-"
         axes.plot(dims, values, style, color=COLOURS[name], marker="o", markersize=4, label=name)
     axes.set(xscale="log", yscale="log", xlabel="dimension D of noise space")
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, linewidth=0.5)
 

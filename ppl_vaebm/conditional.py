@@ -38,7 +38,8 @@ NUM_FOLLOWED = 8
 """Values of x whose draws are stored one by one, those with the largest posterior spread among the starts."""
 IMAGE_KERNEL: KernelName = "hmc"
 """On digits given their upper half the worst bulk ESS per 1000 evaluations was 26 to 43 of HMC with trajectories of 8
-steps, 5 of MALA, 4 of pCN and 1 of elliptical slice sampling (16 chains, 1,500 evaluations each, one digit)."""
+steps (16 chains, 1,500 evaluations each), and, with fewer evaluations, 5 of MALA, 4 of pCN and 1 of elliptical slice
+sampling; one digit."""
 POINT_KERNEL: KernelName = "mixture"
 """On 25 Gaussians given the first coordinate HMC stayed in the mode where it began, with an R-hat of 2.8 to 3.4 for
 three observations; that of the cycle of independence Metropolis and HMC was 1.04 and 1.06 for two of them (32 chains of

@@ -67,6 +67,17 @@ def add_evaluation(run: Run) -> None:
     run.evaluation_file.write_text(json.dumps(sections))
 
 
+def add_conditioning(run: Run) -> None:
+    had_chains = run.chains_file.exists()
+    mask = np.array([True, False])
+    arrays = {"x": normals(50, 2), "mean": normals(2), "sd": np.array([0.0, 1.0]), "r_hat": np.array([np.nan, 1.0])}
+    file = run.save_npz("conditional", **arrays, given=np.array([0.5, np.nan]), mask=mask)
+    add_chains(run)
+    file.with_suffix(".nc").write_bytes(run.chains_file.read_bytes())
+    if not had_chains:
+        run.chains_file.unlink()
+
+
 def add_chains(run: Run, shift: float = 0.0) -> None:
     x = normals(4, 400)
     x[0] += shift
@@ -97,6 +108,7 @@ ADD: dict[str, Callable[[Run], None]] = {
     "svi": add_svi,
     "ebm": add_ebm,
     "samples": add_samples,
+    "conditioning": add_conditioning,
     "evaluation": add_evaluation,
     "chains": add_chains,
     "comparison": add_comparison,
@@ -151,7 +163,7 @@ def test_a_full_report_is_one_file_without_scripts_or_links_to_elsewhere(run: Ru
     assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
     assert not re.search(r"https?:|@import|url\(|<script|<link|<iframe", page)
     pictures = [source.removeprefix("data:image/png;base64,") for source in sources if source.startswith("data:")]
-    assert len(pictures) == 5
+    assert len(pictures) == 6
     assert all(base64.b64decode(png, validate=True).startswith(b"\x89PNG") for png in pictures)
     assert len(re.findall(r'<img [^>]*width="\d+" alt="[^"]+"', page)) == len(pictures)
 

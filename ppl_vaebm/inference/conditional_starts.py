@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import hmc
 from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE
 from ppl_vaebm.inference.annealing import kernel_at, move, resample, take
@@ -71,12 +72,12 @@ def annealed_starts(
         The starts: particles chosen at random.
 
     Raises:
-        ValueError: fewer particles than chains, no particle of an observation has a finite Phi, or the posterior is
+        InputError: fewer particles than chains, no particle of an observation has a finite Phi, or the posterior is
             too far for :data:`MAX_LEVELS` levels.
     """
     size = 4 * num_chains if num_particles is None else num_particles
     if size < num_chains:
-        raise ValueError(f"expected at least {num_chains} particles, one for each chain, got {size}")
+        raise InputError(f"expected at least {num_chains} particles, one for each chain, found {size}: give more")
     state = kernel_at(potential, 1.0, _build).init(potential.draw_reference(generator, num_groups * size))
     inverse_temperature, step_size, num_evals = 0.0, FIRST_STEP_SIZE, 1
     for level in range(1, MAX_LEVELS + 1):
@@ -94,7 +95,10 @@ def annealed_starts(
         if inverse_temperature == 1:
             order = torch.rand(num_groups, size, generator=generator, device=phi.device).argsort(1)[:, :num_chains]
             return Starts(state.position[_rows(order, size)], step_size, level, num_evals)
-    raise ValueError(f"the posterior is still at b = {inverse_temperature:.3g} after {MAX_LEVELS} levels")
+    raise InputError(
+        f"expected tempering to reach the posterior, found it at b = {inverse_temperature:.3g} after {MAX_LEVELS} levels: "
+        "what was observed is too far from what the model draws, so state a larger noise-sd"
+    )
 
 
 def _build(potential: Potential) -> Kernel:
@@ -117,7 +121,10 @@ def _largest_rise(phi: Tensor, largest: float) -> float:
         The rise, at most the largest.
     """
     if not phi.isfinite().any(1).all():
-        raise ValueError("no particle of some observation has a finite potential")
+        raise InputError(
+            "expected an observation that some draws of the VAE can explain, found that no particle of some observation "
+            "has a finite potential: check the values given, or state a larger noise-sd"
+        )
     if _effective_share(-largest * phi) >= TARGET_ESS:
         return largest
     low, high = 0.0, largest
