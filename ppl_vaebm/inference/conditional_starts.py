@@ -96,8 +96,8 @@ def annealed_starts(
             order = torch.rand(num_groups, size, generator=generator, device=phi.device).argsort(1)[:, :num_chains]
             return Starts(state.position[_rows(order, size)], step_size, level, num_evals)
     raise InputError(
-        f"expected tempering to reach the posterior, found it at b = {inverse_temperature:.3g} after {MAX_LEVELS} levels: "
-        "what was observed is too far from what the model draws, so state a larger noise-sd"
+        f"expected tempering to reach the posterior, found it at b = {inverse_temperature:.3g} after {MAX_LEVELS} "
+        "levels: what was observed is too far from what the model draws, so state a larger noise-sd"
     )
 
 
@@ -122,8 +122,8 @@ def _largest_rise(phi: Tensor, largest: float) -> float:
     """
     if not phi.isfinite().any(1).all():
         raise InputError(
-            "expected an observation that some draws of the VAE can explain, found that no particle of some observation "
-            "has a finite potential: check the values given, or state a larger noise-sd"
+            "expected an observation that some draws of the VAE can explain, found that no particle of some "
+            "observation has a finite potential: check the values given, or state a larger noise-sd"
         )
     if _effective_share(-largest * phi) >= TARGET_ESS:
         return largest
