@@ -57,7 +57,7 @@ demo: $(VENV)/.stamp-base  ## fit, sample, evaluate, diagnose and compare on 25 
 	$(BIN)/python -m ppl_vaebm.sample $(DEMO)
 	$(BIN)/python -m ppl_vaebm.evaluate $(DEMO)
 	$(BIN)/python -m ppl_vaebm.diagnose $(DEMO)
-	$(BIN)/python -m ppl_vaebm.compare $(DEMO) --kernels langevin,hmc,mixture,pyro-hmc
+	$(BIN)/python -m ppl_vaebm.compare $(DEMO) --kernels langevin,mala,hmc,pcn,mixture,tempered
 	@echo "The report is $(DEMO)/report.html: open it in a browser."
 
 bench: $(VENV)/.stamp-base  ## run every script of benchmarks/; they print and never gate

@@ -427,11 +427,13 @@ class KernelConfig:
 
         Returns:
             The same options, but for the step size and the target acceptance, which belong to the kernel that they
-            were chosen for.
+            were chosen for. So does a number of steps between HMC and tempered, whose every move costs it at all
+            levels.
         """
         if name == self.name:
             return self
-        return replace(self, name=name, step_size=None, target_acceptance=None)
+        num_steps = None if "tempered" in (name, self.name) else self.num_steps
+        return replace(self, name=name, step_size=None, target_acceptance=None, num_steps=num_steps)
 
 
 @dataclass(frozen=True)

@@ -290,6 +290,8 @@ def test_another_kernel_takes_the_options_but_not_the_step() -> None:
     config = KernelConfig("mala", step_size=0.3, target_acceptance=0.9, integrator="leapfrog", num_steps=4)
     assert config.of("mala") is config
     assert config.of("hmc") == KernelConfig("hmc", integrator="leapfrog", num_steps=4)
+    assert config.of("tempered") == KernelConfig("tempered", integrator="leapfrog")
+    assert KernelConfig("tempered", num_steps=2).of("hmc") == KernelConfig("hmc")
 
 
 def test_known_tokens_are_found_among_others() -> None:

@@ -1,9 +1,8 @@
 """Posteriors of a fitted VAEBM of points against quadrature: the second coordinate, given the first exactly or noisily.
 
 ``python -m ppl_vaebm.experiments.posterior_points --run RUN`` takes a run of the recipe gaussians25, integrates its
-latents out by Monte Carlo and its coordinates on a grid, draws from each posterior by rejection
-and by chains, and compares mean, standard
-deviation and distribution function, in Monte Carlo standard errors. Writes posterior-points.json.
+latents out by Monte Carlo and its coordinates on a grid, draws from each posterior by rejection and by chains, and
+compares mean, variance and distribution function, in Monte Carlo standard errors. Writes posterior-points.json.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ LINE = torch.linspace(-3, 3, 601)  # of the first coordinate, where it is seen w
 # In a column of modes, on the flank of one, and between two.
 CASES: tuple[tuple[float, float | None], ...] = ((1.0, None), (-0.08, None), (1.0, 0.1), (0.5, 0.3))
 CDF_AT = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # between modes and at their centres
-KERNEL = KernelConfig("mixture", members=("independence", "hmc"))
+KERNEL = KernelConfig("mixture", members=("independence", "mala"))
 NUM_EXACT = 20_000
 
 Method = Literal["rejection", "chains"]

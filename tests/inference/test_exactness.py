@@ -221,22 +221,27 @@ def test_a_biased_kernel_fails_what_exact_ones_pass() -> None:
 @pytest.mark.slow
 def test_proposals_that_do_not_cover_the_tails_can_look_converged_and_be_wrong() -> None:
     # Why the banana above is the narrow one. On a wide one exp(-Phi) has no bound along its arms, where N(0, I) hardly
-    # ever proposes: the diagnosis cannot see what no chain has seen. Of seeds 4 to 7 two are flagged, and two are not.
+    # ever proposes, and the diagnosis cannot see what no chain has seen. Of seeds 4 to 7 two are flagged, and two are 9
+    # and 16 standard errors off without a flag.
     target = targets_curved.banana(scale=1.0, curvature=0.7)
-    start = torch.randn(32, 2, generator=stream(7, "start"), dtype=torch.float64)
-    chains = run_chains(
-        kernels.build_kernel(KernelConfig("independence"), target.potential),
-        stream(7, "tails"),
-        start,
-        init_params(start, 1.0),
-        num_draws=500,
-        num_warmup=100,
-        thin=10,
-        functionals=lambda state: {"square": state.position.square()},
-    )
-    rows = diagnostics.summarize(diagnostics.to_inference_data(chains))
-    assert all(diagnostics.is_converged(row) for row in rows)
-    assert abs(rows[1].mean - float(target.variance[1])) > 2 * MAX_Z * rows[1].mcse_mean
+    kernel = kernels.build_kernel(KernelConfig("independence"), target.potential)
+    num_misled = 0
+    for seed in (4, 5, 6, 7):
+        start = torch.randn(32, 2, generator=stream(seed, "start"), dtype=torch.float64)
+        chains = run_chains(
+            kernel,
+            stream(seed, "tails"),
+            start,
+            init_params(start, 1.0),
+            num_draws=500,
+            num_warmup=100,
+            thin=10,
+            functionals=lambda state: {"square": state.position.square()},
+        )
+        rows = diagnostics.summarize(diagnostics.to_inference_data(chains))
+        z = abs(rows[1].mean - float(target.variance[1])) / rows[1].mcse_mean
+        num_misled += all(diagnostics.is_converged(row) for row in rows) and z > MAX_Z
+    assert num_misled >= 2
 
 
 # --- started from exact draws a kernel stays exact, whether it mixes or not
