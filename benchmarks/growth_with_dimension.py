@@ -12,7 +12,7 @@ largest and 28 groups deep, for depth makes a density rougher, and that no split
 Prediction (Beskos, Pillai, Roberts, Sanz-Serna and Stuart 2013; Beskos, Pinski, Sanz-Serna and Stuart 2011): leapfrog's
 step shrinks as D^(-1/4) in HMC and as D^(-1/6) in one step; kernels that keep N(0, I) have steps that do not shrink.
 
-Run with ``OMP_NUM_THREADS=1 python -m benchmarks.growth_with_dimension``; it took 18 minutes of one core of a busy machine.
+Run with ``OMP_NUM_THREADS=1 python -m benchmarks.growth_with_dimension``; it takes about 18 minutes of a busy core.
 """
 
 from __future__ import annotations
