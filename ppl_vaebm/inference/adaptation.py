@@ -17,6 +17,9 @@ STABILISATION, DECAY = 10.0, 0.75
 SHRINKAGE = 0.2
 # A quarter turn forgets the position; a larger angle brings it back.
 MAX_STEP_SIZE = math.pi / 2
+# A chain that accepts nothing at this step never will, and one that went on shrinking would be 0 in float32. Chosen by
+# us.
+MIN_STEP_SIZE = 1e-6
 
 
 # A chain below this share of the target has not found its step, or stands where none will do. Chosen by us.
@@ -52,13 +55,13 @@ def update_averaging(averaging: DualAveraging, acceptance_rate: float, target: f
         target: the rate aimed at, in (0, 1).
 
     Returns:
-        The next state; both steps stay at or below :data:`MAX_STEP_SIZE`.
+        The next state; both steps stay between :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
     """
     count = averaging.num_updates + 1
     weight = 1 / (count + STABILISATION)
     mean_error = (1 - weight) * averaging.mean_error + weight * (target - acceptance_rate)
     log_step = averaging.anchor - math.sqrt(count) / SHRINKAGE * mean_error
-    log_step = min(log_step, math.log(MAX_STEP_SIZE))
+    log_step = max(math.log(MIN_STEP_SIZE), min(log_step, math.log(MAX_STEP_SIZE)))
     average = average_in(averaging.log_step_average, log_step, count)
     return DualAveraging(log_step, average, averaging.anchor, mean_error, count)
 

@@ -75,9 +75,10 @@ def _shrink(
         point_value = value_only(potential, point)
         position[active], value[active] = point, point_value
         num_evals[active] += 1
-        saw_non_finite[active] |= ~point_value.isfinite()
-        # Without isfinite a chain would take -inf and never leave it.
-        is_accepted[active] = point_value.isfinite() & (point_value <= threshold[active])
+        # Without isfinite a chain would take -inf and never leave it. The sum is as finite as the point.
+        is_finite = point_value.isfinite() & point.sum(-1).isfinite()
+        saw_non_finite[active] |= ~is_finite
+        is_accepted[active] = is_finite & (point_value <= threshold[active])
         low = torch.where(angle < 0, angle, low)
         high = torch.where(angle < 0, high, angle)
         if attempt < MAX_SHRINKS:

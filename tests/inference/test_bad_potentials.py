@@ -140,10 +140,7 @@ def test_a_start_that_is_not_finite_is_flagged_and_stays_in_its_chain(name: str,
         assert last["q"].isfinite().all() and last["phi"].isfinite()
 
 
-OF_PHI_ONLY = pytest.mark.xfail(strict=False, reason="elliptical looks at Phi of a point, and not at the point")
-
-
-@pytest.mark.parametrize("name", ["hmc", "pcn", pytest.param("elliptical", marks=OF_PHI_ONLY)])
+@pytest.mark.parametrize("name", ["hmc", "pcn", "elliptical"])
 def test_a_place_that_is_not_finite_is_refused_even_where_phi_does_not_look_at_it(name: str) -> None:
     start = normal()
     start[0] = math.nan
@@ -185,7 +182,6 @@ def test_a_step_that_never_accepts_is_visible(name: str) -> None:
         assert run(name, narrow.potential, start, 20, step_size=1e-7).stats["acceptance_rate"].mean() > 0.5
 
 
-@pytest.mark.xfail(strict=False, reason="dual averaging has no smallest step; in float32 it reaches 0")
 def test_a_warm_up_that_accepts_nothing_ends_with_a_usable_step() -> None:
     averaging = adaptation.start_averaging(0.1)
     for _ in range(3000):
