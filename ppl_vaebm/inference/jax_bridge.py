@@ -124,12 +124,11 @@ def run_jax(
         The chains. In ``params`` the step is ``(C,)``, the inverse mass ``(C, D)``, the trajectory ``(C,)``. Draws
         come in blocks: ``elapsed`` is measured where blocks end, and divided by evaluations within them. It includes
         the functionals, as in :func:`~ppl_vaebm.inference.chains.run_chains`; compilation counts as warm-up.
-        ``attrs`` has ``is_adjusted`` (0 where the step biases the draws), ``num_evals_computed`` of the draws and
-        ``warmup_evals_computed``, both over all chains, ``compile_seconds`` (0 where an earlier call of the same
-        shape has left its program) and ``is_compiled``. What is computed is counted where torch is called; a compiled
-        Phi is called by nobody who could count, so both numbers are then the fewest that the chains' own trajectories
-        allow. Where the budget ends within a block, its other draws are thrown away, with their
-        share of the time and of what was computed.
+        ``attrs`` has ``is_adjusted`` (0 where the step biases the draws), ``is_compiled``, ``compile_seconds`` (0 where
+        an earlier call has left its program), and ``num_evals_computed`` of the draws and ``warmup_evals_computed``,
+        over all chains: what torch was called for. A compiled Phi is called by nobody who could count, so both are then
+        the fewest that the chains' own trajectories allow.
+        Where the budget ends within a block, its other draws are thrown away, with their share of time and evaluations.
 
     Raises:
         InputError: an unknown kernel, an extra that is not installed, positions that JAX cannot take, a start where U
@@ -138,23 +137,16 @@ def run_jax(
     """
     position = position.detach()
     _check(kernel, potential, position)
-    target = target_acceptance or _TARGETS[kernel]
-    options = Options(num_warmup, step_size, trajectory_length, target, max_tree_depth)
+    options = Options(num_warmup, step_size, trajectory_length, target_acceptance or _TARGETS[kernel], max_tree_depth)
     host = JaxPotential(potential, position)
     with jax_precision(position.dtype), host.own_errors():
         began = time.perf_counter()
-        num_chains, dim = position.shape
-        if is_compiled:
-            phi = _translated(potential, position)
-            program = _compile(kernel, num_chains, dim, position.dtype, options, phi)
-        else:
-            phi = _numbered(host.number)
-            program = _compile_for_all(kernel, num_chains, dim, position.dtype, options)
+        phi, program = _prepare(kernel, host, position, options, is_compiled)
         compiled = time.perf_counter()
         state, warmup_evals, fewest = _start(program, phi, _keys(kernel, seed, len(position)), position)
         warmed, warmup_computed = time.perf_counter(), fewest if is_compiled else host.num_rows
-        budget = _Budget(num_draws, max_evals, min_seconds)
-        blocks = _draw(program, phi, None if is_compiled else host, state, budget, functionals, position)
+        counter, budget = None if is_compiled else host, _Budget(num_draws, max_evals, min_seconds)
+        blocks = _draw(program, phi, counter, state, budget, functionals, position)
         step_sizes, inverse_mass, lengths = (_tensor(part, position) for part in program.sampler.tuned(state))
     attrs: dict[str, str | float | int | list[float]] = {
         "thin": 1,
@@ -171,6 +163,17 @@ def run_jax(
         warmup_evals=warmup_evals + len(position),
         attrs=attrs | {"num_evals_computed": round(sum(block.num_computed for block in blocks))},
     )
+
+
+def _prepare(
+    kernel: str, host: JaxPotential, position: Tensor, options: Options, is_compiled: bool
+) -> tuple[Any, Program]:
+    """Make Phi as the program takes it, and the program: one of its own, or one that serves all potentials."""
+    num_chains, dim = position.shape
+    if is_compiled:
+        phi = _translated(host.potential, position)
+        return phi, _compile(kernel, num_chains, dim, position.dtype, options, phi)
+    return _numbered(host.number), _compile_for_all(kernel, num_chains, dim, position.dtype, options)
 
 
 def _check(kernel: str, potential: Potential, position: Tensor) -> None:
