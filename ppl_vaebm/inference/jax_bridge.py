@@ -108,8 +108,7 @@ def run_jax(
         seed: the run's seed.
         num_draws: draws per chain, at least 1; with ``max_evals``, the most of them.
         num_warmup: steps in which the library adapts; 0 keeps ``step_size`` and unit mass.
-        functionals: what to store of each draw. Phi is what is left of U without ``|q|^2 / 2``, for U is the one
-            number that the libraries keep: in float32 it has the rounding error of U.
+        functionals: what to store of each draw. Phi is U, which the libraries keep, less ``|q|^2 / 2``, and so rounded.
         step_size: leapfrog step, or where its adaptation starts.
         trajectory_length: of NumPyro's HMC; of ChEES and MCLMC where they do not tune it.
         target_acceptance: what the adaptation aims at; ``None`` for the library's own, nothing for MCLMC.
@@ -122,8 +121,8 @@ def run_jax(
 
     Returns:
         The chains. In ``params`` the step is ``(C,)``, the inverse mass ``(C, D)``, the trajectory ``(C,)``. Draws
-        come in blocks: ``elapsed`` is measured where blocks end, and divided by evaluations within them. It includes
-        the functionals, as in :func:`~ppl_vaebm.inference.chains.run_chains`; compilation counts as warm-up.
+        come in blocks: ``elapsed``, functionals included, is measured where blocks end, and divided by evaluations
+        within them; compilation counts as warm-up.
         ``attrs`` has ``is_adjusted`` (0 where the step biases the draws), ``is_compiled``, ``compile_seconds`` (0 where
         an earlier call has left its program), and ``num_evals_computed`` of the draws and ``warmup_evals_computed``,
         over all chains: what torch was called for. A compiled Phi is called by nobody who could count, so both are then
@@ -132,7 +131,7 @@ def run_jax(
 
     Raises:
         InputError: an unknown kernel, an extra that is not installed, positions that JAX cannot take, a start where U
-            is not finite, too short a warm-up for the kernel, or a potential that cannot be translated.
+            is not finite, too short a warm-up, or a potential that cannot be translated.
         ValueError: the potential does not return one number per chain.
     """
     position = position.detach()
