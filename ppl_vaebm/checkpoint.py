@@ -180,6 +180,18 @@ def available(folder: Path) -> list[int]:
     return sorted({int(match[1]) for match in (re.fullmatch(r"step-(\d{8,})", name) for name in names) if match})
 
 
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, the last first.
+
+    Args:
+        folder: where the checkpoints of a stage lie.
+        step: the last one to keep.
+    """
+    for other in reversed(available(folder)):
+        if other > step:
+            _delete(folder, other)
+
+
 # Names and places.
 
 
@@ -225,11 +237,15 @@ def _prune(folder: Path, keep: int, step: int) -> None:
             continue
     kept = {step, _best(scores), *sorted(scores)[-keep:]}
     for other in sorted(set(scores) - kept):
-        path = folder / _name(other)
-        # Renamed first: a crash in the middle of the deletion must not leave half a checkpoint under a good name.
-        doomed = folder / (TEMPORARY_PREFIX + path.name)
-        replace(path, doomed)
-        shutil.rmtree(doomed)
+        _delete(folder, other)
+
+
+def _delete(folder: Path, step: int) -> None:
+    path = _path(folder, step)
+    # Renamed first: a crash in the middle of the deletion must not leave half a checkpoint under a good name.
+    doomed = folder / (TEMPORARY_PREFIX + path.name)
+    replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def _best(scores: Mapping[int, float | None]) -> int:

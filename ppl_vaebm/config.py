@@ -25,12 +25,13 @@ DataName = Literal[
 NetKind = Literal["auto", "vector", "image"]
 ModelKind = Literal["auto", "vector", "image", "nvae"]
 DecoderName = Literal["normal", "bernoulli", "logistic", "logistic-mixture"]
+EnergyLayout = Literal["halving", "cifar10", "celeba64", "lsun-church64", "celebahq256", "mnist"]
 KernelName = Literal["langevin", "mala", "hmc", "chees", "pcn", "independence", "elliptical", "mixture", "tempered"]
 TUNABLE_KERNELS = ("mala", "hmc", "chees", "pcn", "tempered")
 """Kernels whose step warm-up tunes."""
 SELF_TUNING_KERNELS = ("chees", "tempered")
 """Kernels with a warm-up of their own, which tunes more than the step; a mixture has no room for it."""
-Objective = Literal["mle", "ratio"]
+Objective = Literal["mle", "ratio", "ladder"]
 Negatives = Literal["chains", "importance"]
 
 
@@ -162,7 +163,10 @@ class ModelConfig:
     num_fourier: int = 0
     """Random Fourier features of x for the fully connected encoder; 0 gives it x."""
     channels: int = 16
-    """Channels of the convolutional nets at full resolution."""
+    """Channels of the convolutional nets at full resolution, which is that of the patches where those are given."""
+    patch: int = 1
+    """Side of the squares of pixels that the convolutional nets take as one place with more channels. At 2 a draw and
+    its gradient cost about a quarter."""
     x_scale: Literal["global", "local"] = "global"
     """Standard deviation of x given z: one number, or a function of z for every coordinate."""
     init_x_scale: float = 0.08
@@ -176,6 +180,7 @@ class ModelConfig:
         _require(bool(self.latents) and min(self.latents) > 0, "model.latents", "positive sizes", self.latents)
         for name in ("width", "depth", "channels"):
             _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
+        _require(self.patch in (1, 2, 4), "model.patch", "1, 2 or 4", self.patch)
         _require(self.num_fourier >= 0, "model.num-fourier", "0 or more", self.num_fourier)
         _require(self.min_x_scale > 0, "model.min-x-scale", "positive", self.min_x_scale)
         _require(
@@ -277,7 +282,7 @@ class SviConfig:
 
 @dataclass(frozen=True)
 class EnergyConfig:
-    """The energy network E(x)."""
+    """The energy network."""
 
     kind: NetKind = "auto"
     """Fully connected for points, convolutional for images; auto follows the data."""
@@ -290,7 +295,23 @@ class EnergyConfig:
     fourier_scale: float = 4.0
     """Standard deviation of their frequencies, radians per unit of x."""
     channels: int = 16
-    """Channels of the convolutional net at full resolution."""
+    """Channels of the convolutional net's stem."""
+    layout: EnergyLayout = "halving"
+    """Blocks of the convolutional net. halving: one for each grid, with twice the channels of the one before; the
+    others are the published lists (Xiao et al. 2021), each for one size of images."""
+    stem_stride: int = 1
+    """halving: 2 halves the grid in the stem, with a 4x4 kernel, and leaves out a block."""
+    block: Literal["standard", "depthwise"] = "standard"
+    """Of the convolutional net: two 3x3 convolutions; or, faster, a depthwise 5x5 and two 1x1."""
+    weight_norm: bool = False
+    """Convolutional net: give every output channel's weights a gain that is learnt, and a norm that is not."""
+    data_init: bool = False
+    """Before the first step, scale all layers but the last by what five batches of data do in them, to a mean of 0 and
+    a standard deviation of 0.2."""
+    spectral_norm: bool = False
+    """Divide the weights of all layers but the last by their largest singular value."""
+    inputs: Literal["x", "x-and-z"] = "x"
+    """What the energy is a function of: x, or x and the latents."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -298,6 +319,13 @@ class EnergyConfig:
             flag = f"energy.{name.replace('_', '-')}"
             _require(getattr(self, name) > 0, flag, "positive", getattr(self, name))
         _require(self.num_fourier >= 0, "energy.num-fourier", "0 or more", self.num_fourier)
+        _require(self.stem_stride in (1, 2), "energy.stem-stride", "1 or 2", self.stem_stride)
+        expected = f"1 with energy.layout {self.layout}, whose stem is as published"
+        _require(self.stem_stride == 1 or self.layout == "halving", "energy.stem-stride", expected, self.stem_stride)
+        for name in ("weight_norm", "data_init"):
+            is_free = not (self.spectral_norm and getattr(self, name))
+            expected = "off with energy.spectral-norm, which leaves weights no scale of their own"
+            _require(is_free, f"energy.{name.replace('_', '-')}", expected, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -305,11 +333,14 @@ class EbmConfig:
     """Stage 2: learning the energy."""
 
     objective: Annotated[Objective, tyro.conf.arg(aliases=["--objective"])] = "ratio"
-    """mle: contrastive maximum likelihood; ratio: logistic density ratio of data against draws of the VAE."""
+    """mle: contrastive maximum likelihood; ratio: logistic density ratio of data against draws of the VAE; ladder: such
+    ratios one upon the other, each against chains of the density of the one before (Rhodes et al. 2020)."""
     negatives: Annotated[Negatives, tyro.conf.arg(aliases=["--negatives"])] = "chains"
     """Where mle's negatives come from: the kernel's chains, or self-normalised weights over draws of the VAE."""
     ratio_steps: Annotated[int, tyro.conf.arg(aliases=["--ratio-steps"])] = 0
     """Steps of the ratio objective before mle starts."""
+    rung_steps: int = 500
+    """Steps on each rung of the ladder, of which the first is the ratio."""
     steps: int = 2_000
     """Optimiser steps."""
     batch_size: int = 256
@@ -328,15 +359,59 @@ class EbmConfig:
     """Adam's, at the start of the cosine."""
     final_learning_rate: float = 2e-5
     """At its end."""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's averages of the gradient and of its square."""
+    weight_decay: float = 0.0
+    """L2 penalty added to the gradient, as Adam itself has it."""
     energy_l2: float = 0.0
     """Weight of mean E^2 over data and negatives."""
     spectral_penalty: float = 0.0
     """Weight of the sum of the weight matrices' largest singular values."""
+    spectral_head: bool = True
+    """Count the last layer, which gives the energy, in that sum."""
+    negative_image: Literal["draw", "mean"] = "draw"
+    """What the loss takes the energy of where a chain ends: the x that it moved, or the decoder's mean at its latents.
+    The chain itself always moves the draw."""
+    temperature: float = 1.0
+    """Factor on the standard deviation of every latent's prior in the VAE that the energy is learned for, and that the
+    fitted density then has."""
     prior_statistics: bool = False
     """Take the VAE with the batch statistics of prior draws (svi.norm-temperature), not with those of training; log p
     of the data is lower with them."""
+    clip: Literal["norm", "adam-moments"] = "norm"
+    """How gradients are clipped: norm scales a larger one down to grad-clip; adam-moments bounds every element by
+    3 sqrt(v) + 0.1 from the second step on, v being Adam's estimate of its mean square."""
     grad_clip: float = 100.0
-    """Largest gradient norm; a larger gradient is scaled down to it."""
+    """Largest gradient norm of clip norm."""
+    guard: bool = True
+    """Watch the training: when one of the averages below passes its limit, go back to the last checkpoint, with a lower
+    learning rate."""
+    guard_patience: int = 20
+    """Steps that those averages look back on, exponentially."""
+    max_energy_gap: float = 100.0
+    """Limit of the mean energy of data minus that of chains, either way, nats."""
+    max_energy_sd: float = 1_000.0
+    """Limit of the standard deviation of the energies of data or negatives, nats."""
+    max_grad_norm: float = 1e6
+    """Limit of the gradient's norm before it is clipped."""
+    min_acceptance: float = 0.01
+    """Limit of the chains' Metropolis acceptance, for langevin that which its steps would have had."""
+    max_saturation: float = 0.9
+    """Limit of the share of the negatives' pixels beyond [-1, 1]."""
+    max_rollbacks: int = 3
+    """How often to go back; after that the stage stops, with the last checkpoint as its result."""
+    rollback_factor: float = 0.3
+    """What going back multiplies the learning rate by."""
+    tune: Annotated[bool, tyro.conf.arg(aliases=["--tune"])] = False
+    """Before training, find the kernel's step size and the number of transitions: the largest fall of the energy per
+    gradient, on a copy of the energy that the ratio has trained for a while."""
+    tune_rejection: float = 0.25
+    """Largest Metropolis rejection that the step found may have, or would have had."""
+    tune_steps: int = 200
+    """Steps of the ratio that train that copy."""
+    bf16: bool = False
+    """Run the networks of training's chains and losses in bfloat16; energies stay in float32. The chains are then
+    adjusted to the energy as it rounds. Sampling and evaluation are in float32 all the same."""
     ema_decay: float = 0.999
     """Of the averaged energy, which validation and sampling use."""
     validate_every: int = 500
@@ -352,12 +427,22 @@ class EbmConfig:
         """Refuse values that cannot work."""
         _require_loop("ebm", self)
         _require(0 <= self.replay_probability <= 1, "ebm.replay-probability", "in [0, 1]", self.replay_probability)
-        for name in ("ratio_steps", "replay_anneal_steps", "energy_l2", "spectral_penalty"):
+        for name in ("ratio_steps", "replay_anneal_steps", "energy_l2", "spectral_penalty", "weight_decay"):
             flag = f"ebm.{name.replace('_', '-')}"
             _require(getattr(self, name) >= 0, flag, "0 or more", getattr(self, name))
-        for name in ("num_importance", "num_transitions", "num_validation_draws"):
+        _require(all(0 <= beta < 1 for beta in self.adam_betas), "ebm.adam-betas", "two in [0, 1)", self.adam_betas)
+        limits = ("max_energy_gap", "max_energy_sd", "max_grad_norm", "max_saturation", "guard_patience")
+        counts = ("num_importance", "num_transitions", "num_validation_draws", "rung_steps", "temperature")
+        for name in (*counts, *limits):
             flag = f"ebm.{name.replace('_', '-')}"
             _require(getattr(self, name) > 0, flag, "positive", getattr(self, name))
+        _require(0 <= self.min_acceptance < 1, "ebm.min-acceptance", "in [0, 1)", self.min_acceptance)
+        _require(self.max_rollbacks >= 0, "ebm.max-rollbacks", "0 or more", self.max_rollbacks)
+        _require(0 < self.rollback_factor < 1, "ebm.rollback-factor", "in (0, 1)", self.rollback_factor)
+        _require(0 < self.tune_rejection < 1, "ebm.tune-rejection", "in (0, 1)", self.tune_rejection)
+        _require(self.tune_steps > 0, "ebm.tune-steps", "positive", self.tune_steps)
+        has_chains = self.objective == "ladder" or (self.objective == "mle" and self.negatives == "chains")
+        _require(has_chains or not self.tune, "ebm.tune", "off where no chains are run", self.tune)
         _require(
             self.replay_size >= self.batch_size,
             "ebm.replay-size",

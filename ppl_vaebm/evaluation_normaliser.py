@@ -10,7 +10,8 @@ import math
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation import Section, Terms, bits_per_dim, has_bits, mean_cell
+from ppl_vaebm.evaluation_base import Section, mean_cell
+from ppl_vaebm.evaluation_likelihood import Terms, bits_per_dim, has_bits
 from ppl_vaebm.inference.diagnostics import MAX_R_HAT
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, elbo_rows
 from ppl_vaebm.inference.log_z import LogZ

@@ -7,52 +7,54 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ppl_vaebm.evaluation import (
-    Effort,
-    Section,
-    bits_per_dim,
-    features,
-    has_bits,
-    has_labelled_images,
-    mean_cell,
-    mode_cells,
-    whole,
-)
-from ppl_vaebm.features import load_or_train
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation_base import Effort, Measured, Part, Section, mean_cell
+from ppl_vaebm.evaluation_likelihood import bits_per_dim, has_bits
+from ppl_vaebm.evaluation_metrics import class_sections, metric_arrays, metric_rows, metric_sections, remarks
+from ppl_vaebm.evaluation_modes import mode_cells
+from ppl_vaebm.evaluation_plan import NO_NETWORK, Plan, judge_of
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.inference.likelihood import elbo_rows, log_p
 from ppl_vaebm.inference.vae_draws import prior_draws
-from ppl_vaebm.metrics import frechet_distance
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
 
 BLOCK = 500  # test points read at a time
+VAE_PARTS: tuple[Part, ...] = ("likelihood", "samples")
+"""Parts that do not need an energy."""
 
 
-def evaluate_vae(fitted: FittedVAE, effort: Effort, seed: int) -> dict[str, Section]:
+def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured]]:
     """Measure what can be measured of a VAE without an energy.
 
     Args:
         fitted: the VAE.
-        effort: how much to spend; draws for log Z and lengths of chains are not used.
-        seed: of all draws.
+        plan: what to measure; draws for log Z and lengths of chains are not used.
 
-    Returns:
-        Sections of named numbers: bounds always, with each set of batch statistics that the VAE has; modes where the
-        data's are known; Frechet distances where the data are labelled images.
+    Yields:
+        Name and findings of each part: bounds, with each set of batch statistics that the VAE has; modes where the
+        data's are known, and metrics of its draws where the data are images.
+
+    Raises:
+        InputError: a part needs an energy.
     """
-    sections = {"stage 1, test data, training statistics": bounds(fitted, fitted.vae, effort, seed)}
+    refused = [part for part in plan.parts if part not in VAE_PARTS]
+    if refused:
+        raise InputError(
+            f"of stage svi the parts {' and '.join(VAE_PARTS)} can be measured, and {', '.join(refused)} not; "
+            "leave the others out of --only"
+        )
+    for part in plan.parts:
+        yield part, _bounds(fitted, plan) if part == "likelihood" else _samples(fitted, plan)
+
+
+def _bounds(fitted: FittedVAE, plan: Plan) -> Measured:
+    section = bounds(fitted, fitted.vae, plan.effort, plan.seed)
     if fitted.prior_vae is None:
-        sections = {"stage 1, test data": next(iter(sections.values()))}
-    else:
-        title = f"stage 1, test data, prior statistics at temperature {fitted.norm_temperature:g}"
-        sections[title] = bounds(fitted, fitted.prior_vae, effort, seed)
-    if fitted.data.modes is not None:
-        x = prior_draws(fitted.sampler, effort.num_samples, seed_for(seed, "samples"))
-        sections["modes: VAE"] = mode_cells(x, fitted.data)
-    if has_labelled_images(fitted.data):
-        sections |= frechet_of_vae(fitted, effort, seed)
-    return sections
+        return Measured({"stage 1, test data": section}, {})
+    title = f"stage 1, test data, prior statistics at temperature {fitted.norm_temperature:g}"
+    other = bounds(fitted, fitted.prior_vae, plan.effort, plan.seed)
+    return Measured({"stage 1, test data, training statistics": section, title: other}, {})
 
 
 def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -> Section:
@@ -93,32 +95,33 @@ def _test_blocks(fitted: FittedVAE, limit: int, seed: int) -> Iterator[Tensor]:
         yield fitted.data.test.batch(indices, noise).to(fitted.config.device)
 
 
-def frechet_of_vae(fitted: FittedVAE, effort: Effort, seed: int) -> dict[str, Section]:
-    """Measure Frechet distances of draws of the VAE to the training data, as :func:`~ppl_vaebm.evaluation.frechet`.
+def _samples(fitted: FittedVAE, plan: Plan) -> Measured:
+    num, draws = plan.effort.num_samples, seed_for(plan.seed, "samples")
+    if fitted.data.modes is not None:
+        return Measured({"modes: VAE": mode_cells(prior_draws(fitted.sampler, num, draws), fitted.data)}, {})
+    if len(fitted.data.event_shape) != 3:
+        return Measured({}, {})
+    judge = judge_of(fitted.run, fitted.data, plan, fitted.config.seed, fitted.config.device)
+    if judge is None:
+        return Measured({"metrics of samples": NO_NETWORK}, {})
+    sets = {
+        name: judge.describe(prior_draws(vae, num, draws, temperature))
+        for name, (vae, temperature) in _samplers(fitted).items()
+    }
+    rows = metric_rows(judge, sets, num)
+    sections = {
+        **metric_sections(judge, rows, num),
+        **class_sections(judge, sets, num),
+        **remarks(judge, rows, num),
+    }
+    return Measured(sections, metric_arrays(rows, net=judge.net.name, num=num))
 
-    Args:
-        fitted: the VAE, on labelled images.
-        effort: number of samples.
-        seed: of all draws.
 
-    Returns:
-        One section: held-out data, draws at temperature 1, and with the statistics of prior draws, where there are any,
-        draws at temperature 1 and at that of the statistics.
-    """
-    data = fitted.data
-    net = load_or_train(fitted.run.path / "features.safetensors", data, fitted.config.seed)
-    reference = features(net, whole(data, "train", seed))
-
-    def distance(x: Tensor) -> float:
-        return frechet_distance(features(net, x), reference)
-
-    def of_prior(vae: HierarchicalVAE, temperature: float) -> float:
-        return distance(prior_draws(vae, effort.num_samples, seed_for(seed, "samples"), temperature))
-
-    section: Section = {f"held-out data, {len(data.test)} images": distance(whole(data, "test", seed))}
-    section["VAE, temperature 1"] = of_prior(fitted.vae, 1.0)
+def _samplers(fitted: FittedVAE) -> dict[str, tuple[HierarchicalVAE, float]]:
+    """Name what draws are made with: temperature 1, and with statistics of prior draws 1 and that of these."""
+    found = {"VAE, temperature 1": (fitted.vae, 1.0)}
     if fitted.prior_vae is not None and fitted.norm_temperature is not None:
         for temperature in sorted({1.0, fitted.norm_temperature}, reverse=True):
             name = f"VAE, temperature {temperature:g}, prior statistics at {fitted.norm_temperature:g}"
-            section[name] = of_prior(fitted.prior_vae, temperature)
-    return {f"Frechet distance [{net.name}], {effort.num_samples} samples": section}
+            found[name] = (fitted.prior_vae, temperature)
+    return found

@@ -1,212 +1,69 @@
-"""A small classifier trained on the data themselves, whose last hidden layer gives features for Frechet distances.
+"""The network whose features and logits metrics of images are taken from, by name.
 
-Such a distance is comparable only with others of the same network, so results carry its name: ``FD[cnn-digits]``.
+Such a metric is comparable only with others of the same network, so results carry its name: ``FD[cnn-digits]``.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-import safetensors
 import torch
-from safetensors.torch import save
-from torch import Tensor, nn
-from torch.nn import functional
 
-from ppl_vaebm.data import Data, KeyedSampler, Split
-from ppl_vaebm.errors import InputError
-from ppl_vaebm.files import write_atomic
-from ppl_vaebm.rng import global_rng, seed_for, stream
+from ppl_vaebm.data import Data
+from ppl_vaebm.features_base import FeatureNet, Outputs, network_outputs
+from ppl_vaebm.features_classifier import Classifier, load_or_train
+from ppl_vaebm.features_digits import StackedDigits, load_or_train_digits
+from ppl_vaebm.features_inception import load_inception
+from ppl_vaebm.pixels import check_images, quantised, quantised_as
 
-NUM_FEATURES = 64
-NUM_GROUPS = 8
-# Halve the image until this side; what is left is read position by position.
-FINAL_SIDE = 4
+__all__ = [
+    "Classifier",
+    "FeatureChoice",
+    "FeatureNet",
+    "Outputs",
+    "StackedDigits",
+    "check_images",
+    "feature_net",
+    "load_or_train",
+    "network_outputs",
+    "quantised",
+    "quantised_as",
+]
 
-
-class Classifier(nn.Module):
-    """A convolutional classifier of images in [-1, 1]."""
-
-    def __init__(self, name: str, event_shape: torch.Size, num_classes: int) -> None:
-        """Draw the weights from the global generator.
-
-        Args:
-            name: what results are named after, such as ``cnn-digits``.
-            event_shape: ``(C, H, W)``, sides of at least 4.
-            num_classes: number of classes.
-        """
-        super().__init__()
-        self.name = name
-        self.event_shape = event_shape
-        self.num_classes = num_classes
-        channels, height, width = event_shape
-        layers = _block(channels, 32, stride=1)
-        channels = 32
-        while min(height, width) >= 2 * FINAL_SIDE:
-            layers += _block(channels, 64, stride=2)
-            channels, height, width = 64, (height + 1) // 2, (width + 1) // 2
-        layers += _block(channels, 64, stride=1)
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * height * width, NUM_FEATURES), nn.GELU())
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the last hidden layer, ``(n, 64)``.
-
-        Args:
-            x: images, ``(n, C, H, W)``, in [-1, 1].
-        """
-        features: Tensor = self.body(x)
-        return features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, ``(n, num_classes)``.
-
-        Args:
-            x: images, ``(n, C, H, W)``, in [-1, 1].
-        """
-        logits: Tensor = self.head(self.features(x))
-        return logits
+FeatureChoice = Literal["classifier", "inception"]
 
 
-def _block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, 3, stride, padding=1),
-        nn.GroupNorm(NUM_GROUPS, out_channels),
-        nn.GELU(),
-    ]
-
-
-def train_classifier(
-    data: Data, seed: int, *, steps: int = 600, batch_size: int = 128, learning_rate: float = 3e-3
-) -> Classifier:
-    """Train a classifier on the training split: AdamW, cosine decay, shifts by up to one pixel.
+def feature_net(
+    choice: FeatureChoice,
+    path: Path | None,
+    data: Data,
+    seed: int,
+    cache_folder: Path,
+    device: torch.device | str = "cpu",
+) -> FeatureNet:
+    """Get the network that the metrics of a run are taken from.
 
     Args:
-        data: labelled images.
-        seed: the run's seed.
-        steps: updates.
-        batch_size: images per update; all of them if there are fewer.
-        learning_rate: at the start; it falls to 0.
+        choice: ``classifier``, trained on the run's own data (of StackedMNIST, on its single digits), or ``inception``,
+            Inception-v3.
+        path: file of its weights; ``None`` for ``features.safetensors`` in the cache folder, which is written if it is
+            not there, or for Inception-v3's in PyTorch's cache, which is fetched if it is not there.
+        data: the run's data.
+        seed: the run's seed, of the classifier's training.
+        cache_folder: the run.
+        device: where the network shall run.
 
     Returns:
-        The classifier, in evaluation mode and frozen, on the CPU.
+        The network, in evaluation mode and frozen.
 
     Raises:
-        InputError: the data are not images, or have no labels.
+        InputError: the data are not labelled images, torch-fidelity is not installed, or the file is missing, cut short
+            or of another network.
     """
-    labels = _labels(data)
-    with global_rng(seed_for(seed, "classifier")):
-        classifier = Classifier(f"cnn-{data.name}", data.event_shape, _num_classes(data))
-    sampler = KeyedSampler(len(data.train), min(batch_size, len(data.train)), seed_for(seed, "classifier-order"))
-    generator = stream(seed, "classifier-noise")
-    optimizer = torch.optim.AdamW(classifier.parameters(), learning_rate, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        indices = sampler.indices(step)
-        x = shifted(data.train.batch(indices, generator), generator)
-        loss = functional.cross_entropy(classifier(x), labels[indices])
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-    return classifier.eval().requires_grad_(False)
-
-
-def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Move every image by -1, 0 or 1 pixels along both axes; the border fills with the darkest value, -1.
-
-    Args:
-        x: images, ``(n, C, H, W)``.
-        generator: source of the moves.
-
-    Returns:
-        ``(n, C, H, W)``.
-    """
-    num, _, height, width = x.shape
-    moves = torch.randint(3, (2, num, 1), generator=generator)
-    rows = moves[0] + torch.arange(height)
-    columns = moves[1] + torch.arange(width)
-    padded = functional.pad(x, (1, 1, 1, 1), value=-1.0).movedim(1, -1)
-    return padded[torch.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
-
-
-def accuracy(classifier: Classifier, split: Split, generator: torch.Generator, batch_size: int = 500) -> float:
-    """Return the share of a split that is classified rightly, in [0, 1].
-
-    Args:
-        classifier: the classifier.
-        split: labelled images.
-        generator: source of the dequantisation noise.
-        batch_size: images at once.
-
-    Raises:
-        InputError: the split has no labels.
-    """
-    if split.labels is None:
-        raise InputError("an accuracy needs labels, and this split has none; choose a labelled data set")
-    num_right = 0
-    with torch.no_grad():
-        for start in range(0, len(split), batch_size):
-            indices = torch.arange(start, min(start + batch_size, len(split)))
-            logits = classifier(split.batch(indices, generator))
-            num_right += int((logits.argmax(-1) == split.labels[indices]).sum())
-    return num_right / len(split)
-
-
-def load_or_train(path: Path, data: Data, seed: int, *, steps: int = 600) -> Classifier:
-    """Read a trained classifier from a file, or train one and write the file.
-
-    Args:
-        path: the file, in safetensors format; it appears whole or not at all.
-        data: labelled images.
-        seed: the run's seed; a file that is there already is used whatever its seed was.
-        steps: updates, if it has to be trained.
-
-    Returns:
-        The classifier, in evaluation mode and frozen, on the CPU.
-
-    Raises:
-        InputError: the data are not labelled images, or the file holds something else.
-    """
-    _labels(data)
-    if path.exists():
-        return _load(path, data)
-    classifier = train_classifier(data, seed, steps=steps)
-    write_atomic(path, save(classifier.state_dict(), metadata=_description(classifier)))
-    return classifier
-
-
-def _load(path: Path, data: Data) -> Classifier:
-    with global_rng(0):
-        classifier = Classifier(f"cnn-{data.name}", data.event_shape, _num_classes(data))
-    expected = _description(classifier)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            found = file.metadata()
-            weights = {key: file.get_tensor(key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"the classifier in {path} cannot be read ({error}); delete it to train anew") from error
-    if found != expected:
-        raise InputError(f"expected a classifier {expected} in {path}, found {found}; delete it to train anew")
-    classifier.load_state_dict(weights)
-    return classifier.eval().requires_grad_(False)
-
-
-def _description(classifier: Classifier) -> dict[str, str]:
-    return {
-        "name": classifier.name,
-        "event_shape": "x".join(map(str, classifier.event_shape)),
-        "num_classes": str(classifier.num_classes),
-    }
-
-
-def _labels(data: Data) -> Tensor:
-    if len(data.event_shape) != 3 or data.train.labels is None:
-        raise InputError(
-            f"a classifier needs images with labels, and data set {data.name} has none; choose a labelled data set"
-        )
-    return data.train.labels
-
-
-def _num_classes(data: Data) -> int:
-    return int(_labels(data).max()) + 1
+    if choice == "inception":
+        return load_inception(path).to(device)
+    path = path or cache_folder / "features.safetensors"
+    if data.name == "stacked-mnist":
+        return load_or_train_digits(path, data, seed).to(device)
+    return load_or_train(path, data, seed).to(device)

@@ -64,12 +64,15 @@ EBM_PANELS = (
     Panel("effective draws behind log Z", ("log_z_ess",)),
     Panel("mean energy (nats)", ("energy_data", "energy_model")),
     Panel("energy gap, data minus model (nats)", ("energy_gap",), 0.0),
+    Panel("standard deviation of the energies (nats)", ("energy_sd",)),
     Panel("effective draws among a step's weights", ("weight_ess",)),
     Panel("acceptance rate", ("acceptance_rate",)),
     Panel("step size h (angle)", ("step_size",)),
     Panel("mean square of the noise", ("eps_mean_square/",), 1.0),
     Panel("loss", ("loss",)),
     Panel("gradient norm", ("grad_norm",)),
+    Panel("learning rate", ("lr",)),
+    Panel("share of the negatives' pixels beyond the range", ("saturation",)),
 )
 
 

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from ppl_vaebm.checkpoint import Checkpoint
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, KeyedSampler, load_data
@@ -16,10 +18,12 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.fitted_vae import load_fitted_vae
 from ppl_vaebm.gallery import show_gallery, write_gallery
-from ppl_vaebm.inference.ebm import fit_ebm
+from ppl_vaebm.inference.ebm import check_kernel, fit_ebm, new_vaebm
 from ppl_vaebm.inference.svi import fit_svi
+from ppl_vaebm.inference.tuning import Trial, chosen, table, trained_copy, tune, with_trial
 from ppl_vaebm.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.options import to_dict
 from ppl_vaebm.processes import Process
 from ppl_vaebm.report import write_report
 from ppl_vaebm.run import Run
@@ -56,7 +60,7 @@ def fit_stage(
 
     Raises:
         InputError: options, data or the run do not fit; nothing was touched.
-        TrainingError: gradients stopped being finite; the last checkpoint is kept.
+        TrainingError: training ran away and nothing may be done about it; the last checkpoint is kept.
     """
     if process.world > 1 and request.stage == "ebm":
         raise InputError("expected one process for stage ebm, found several: run it without torchrun")
@@ -65,8 +69,11 @@ def fit_stage(
     resolved = announce(config) if process.is_first else ""
     if process.is_first:
         _tell_skipped(data)
-    config = replace(config, device=device)
+    asked, config = config, replace(config, device=device)
     resume, vae = _checked(request, config, data)
+    if vae is not None and config.ebm.tune and resume is None:
+        trial = _tuned(config, data, vae)
+        config, resolved = with_trial(config, trial), as_yaml(with_trial(asked, trial))
     run = Run(request.folder)
     if process.is_first:
         run = Run.create(request.folder)
@@ -81,6 +88,22 @@ def fit_stage(
             fit_ebm(run, config, data, vae, resume)
     if process.is_first:
         print(f"report: {write_report(run)}")
+
+
+def as_yaml(config: Config) -> str:
+    """Write a configuration in the form of a run's own file."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
+
+
+def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
+    """Find step size and number of transitions, and show how."""
+    trials = tune(config, trained_copy(config, data, new_vaebm(config, vae)))
+    trial = chosen(trials, config.ebm.tune_rejection)
+    print(f"tuned on the energy after {config.ebm.tune_steps} steps of the ratio:\n{table(trials, trial)}")
+    if trial.rejection > config.ebm.tune_rejection:
+        print(f"note: no step size has a rejection of at most {config.ebm.tune_rejection:g}; the least is taken")
+    return trial
 
 
 def _with_steps(request: Request, config: Config, data: Data, process: Process) -> Config:
@@ -99,6 +122,8 @@ def _tell_skipped(data: Data) -> None:
 def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint | None, HierarchicalVAE | None]:
     """Refuse whatever may be refused before anything is touched; return what the stage begins from."""
     run, resume = Run(request.folder), None
+    if request.stage == "ebm":
+        check_kernel(config)
     if request.resume:
         resume = load_to_resume(run, request.stage, config)
     elif not request.overwrite:

@@ -53,13 +53,13 @@ def fingerprint(vaebm: VAEBM, config: Config) -> str:
 
     Args:
         vaebm: its weights and statistics count, bit for bit; on which device they lie does not.
-        config: of its options those that decide what the weights mean: seed, data, model and energy.
+        config: of its options those that decide what the weights mean: seed, data, model, energy and temperature.
 
     Returns:
         The first :data:`FINGERPRINT_DIGITS` hexadecimal digits of SHA-256.
     """
     options = to_dict(config)
-    meaning = {name: options[name] for name in BINDING["ebm"]}
+    meaning = {name: options[name] for name in BINDING["ebm"]} | {"temperature": config.ebm.temperature}
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
     for name, tensor in sorted(vaebm.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -162,6 +162,12 @@ def load_run(path: Path | str) -> LoadedRun:
     vae = load_vae(run, config, data, config.ebm.prior_statistics)
     # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
     saved = _fitted(run, "ebm", "last", config)
+    temperature = _completed(saved.config)["ebm"]["temperature"]
+    if temperature != config.ebm.temperature:
+        raise InputError(
+            f"expected ebm.temperature {temperature:g} in {run.config_file}, with which its energy was fitted, found "
+            f"{config.ebm.temperature:g}; put it back, or fit stage ebm again with --overwrite"
+        )
     vaebm = new_vaebm(config, vae)
     vaebm.energy.load_state_dict(saved.weights["energy_average"])
     vaebm.requires_grad_(False)
@@ -289,10 +295,21 @@ def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...],
     Raises:
         InputError: naming every option that differs.
     """
-    asked = to_dict(config)
-    changed = differences({name: saved.get(name) for name in sections}, {name: asked.get(name) for name in sections})
+    asked, given = to_dict(config), _completed(saved)
+    changed = differences({name: given.get(name) for name in sections}, {name: asked.get(name) for name in sections})
     if changed:
         raise InputError(
             f"{what} was fitted with other values of {', '.join(changed)}; "
             "leave these options out, or fit another --run with them"
         )
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Give a checkpoint's options their form of today.
+
+    What its version did not know has its default, which does what that version did.
+    """
+    try:
+        return to_dict(from_dict(saved, "a checkpoint's options"))
+    except InputError:  # it knew options that are gone, so they differ
+        return saved

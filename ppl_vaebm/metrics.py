@@ -1,106 +1,128 @@
-"""How far samples are from data, from given features or points; everything in float64."""
+"""How far samples are from data, from given features, logits, scores or points; everything in float64."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.metrics_distances import (
+    FrechetBias,
+    frechet_bias,
+    frechet_distance,
+    frechet_warnings,
+    kernel_distance,
+)
+from ppl_vaebm.metrics_inputs import Estimate, checked
+from ppl_vaebm.metrics_modes import (
+    HIGH_QUALITY_NUM_STD,
+    ClassCoverage,
+    ModeStatistics,
+    class_coverage,
+    mode_statistics,
+)
+from ppl_vaebm.metrics_neighbours import Neighbours, PrecisionRecall, nearest_neighbours, precision_recall
 
-# A point within this many standard deviations of its nearest mode is of high quality: the convention of the
-# 25-Gaussians experiments (Srivastava et al. 2017, VEEGAN, arXiv:1705.07761).
-HIGH_QUALITY_NUM_STD = 3.0
-
-
-def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the Frechet distance of two Gaussians fitted to features.
-
-    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)`` (Dowson and Landau 1982; Heusel et al. 2017,
-    arXiv:1706.08500). It falls with the number of samples: compare only at equal numbers, and name the
-    result after the network that made the features.
-
-    Args:
-        features_a: ``(n_a, d)``.
-        features_b: ``(n_b, d)``.
-
-    Returns:
-        The squared distance, in squared units of the features; the same set twice gives 0 up to rounding.
-
-    Raises:
-        InputError: fewer than two rows, different widths, or numbers that are not finite.
-    """
-    mean_a, covariance_a = _moments(features_a)
-    mean_b, covariance_b = _moments(features_b)
-    if mean_a.shape != mean_b.shape:
-        raise InputError(
-            f"a Frechet distance needs features of one width, got {len(mean_a)} and {len(mean_b)}; "
-            "use the same network for both"
-        )
-    root_a = _square_root(covariance_a)
-    # Rounding can make the smallest eigenvalues of a semi-definite matrix negative.
-    eigenvalues = torch.linalg.eigvalsh(root_a @ covariance_b @ root_a).clamp(min=0)
-    trace = covariance_a.trace() + covariance_b.trace() - 2 * eigenvalues.sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + trace)
-
-
-def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
-    if features.ndim != 2 or len(features) < 2 or not bool(features.isfinite().all()):
-        raise InputError(
-            f"a Frechet distance needs finite features of shape (n, d) with n >= 2, got shape "
-            f"{tuple(features.shape)} with {int((~features.isfinite()).sum())} numbers that are not finite; "
-            "look at the samples"
-        )
-    features = features.double()
-    mean = features.mean(0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+__all__ = [
+    "HIGH_QUALITY_NUM_STD",
+    "ClassCoverage",
+    "Estimate",
+    "FrechetBias",
+    "ModeStatistics",
+    "Neighbours",
+    "PrecisionRecall",
+    "auroc",
+    "auroc_estimate",
+    "class_coverage",
+    "frechet_bias",
+    "frechet_distance",
+    "frechet_warnings",
+    "inception_score",
+    "kernel_distance",
+    "mode_statistics",
+    "nearest_neighbours",
+    "precision_recall",
+]
 
 
-def _square_root(matrix: Tensor) -> Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(matrix)
-    root: Tensor = (vectors * eigenvalues.clamp(min=0).sqrt()) @ vectors.T
-    return root
+# --- one set of logits ---------------------------------------------------------------------------
 
 
-class ModeStatistics(NamedTuple):
-    """How samples cover a mixture with known, equally likely modes."""
+def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
+    """Compute the Inception Score, ``exp(mean KL(p(y | x), p(y)))`` (Salimans et al. 2016, arXiv:1606.03498).
 
-    high_quality: float
-    """Share of the samples within 3 standard deviations of their nearest mode, in [0, 1]; in two dimensions
-    the true mixture has 1 - exp(-4.5) = 0.9889."""
-    num_modes: int
-    """Modes with at least one such sample."""
-    kl_to_uniform: float
-    """KL divergence, in nats, of the histogram q of such samples over the m modes against uniform, sum q log(q m):
-    0 if even, log(m) if all are at one mode, NaN if there is no such sample."""
-
-
-def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics:
-    """Count samples at the modes of a mixture.
+    It lies between 1 and the number of classes, and asks of samples that each be of a clear class and all classes be
+    there; it does not see the data. Name the result after the network that made the logits.
 
     Args:
-        x: samples, ``(n, d)``, n >= 1; one that is not finite is at no mode.
-        modes: centres, ``(m, d)``.
-        mode_std: standard deviation of each component, along every axis.
+        logits: of samples in random order, ``(n, k)``.
+        num_splits: parts of which each has a score of its own; 10 by custom.
 
     Returns:
-        The statistics.
+        Mean and standard deviation of the splits' scores, the latter with divisor ``num_splits``, as is the custom.
 
     Raises:
-        InputError: the shapes do not fit.
+        InputError: fewer rows than splits, or numbers that are not finite.
     """
-    if x.ndim != 2 or len(x) == 0 or x.shape[1:] != modes.shape[1:]:
+    logits = checked(logits, "an Inception Score", max(1, num_splits))
+    log_p = logits.log_softmax(1)
+    scores = []
+    for part in log_p.tensor_split(num_splits):
+        log_marginal = part.logsumexp(0) - math.log(len(part))
+        scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp())
+    values = torch.stack(scores)
+    return Estimate(float(values.mean()), float(values.std(correction=0)))
+
+
+# --- scores inside and outside of a distribution -------------------------------------------------
+
+
+def auroc(inside: Tensor, outside: Tensor) -> float:
+    """Return the area under the receiver operating characteristic; see :func:`auroc_estimate`."""
+    return auroc_estimate(inside, outside).value
+
+
+def auroc_estimate(inside: Tensor, outside: Tensor) -> Estimate:
+    """Estimate the probability that a point of the distribution scores higher than one from outside.
+
+    Mann and Whitney's statistic, ties counting half, and the standard error of DeLong, DeLong and Clarke-Pearson
+    (1988), which takes the two sets as independent samples. Where the scores do not overlap that error is 0, and says
+    nothing.
+
+    Args:
+        inside: scores of points of the distribution, ``(n,)``, n >= 2; minus infinity, for a point that is impossible,
+            is a score as any other.
+        outside: scores of other points, ``(m,)``, m >= 2.
+
+    Returns:
+        The probability: 1 if the scores tell the two apart, 1/2 if they know nothing.
+
+    Raises:
+        InputError: fewer than two scores, or one that is NaN or plus infinity.
+    """
+    inside, outside = _scores(inside, "inside"), _scores(outside, "outside")
+    # Of each point, the share of the other set that it beats.
+    wins = _share_below(inside, outside)
+    losses = 1 - _share_below(outside, inside)
+    error = math.sqrt(float(wins.var() / len(inside) + losses.var() / len(outside)))
+    return Estimate(float(wins.mean()), error)
+
+
+def _scores(scores: Tensor, which: str) -> Tensor:
+    is_bad = scores.isnan() | (scores == torch.inf)
+    if scores.ndim != 1 or len(scores) < 2 or bool(is_bad.any()):
         raise InputError(
-            f"mode statistics need samples of shape (n, {modes.shape[1]}) with n >= 1, got {tuple(x.shape)}; "
-            "give one sample per row"
+            f"an AUROC needs scores of shape (n,) with n >= 2, none of them NaN or plus infinity, got shape "
+            f"{tuple(scores.shape)} with {int(is_bad.sum())} such scores {which} the distribution; look at the model"
         )
-    squares = (x.double().unsqueeze(1) - modes.double()).square().sum(-1)
-    nearest, mode = squares.min(1)
-    is_good = nearest.sqrt() <= HIGH_QUALITY_NUM_STD * mode_std
-    counts = torch.bincount(mode[is_good], minlength=len(modes)).double()
-    share = counts / counts.sum()
-    kl = math.log(len(modes)) + torch.special.xlogy(share, share).sum()
-    return ModeStatistics(float(is_good.double().mean()), int((counts > 0).sum()), float(kl))
+    return scores.double()
+
+
+def _share_below(x: Tensor, others: Tensor) -> Tensor:
+    """Return what share of the others is below each of x, ties counting half, ``(n,)``."""
+    others = others.sort().values
+    below = torch.searchsorted(others, x)
+    not_above = torch.searchsorted(others, x, right=True)
+    return (below + not_above).double() / (2 * len(others))

@@ -7,7 +7,7 @@ real one, and no values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import TorchFunctionMode
 
 from ppl_vaebm.config import Config, DataConfig, SviConfig
@@ -69,13 +70,15 @@ def describe(config: Config) -> list[str]:
     form = form_of(config.data)
     with torch.device("meta"):
         vae = build_vae(config.model, form.event_shape, form.levels, form.is_dequantized).train()
-        energy = None if has_discrete_x(config) else build_energy(config.energy, form.event_shape)
+        latent_shapes = vae.model.latent_shapes
+        energy = None if has_discrete_x(config) else build_energy(config.energy, form.event_shape, latent_shapes)
     svi = dry_pass(
         Objective(vae, config.svi, config.seed), config.device, (config.svi.batch_size, *form.event_shape), 0
     )
     shapes = dict(svi.shapes)
     if energy is not None:
-        shapes |= dry_pass(energy, config.device, (config.ebm.batch_size, *form.event_shape)).shapes
+        net = _WithLatents(energy, latent_shapes)
+        shapes |= dry_pass(net, config.device, (config.ebm.batch_size, *form.event_shape)).shapes
     lines = [f"x: {_shape(form.event_shape)}", "", *_table(layer_rows(vae, energy, shapes)), ""]
     lines += _sizes(vae)
     if energy is not None:
@@ -105,6 +108,19 @@ def form_of(config: DataConfig) -> DataForm:
 
 
 # --- the pass ------------------------------------------------------------------------------------
+
+
+class _WithLatents(nn.Module):
+    """An energy, called with x alone; the latents have their shapes, and no values."""
+
+    def __init__(self, energy: Energy, latent_shapes: Mapping[str, torch.Size]) -> None:
+        super().__init__()
+        self.energy, self.latent_shapes = energy, latent_shapes
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = {name: x.new_empty(len(x), *shape) for name, shape in self.latent_shapes.items()}
+        energy: Tensor = self.energy(x, z)
+        return energy
 
 
 class _Valueless(TorchFunctionMode):
@@ -228,8 +244,8 @@ def _rows(name: str, part: nn.Module, shapes: dict[nn.Module, torch.Size]) -> li
 def _kinds(module: nn.Module) -> str:
     """Name a module's class, or those of the layers with parameters that it stacks."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList)):
-        return type(module).__name__
-    kinds = [type(child).__name__ for child in module if count(child)]
+        return type_before_parametrizations(module).__name__
+    kinds = [type_before_parametrizations(child).__name__ for child in module if count(child)]
     return _joined(kinds)
 
 
@@ -279,8 +295,11 @@ def _energy_sizes(config: Config, vae: HierarchicalVAE, energy: Energy) -> list[
     """Tell the size of the energy network, and what stage ebm stores."""
     num_noise = sum(shape.numel() for shape in vae.noise_shapes.values())
     num_bytes = config.ebm.replay_size * num_noise * BYTES_PER_NOISE
+    kind = type(energy).__name__
+    num_convs = len(spectral_layers(energy, has_linear=False))
+    layers = f", layout {config.energy.layout}, {num_convs} convolutions" if num_convs else ""
     return [
-        f"energy: {type(energy).__name__}, {_exact(count(energy))} parameters",
+        f"energy: {kind} of {config.energy.inputs.replace('-', ' ')}, {_exact(count(energy))} parameters{layers}",
         f"replay of stage ebm: {config.ebm.replay_size:,} positions, {_human_bytes(num_bytes)}",
     ]
 

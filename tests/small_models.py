@@ -49,11 +49,17 @@ IMAGES = {
     for latents in [(5,), (5, 2), (5, 2, 1)]
     for x_scale in ("global", "local")
 }
+PATCHED = {
+    f"image {shape}, patches of {patch}": Shipped(
+        shape, {"latents": (5, 2), "x_scale": "local", "channels": 4, "patch": patch}
+    )
+    for shape, patch in [((1, 8, 8), 2), ((3, 16, 16), 4)]
+}
 NVAES = {
     "nvae, 2 scales of 2 groups, normal": Shipped((3, 8, 8), nvae_options(num_scales=2, groups_per_scale=2)),
     "nvae, one group, normal": Shipped((1, 8, 8), nvae_options(groups_per_scale=1)),
 }
-SHIPPED = VECTORS | IMAGES | NVAES
+SHIPPED = VECTORS | IMAGES | PATCHED | NVAES
 # Their x is the quantile transport of its noise, and one has flows on its posteriors, so these are no Normals.
 QUANTILE_NVAES = {
     "nvae, flows, logistic mixture": Shipped(

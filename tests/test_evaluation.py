@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ppl_vaebm import evaluation
+from ppl_vaebm import evaluation_modes
 from ppl_vaebm.config import Config, KernelConfig, ModelConfig, NvaeConfig, SamplingConfig
 from ppl_vaebm.data import Data
-from ppl_vaebm.evaluation import Effort, bits_per_dim, evaluate, has_bits, likelihood, lines, modes
+from ppl_vaebm.evaluation import Effort, likelihood
+from ppl_vaebm.evaluation_likelihood import bits_per_dim, has_bits
+from ppl_vaebm.evaluation_modes import modes
 from ppl_vaebm.inference.ebm import new_vaebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
@@ -84,22 +86,9 @@ def test_modes_are_those_of_the_draws(tmp_path: Path) -> None:
 
 
 def test_where_rejection_gives_up_the_section_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "exact_draws", partial(exact_draws, max_proposals=1))
+    monkeypatch.setattr(evaluation_modes, "exact_draws", partial(exact_draws, max_proposals=1))
     sections = modes(loaded_run(tmp_path), EFFORT._replace(num_samples=20_000, steps=[]), seed=0)
     assert "too far from the VAE" in str(sections["modes: VAEBM, exact draws"]["none"])
-
-
-def test_lines_hold_every_number() -> None:
-    text = lines({"first": {"a": {"value": 1.23456, "error": 0.5}, "b": 7}, "second": {"c": 0.25, "d": "yes"}})
-    assert [line.split() for line in text] == [
-        ["first"],
-        ["a", "1.2346", "+-", "0.5000"],
-        ["b", "7"],
-        [],
-        ["second"],
-        ["c", "0.2500"],
-        ["d", "yes"],
-    ]
 
 
 # --- bits per dimension --------------------------------------------------------------------------
@@ -139,7 +128,7 @@ def test_the_likelihood_of_images_comes_in_bits_too(tmp_path: Path, decoder: str
     vaebm = new_vaebm(config, new_vae(config, data).eval())
     loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
     effort = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
-    section: dict[str, object] = {**evaluate(loaded, effort, seed=0)["log-likelihood of test data (nats per point)"]}
+    section: dict[str, object] = {**likelihood(loaded, effort, seed=0)}
     for name in ("log p (VAE)", "log h (VAEBM)"):
         nats, error = cell(section, name)
         bits, bits_error = cell(section, f"{name}, bits per dimension")

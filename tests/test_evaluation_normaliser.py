@@ -12,7 +12,8 @@ import torch
 
 from ppl_vaebm import evaluate
 from ppl_vaebm.config import Config
-from ppl_vaebm.evaluation import Terms, likelihood, likelihood_terms, lines
+from ppl_vaebm.evaluation_file import SOURCES
+from ppl_vaebm.evaluation_likelihood import Terms, likelihood, likelihood_terms
 from ppl_vaebm.evaluation_normaliser import (
     agreeing,
     bound_section,
@@ -21,6 +22,7 @@ from ppl_vaebm.evaluation_normaliser import (
     normaliser_sections,
     verdict,
 )
+from ppl_vaebm.evaluation_tables import lines
 from ppl_vaebm.inference import likelihood as likelihood_module
 from ppl_vaebm.inference import normaliser
 from ppl_vaebm.inference.ebm import new_vaebm
@@ -195,9 +197,12 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
     evaluate.main([str(run), *FEW])
     plain = json.loads((run / "evaluate.json").read_text())
     assert not any("log Z" in title for title in plain)
-    evaluate.main([str(run), *FEW, "--log-likelihood", "--num-particles", "16", "--num-temperatures", "3"])
+    options = ["--only", "likelihood", "--log-likelihood", "--num-particles", "16", "--num-temperatures", "3"]
+    evaluate.main([str(run), *FEW, *options])
     sections = json.loads((run / "evaluate.json").read_text())
-    assert {title: sections[title] for title in plain} == plain
+    sources = plain.pop(SOURCES)
+    assert {title: sections[title] for title in plain} == plain and len(sections) == len(plain) + 4
+    assert sources.items() < sections[SOURCES].items()
     assert sections["how log Z was estimated"]["temperatures"] == 3
     assert "annealing, reverse: an upper bound" in capsys.readouterr().out
     assert not any("bits" in name for name in sections["log h of test data, from bounds (nats per point)"])

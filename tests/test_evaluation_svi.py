@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm import evaluation_svi
+from ppl_vaebm import evaluation_plan
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
 from ppl_vaebm.data import Data
-from ppl_vaebm.evaluation import Effort
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation import Effort, Plan
+from ppl_vaebm.evaluation_base import Part, Section
 from ppl_vaebm.evaluation_svi import bounds, evaluate_vae
-from ppl_vaebm.features import load_or_train
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.inference.likelihood import elbo_rows
@@ -24,6 +25,7 @@ from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.run import Run
 from ppl_vaebm.splits import IntegerImages, Points, image_data
+from tests.judged import PixelNet
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, linear_vae, log_normal, shipped_vae
 
 EFFORT = Effort(num_test=400, num_importance=20, num_z_draws=2, num_samples=50, steps=())
@@ -48,6 +50,11 @@ def images(decoder: str = "logistic", levels: int = 17, labels: Tensor | None = 
     )
     nvae = NvaeConfig(channels=4, num_latents=2, groups_per_scale=2, encoder_cells=1, decoder_cells=1, decoder=decoder)  # type: ignore[arg-type]
     return Config(model=ModelConfig(kind="nvae", nvae=nvae)), image_data("noise", torch.Size(shape[1:]), [split] * 3)
+
+
+def sections_of(fitted: FittedVAE, *parts: Part, effort: Effort = EFFORT) -> dict[str, Section]:
+    found = evaluate_vae(fitted, Plan(effort, parts))
+    return {title: section for _, measured in found for title, section in measured.sections.items()}
 
 
 def value(section: object, name: str) -> tuple[float, float]:
@@ -99,7 +106,7 @@ def test_rows_of_the_elbo_add_up_to_pyros(name: str) -> None:
 def test_bits_are_the_nats_in_another_unit(tmp_path: Path, decoder: str, volume: float) -> None:
     config, data = images(decoder, 256 if decoder == "bernoulli" else 17)
     fitted = FittedVAE(Run(tmp_path), config, data, new_vae(config, data).eval())
-    (section,) = evaluate_vae(fitted, EFFORT, seed=0).values()
+    (section,) = sections_of(fitted, "likelihood").values()
     for name in ("ELBO", "importance-weighted bound, 20 draws"):
         nats, error = value(section, f"{name} (nats per image)")
         expected = volume - nats / (64 * math.log(2)), error / (64 * math.log(2))
@@ -112,31 +119,39 @@ def test_a_checkpoint_with_two_statistics_has_a_section_for_each(tmp_path: Path)
     for layer in norms_of(prior_vae.model).values():
         assert layer.running_var is not None
         layer.running_var.fill_(4.0)
-    sections = evaluate_vae(FittedVAE(Run(tmp_path), config, data, vae, prior_vae, 0.7), EFFORT, seed=0)
+    sections = sections_of(FittedVAE(Run(tmp_path), config, data, vae, prior_vae, 0.7), "likelihood")
     training, prior = sections.values()
     assert list(sections)[0].endswith("training statistics")
     assert list(sections)[1].endswith("prior statistics at temperature 0.7")
     assert training.keys() == prior.keys() and training != prior
-    same = evaluate_vae(FittedVAE(Run(tmp_path), config, data, vae, vae, 0.7), EFFORT, seed=0)
+    same = sections_of(FittedVAE(Run(tmp_path), config, data, vae, vae, 0.7), "likelihood")
     assert list(same.values())[0] == list(same.values())[1] == training
 
 
 def test_modes_of_points_are_those_of_the_draws(tmp_path: Path) -> None:
     fitted = linear(tmp_path, modes=torch.zeros(1, 1))
-    section = evaluate_vae(fitted, EFFORT._replace(num_samples=4_000), seed=0)["modes: VAE"]
+    section = sections_of(fitted, "samples", effort=EFFORT._replace(num_samples=4_000))["modes: VAE"]
     share = math.erf(3 / math.sqrt(2))
     assert value(section, "share within 3 std of a mode")[0] == pytest.approx(
         share, abs=4 * math.sqrt(share * 0.0027 / 4_000)
     )
 
 
-def test_labelled_images_get_frechet_distances(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation_svi, "load_or_train", partial(load_or_train, steps=3))
+def test_images_get_metrics_with_each_set_of_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def feature_net(choice: str, *others: Any) -> PixelNet:
+        asked.append(choice)
+        return PixelNet()
+
+    monkeypatch.setattr(evaluation_plan, "feature_net", feature_net)
     config, data = images(labels=torch.arange(30) % 3)
     vae = new_vae(config, data).eval()
-    sections = evaluate_vae(FittedVAE(Run(tmp_path), config, data, vae, vae, 0.7), EFFORT, seed=0)
-    (section,) = (found for name, found in sections.items() if name.startswith("Frechet distance [cnn-noise], 50"))
+    sections = sections_of(FittedVAE(Run(tmp_path), config, data, vae, vae, 0.7), "samples")
+    assert asked == ["classifier"]
+    section = sections["Frechet distance [pixels], 50 samples"]
     assert list(section) == [
+        "training data, 15 images against 15 others",
         "held-out data, 30 images",
         "VAE, temperature 1",
         "VAE, temperature 1, prior statistics at 0.7",
@@ -144,3 +159,15 @@ def test_labelled_images_get_frechet_distances(tmp_path: Path, monkeypatch: pyte
     ]
     assert section["VAE, temperature 1"] == section["VAE, temperature 1, prior statistics at 0.7"]
     assert section["VAE, temperature 0.7, prior statistics at 0.7"] != section["VAE, temperature 1"]
+    assert "recall [pixels], 50 samples" in sections and "about these metrics [pixels]" in sections
+
+
+def test_images_without_labels_say_what_to_do(tmp_path: Path) -> None:
+    config, data = images()
+    fitted = FittedVAE(Run(tmp_path), config, data, new_vae(config, data).eval())
+    assert "--features inception" in str(sections_of(fitted, "samples")["metrics of samples"]["none"])
+
+
+def test_parts_that_need_an_energy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="ood, histograms not"):
+        sections_of(linear(tmp_path), "likelihood", "ood", "histograms")

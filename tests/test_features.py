@@ -1,138 +1,99 @@
-"""The feature network: what it learns, what it refuses, and its file."""
+"""The choice of the network, and how it is run on many images."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.config import DataConfig
-from ppl_vaebm.data import Data, IntegerImages, load_data
+from ppl_vaebm import features
+from ppl_vaebm.data import Data, IntegerImages
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.features import Classifier, accuracy, load_or_train, shifted, train_classifier
-from ppl_vaebm.metrics import frechet_distance
-from ppl_vaebm.rng import global_rng, stream
+from ppl_vaebm.features import Classifier, Outputs, StackedDigits, feature_net, load_or_train, network_outputs
+from ppl_vaebm.features_digits import load_or_train_digits
+from ppl_vaebm.rng import stream
+from ppl_vaebm.splits import image_data
 
 
-def halves(num: int, key: str, *, is_swapped: bool = False) -> IntegerImages:
-    """Noise images with a bright left (class 0) or right (class 1) half."""
-    generator = stream(0, "halves", key)
-    labels = torch.randint(2, (num,), generator=generator)
-    images = torch.randint(100, (num, 1, 8, 8), generator=generator)
-    images[labels == 0, :, :, :4] += 100
-    images[labels == 1, :, :, 4:] += 100
-    return IntegerImages(images.to(torch.uint8), 1 - labels if is_swapped else labels)
+def data_of(name: str, channels: int, num_classes: int | None) -> Data:
+    images = torch.randint(256, (40, channels, 8, 8), generator=stream(0, "images")).to(torch.uint8)
+    labels = None if num_classes is None else torch.arange(40) % num_classes
+    return image_data(name, torch.Size([channels, 8, 8]), [IntegerImages(images, labels)] * 3)
 
 
-def data_of(train: IntegerImages, name: str = "halves") -> Data:
-    validation, test = halves(20, "validation"), halves(200, "test")
-    return Data(name, torch.Size([1, 8, 8]), train, validation, test, levels=256)
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train for one step."""
+
+    def shortened(function: Any) -> Any:
+        return lambda path, data, seed: function(path, data, seed, steps=1)
+
+    monkeypatch.setattr(features, "load_or_train", shortened(load_or_train))
+    monkeypatch.setattr(features, "load_or_train_digits", shortened(load_or_train_digits))
 
 
-def untrained(event_shape: torch.Size, num_classes: int) -> Classifier:
-    with global_rng(0):
-        return Classifier("untrained", event_shape, num_classes).eval()
+def test_classifier_is_cached_in_the_run_or_where_it_is_told(tmp_path: Path) -> None:
+    data, run, elsewhere = data_of("patterns", 1, 2), tmp_path / "run", tmp_path / "shared.safetensors"
+    net = feature_net("classifier", None, data, 0, run)
+    assert isinstance(net, Classifier) and net.name == "cnn-patterns"
+    assert [file.name for file in run.iterdir()] == ["features.safetensors"]
+    x = torch.zeros(1, 1, 8, 8)
+    assert torch.equal(feature_net("classifier", None, data, 5, run).logits(x), net.logits(x))
+    other = feature_net("classifier", elsewhere, data, 5, run)
+    assert elsewhere.exists() and not torch.equal(other.logits(x), net.logits(x))
 
 
-def noise() -> torch.Generator:
-    return stream(0, "noise")
+def test_stacked_digits_have_a_classifier_of_digits(tmp_path: Path) -> None:
+    net = feature_net("classifier", None, data_of("stacked-mnist", 3, 1000), 0, tmp_path)
+    assert isinstance(net, StackedDigits)
+    assert isinstance(feature_net("classifier", None, data_of("other", 3, 5), 0, tmp_path / "other"), Classifier)
 
 
-def test_classifier_learns_classes_that_differ() -> None:
-    data = data_of(halves(200, "train"))
-    classifier = train_classifier(data, 0, steps=30, batch_size=50)
-    assert accuracy(classifier, data.test, noise(), batch_size=64) > 0.99
+def test_data_without_labels_have_no_classifier(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs images with labels, and data set folder has none"):
+        feature_net("classifier", None, data_of("folder", 3, None), 0, tmp_path)
 
 
-def test_classifier_of_swapped_labels_is_always_wrong() -> None:
-    data = data_of(halves(200, "train", is_swapped=True))
-    classifier = train_classifier(data, 0, steps=30, batch_size=50)
-    assert accuracy(classifier, data.test, noise()) < 0.01
+def test_inception_takes_the_path_and_needs_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(path: Path | None) -> torch.nn.Module:
+        asked.append(path)
+        return torch.nn.Identity()
+
+    monkeypatch.setattr(features, "load_inception", load)
+    for path in (None, tmp_path / "weights.pth"):
+        feature_net("inception", path, data_of("folder", 3, None), 0, tmp_path)
+    assert asked == [None, tmp_path / "weights.pth"]
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alone() -> None:
-    data = data_of(halves(40, "train"))
-    before = torch.get_rng_state()
-    first, again, other = (train_classifier(data, seed, steps=3) for seed in (0, 0, 1))
-    assert torch.equal(before, torch.get_rng_state())
-    x = data.test.batch(torch.arange(5), noise())
-    assert torch.equal(first.features(x), again.features(x))
-    assert not torch.allclose(first.features(x), other.features(x), atol=1e-3)
+class Counting(torch.nn.Module):
+    """Says how many images it was shown at once."""
+
+    name, num_features = "counting", 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+    def outputs(self, x: Tensor) -> Outputs:
+        flat = self.scale * x.flatten(1)
+        return Outputs(flat[:, :2], torch.full((len(x), 3), float(len(x))))
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.outputs(x).features
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self.outputs(x).logits
 
 
-def test_features_are_what_the_head_reads_and_rows_are_independent() -> None:
-    classifier = untrained(torch.Size([3, 28, 28]), 7)
-    x = torch.rand(4, 3, 28, 28, generator=noise()) * 2 - 1
-    features = classifier.features(x)
-    assert features.shape == (4, 64)
-    assert torch.equal(classifier.head(features), classifier(x))
-    torch.testing.assert_close(classifier.features(x[2:3]), features[2:3], rtol=1e-4, atol=1e-5)
-
-
-def test_shifts_reach_all_nine_neighbours_and_fill_with_black() -> None:
-    x = torch.full((2000, 2, 4, 5), -1.0)
-    x[:, 1, 2, 2] = 1.0
-    moved = shifted(x, noise())
-    assert (moved[:, 0] == -1).all()
-    spots = moved[:, 1].sum(0) + 2000
-    assert (moved[:, 1] == 1).flatten(1).sum(1).eq(1).all()
-    expected = torch.zeros(4, 5)
-    expected[1:4, 1:4] = 2 * 2000 / 9
-    assert (spots - expected).abs().max() < 2 * 5 * (2000 * 8 / 81) ** 0.5
-    assert (spots[expected == 0] == 0).all()
-
-
-def without_labels(data: Data) -> Data:
-    assert isinstance(data.train, IntegerImages)
-    train = IntegerImages(data.train.images)
-    return Data(data.name, data.event_shape, train, data.validation, train, levels=256)
-
-
-def test_data_without_labels_are_refused(tmp_path: Path) -> None:
-    data = without_labels(data_of(halves(40, "train")))
-    with pytest.raises(InputError, match="needs images with labels, and data set halves has none"):
-        train_classifier(data, 0, steps=1)
-    with pytest.raises(InputError, match="choose a labelled data set"):
-        load_or_train(tmp_path / "c.safetensors", data, 0)
-    with pytest.raises(InputError, match="needs labels"):
-        accuracy(untrained(data.event_shape, 2), data.test, noise())
-    with pytest.raises(InputError, match="gaussians25 has none"):
-        train_classifier(load_data(DataConfig(num_points=50), 0), 0, steps=1)
-
-
-def logits(classifier: Classifier) -> Tensor:
-    return classifier(halves(5, "probe").batch(torch.arange(5), noise()))
-
-
-def test_file_gives_the_same_network_back(tmp_path: Path) -> None:
-    data, path = data_of(halves(40, "train")), tmp_path / "deep" / "c.safetensors"
-    trained = load_or_train(path, data, 0, steps=3)
-    assert trained.name == "cnn-halves"
-    assert [file.name for file in path.parent.iterdir()] == ["c.safetensors"]
-    assert torch.equal(logits(load_or_train(path, data, 0, steps=3)), logits(trained))
-    assert torch.equal(logits(load_or_train(path, data, 5, steps=3)), logits(trained))
-    assert not torch.equal(logits(train_classifier(data, 5, steps=3)), logits(trained))
-
-
-def test_file_of_another_data_set_or_cut_short_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.safetensors"
-    load_or_train(path, data_of(halves(40, "train")), 0, steps=1)
-    with pytest.raises(InputError, match="expected a classifier .*cnn-other.* found .*cnn-halves.*delete it"):
-        load_or_train(path, data_of(halves(40, "train"), "other"), 0)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"c\.safetensors cannot be read"):
-        load_or_train(path, data_of(halves(40, "train")), 0)
-
-
-@pytest.mark.slow
-def test_digits_are_classified_and_their_distance_orders_samples() -> None:
-    data = load_data(DataConfig(name="digits"), 0)
-    classifier = train_classifier(data, 0)
-    assert accuracy(classifier, data.test, noise()) >= 0.97
-    everything = torch.arange(len(data.train))
-    train = classifier.features(data.train.batch(everything, noise()))
-    test = classifier.features(data.test.batch(torch.arange(len(data.test)), noise()))
-    random = classifier.features(torch.rand(400, 1, 8, 8, generator=noise()) * 2 - 1)
-    assert frechet_distance(train, test) < 0.1 * frechet_distance(train, random)
+def test_images_are_shown_in_blocks_and_keep_their_order() -> None:
+    x = torch.rand(10, 1, 2, 2, generator=stream(0, "x"))
+    found = network_outputs(Counting(), x, batch_size=4)
+    assert torch.equal(found.features, 2 * x.flatten(1)[:, :2])
+    assert found.logits[:, 0].tolist() == [4.0] * 8 + [2.0] * 2
+    assert not found.features.requires_grad

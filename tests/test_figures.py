@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ppl_vaebm import figures, figures_chains, figures_samples, figures_svi
+from ppl_vaebm import figures, figures_chains, figures_evaluation, figures_samples, figures_svi
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.convergence import Convergence
 
@@ -232,3 +233,70 @@ def test_bars_are_the_groups_in_order() -> None:
     legend = ax.get_legend()
     assert legend is not None and [text.get_text() for text in legend.get_texts()] == ["vector", "4 x 4 grid"]
     assert "4.5" in ax.get_title()
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+def metric_arrays() -> figures_evaluation.Arrays:
+    value = np.array([[1.0, 0.1, 4.0, 0.9, 0.9], [2.0, 0.2, 4.0, 0.8, 0.8], [50.0, 9.0, 2.0, 0.3, 0.6]])
+    value = np.concatenate([value, [[20.0, 3.0, 3.0, 0.5, 0.7], [10.0, 2.0, 3.5, 0.6, 0.75]]])
+    error = np.where(np.arange(5) == 1, 0.05, np.nan) * np.ones((5, 1))
+    metrics = np.array(["Frechet distance", "KID", "Inception Score", "precision", "recall"])
+    rows = np.array(["training data", "held-out data", "VAE", "short", "long"])
+    labels = {"net": np.array("cnn"), "num": np.array(60), "kernel": np.array("mala")}
+    return {"value": value, "error": error, "metrics": metrics, "rows": rows, "steps": np.array([0, 20, 200]), **labels}
+
+
+def test_metrics_stand_over_chain_length_with_the_vae_and_the_data_across() -> None:
+    figure = figures_evaluation._metrics(metric_arrays())
+    frechet, kid, shares = figure.axes
+    lines = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in frechet.lines}
+    assert lines["VAE"] == [50.0, 50.0] and lines["held-out data"] == [2.0, 2.0]
+    assert [np.asarray(line.get_xydata()).tolist() for line in frechet.lines if len(line.get_xdata()) == 2][0] == [  # type: ignore[arg-type]
+        [20.0, 20.0],
+        [200.0, 10.0],
+    ]
+    assert frechet.get_xscale() == "log" and len(kid.containers) == 1
+    legend = shares.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["held-out data", "VAE", "precision", "recall"]
+    for ax in figure.axes:
+        assert ax.get_xlabel() == "steps from fresh noise" and ax.get_ylabel()
+    (drawn,) = figures_evaluation.samples_pictures(metric_arrays())
+    assert drawn.title == "60 samples in the eyes of cnn, by steps of mala"
+    without_chains = {name: values for name, values in metric_arrays().items() if name != "steps"}
+    assert figures_evaluation.samples_pictures(without_chains) == []
+
+
+def test_areas_stand_in_the_row_of_their_set() -> None:
+    value, error = np.array([[0.9, 0.8, 0.5], [1.0, np.nan, 0.2]]), np.full((2, 3), 0.01)
+    arrays = {"sets": np.array(["mnist", "noise"]), "scores": np.array(["log h", "log p", "-E"])}
+    ax = figures_evaluation._areas({**arrays, "value": value, "error": error}).axes[0]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["mnist", "noise"]
+    points = [np.asarray(container.lines[0].get_xydata()) for container in ax.containers]  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(np.stack(points)[:, :, 0], value.T)
+    assert (np.stack(points)[:, 0, 1] > np.stack(points)[:, 1, 1]).all()
+    (drawn,) = figures_evaluation.ood_pictures({**arrays, "value": value, "error": error})
+    assert "Good: " in drawn.note
+
+
+def test_histograms_leave_out_what_is_not_finite_and_say_how_many_they_show() -> None:
+    scores = {f"{part} {name}": normals(50) for part in ("train", "test") for name in ("log h", "log p", "-E")}
+    scores["train log p"][:3] = (np.nan, np.inf, -np.inf)
+    scores["test -E"] = np.full(50, np.nan)
+    figure = figures_evaluation._histogram_figure(scores)
+    legends = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]  # type: ignore[union-attr]
+    assert legends[0] == ["train: 50 points", "test: 50 points"]
+    assert legends[1] == ["train: 47 points", "test: 50 points"] and legends[2][1] == "test: 0 points"
+
+
+def test_neighbours_stand_under_their_samples() -> None:
+    samples = np.linspace(-1, 1, 10).reshape(10, 1, 1, 1) * np.ones((1, 1, 4, 4))
+    (drawn,) = figures_evaluation.neighbours_pictures({"samples": samples, "pixels": -samples})
+    png = np.round(image.imread(io.BytesIO(base64.b64decode(drawn.png)))[..., 0] * 255).astype(int)
+    factor = png.shape[1] // (10 * 5 - 1)
+    rows = png[::factor, ::factor]
+    assert rows.shape == (2 * 5 - 1, 10 * 5 - 1)
+    np.testing.assert_allclose(rows[0, ::5] + rows[5, ::5], 255, atol=1)
+    assert "nearest to it in pixels." in drawn.note

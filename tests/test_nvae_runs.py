@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ppl_vaebm import checkpoint, evaluate, evaluation, fit, report, sample
+from ppl_vaebm import checkpoint, evaluate, features, fit, report, sample
 from ppl_vaebm.features import load_or_train
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.loading import load_run
@@ -100,7 +100,7 @@ def test_it_is_sampled_and_evaluated(
     mixture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # What is measured does not matter here, so little is spent on it.
-    monkeypatch.setattr(evaluation, "load_or_train", partial(load_or_train, steps=2))
+    monkeypatch.setattr(features, "load_or_train", partial(load_or_train, steps=2))
     monkeypatch.setattr(sampling, "NUM_PILOT_STEPS", 3)
     monkeypatch.setattr(sampling, "BLOCK", 20)
     sample.main([str(mixture), "--num", "5"])

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from ppl_vaebm import fit
-from ppl_vaebm.config import Config, SviConfig
+from ppl_vaebm.config import Config, EnergyConfig, SviConfig
 from ppl_vaebm.inference.ebm import has_discrete_x
 from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.energy import build_energy
+from ppl_vaebm.models.spectral import spectral_layers
 from ppl_vaebm.options import from_dict, load_yaml, recipe_names, recipe_path
 from ppl_vaebm.summary import count, describe, form_of
 
@@ -76,7 +78,10 @@ def test_the_networks_have_the_published_sizes(recipe: str) -> None:
 def test_the_dry_run_of_a_large_recipe_tells_them(recipe: str) -> None:
     text = text_of(recipe)
     check_text(recipe, text)
-    assert "bfloat16 and float32" in text and "energy: ImageEnergy" in text
+    assert "bfloat16 and float32" in text
+    known = PUBLISHED_EBM[recipe]
+    sizes = f"({known.num_parameters:,}) parameters, layout {recipe}, {known.num_energy_convs} convolutions"
+    assert "energy: ImageEnergy of x, " in text and sizes in text
 
 
 @pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - set(LARGE)))
@@ -142,33 +147,66 @@ def test_the_penalty_is_annealed_where_the_authors_do() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("recipe", "eta", "num_train_steps", "num_test_steps", "alpha_s", "rate", "num_updates"),
-    [
-        ("cifar10", 8e-5, 10, 16, 0.2, 4e-5, 30_000),
-        ("celeba64", 5e-6, 10, 20, 0.2, 5e-5, 30_000),
-        ("lsun-church64", 4e-6, 10, 20, 0.2, 4e-5, 30_000),
-        ("celebahq256", 3e-6, 6, 24, 0.3, 4e-5, 9_000),
-    ],
-)
-def test_stage_ebm_is_that_of_vaebm(
-    recipe: str,
-    eta: float,
-    num_train_steps: int,
-    num_test_steps: int,
-    alpha_s: float,
-    rate: float,
-    num_updates: int,
-) -> None:
-    config = config_of(recipe)
+class PublishedEbm(NamedTuple):
+    """Stage ebm as published: the network, and the options of the commands."""
+
+    channels: int
+    num_parameters: int
+    num_energy_convs: int
+    data_init: bool
+    negative_image: str
+    eta: float
+    num_train_steps: int
+    num_test_steps: int
+    alpha_s: float
+    learning_rate: float
+    num_updates: int
+    batch_size: int
+    replay: tuple[float, int]
+    """Probability of a kept chain, and steps until it is reached."""
+
+
+PUBLISHED_EBM = {
+    "cifar10": PublishedEbm(128, 5_137_921, 16, True, "draw", 8e-5, 10, 16, 0.2, 4e-5, 30_000, 32, (0.0, 0)),
+    "celeba64": PublishedEbm(64, 4_337_537, 22, True, "mean", 5e-6, 10, 20, 0.2, 5e-5, 30_000, 32, (0.0, 0)),
+    "lsun-church64": PublishedEbm(64, 5_813_633, 26, True, "mean", 4e-6, 10, 20, 0.2, 4e-5, 30_000, 32, (0.6, 5_000)),
+    "celebahq256": PublishedEbm(64, 14_207_105, 31, False, "mean", 3e-6, 6, 24, 0.3, 4e-5, 9_000, 16, (0.6, 3_000)),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED_EBM)
+def test_stage_ebm_is_that_of_vaebm(recipe: str) -> None:
+    config, known = config_of(recipe), PUBLISHED_EBM[recipe]
     for kernel in (config.kernel, config.sampling.kernel):
         assert kernel.name == "langevin" and kernel.step_size is not None
-        assert kernel.step_size**2 == pytest.approx(eta, rel=1e-5)
+        assert kernel.step_size**2 == pytest.approx(known.eta, rel=1e-5)
     loop = config.ebm
     assert (loop.objective, loop.negatives, loop.energy_l2, loop.ema_decay) == ("mle", "chains", 0, 0)
-    assert (loop.num_transitions, config.sampling.num_steps) == (num_train_steps, num_test_steps)
-    assert (loop.spectral_penalty, loop.steps) == (alpha_s, num_updates)
-    assert loop.learning_rate == loop.final_learning_rate == rate
+    assert (loop.num_transitions, config.sampling.num_steps) == (known.num_train_steps, known.num_test_steps)
+    assert (loop.spectral_penalty, loop.spectral_head) == (known.alpha_s, False)
+    assert (loop.steps, loop.batch_size, loop.negative_image) == (
+        known.num_updates,
+        known.batch_size,
+        known.negative_image,
+    )
+    assert (loop.replay_probability, loop.replay_anneal_steps, loop.temperature) == (*known.replay, 1)
+    assert loop.learning_rate == loop.final_learning_rate == known.learning_rate
+    assert (loop.adam_betas, loop.weight_decay, loop.clip) == ((0.99, 0.999), 3e-5, "adam-moments")
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED_EBM)
+def test_the_energy_is_that_of_vaebm(recipe: str) -> None:
+    config, known = config_of(recipe), PUBLISHED_EBM[recipe]
+    assert config.energy == EnergyConfig(
+        layout=recipe,  # type: ignore[arg-type]
+        channels=known.channels,
+        weight_norm=True,
+        data_init=known.data_init,
+    )
+    with torch.device("meta"):
+        energy = build_energy(config.energy, form_of(config.data).event_shape)
+    assert count(energy) == known.num_parameters
+    assert len(spectral_layers(energy, has_linear=False)) == known.num_energy_convs
 
 
 def test_mnist_is_binary_and_has_no_stage_ebm() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ppl_vaebm import figures_svi, report
+from ppl_vaebm import figures_svi, report, report_sections
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import diagnostics
 from ppl_vaebm.inference.base import init_params
@@ -55,7 +55,7 @@ def add_ebm(run: Run) -> None:
 
 
 def add_samples(run: Run) -> None:
-    for seed, name in enumerate(report.SAMPLE_SETS):
+    for seed, name in enumerate(report_sections.SAMPLE_SETS):
         run.save_npz(name, x=normals(50, 2, seed=seed))
 
 
@@ -218,6 +218,15 @@ def test_failures_of_training_are_counted(run: Run) -> None:
     assert "not finite: 4. Divergent moves: 6." in page_of(run)
 
 
+def test_returns_to_a_checkpoint_are_told(run: Run) -> None:
+    add_ebm(run)
+    for step, event in ((9, "rollback"), (12, "stop")):
+        run.log({"stage": "ebm", "step": step, "event": event, "to_step": 5, "reason": "the energy gap passed 100"})
+    page = page_of(run)
+    assert "Step 9: the energy gap passed 100: back to step 5." in page
+    assert "Step 12: the energy gap passed 100: stopped, with the result of step 5." in page
+
+
 def test_chains_that_disagree_or_never_move_are_marked(run: Run) -> None:
     rows = {}
     for shift in (0.0, 3.0):
@@ -241,7 +250,7 @@ def test_a_damaged_file_of_chains_is_an_input_error(run: Run) -> None:
 
 
 def test_the_comparison_shows_spreads_and_leaves_out_what_no_kernel_has(run: Run) -> None:
-    header = [*report.COMPARED, *(f"{name}_sd" for name in report.COMPARED), "note", "draws"]
+    header = [*report_sections.COMPARED, *(f"{name}_sd" for name in report_sections.COMPARED), "note", "draws"]
     lines = []
     for kernel, r_hat in (("hmc", "1.25"), ("mala", "1.001"), ("pcn", "3e15")):
         values = {"kernel": kernel, "adjusted": "yes", "max_r_hat": r_hat, "note": f"{kernel} is slow"}

@@ -150,6 +150,19 @@ def test_the_text_of_an_nvae() -> None:
     assert "a process with 6 data points a step, float32 on cpu:" in text
 
 
+def test_the_text_of_an_energy_of_x_and_z() -> None:
+    """Its layers have outputs, for the pass gives it latents; the names are those of the layers before any bound."""
+    config = replace(NVAE, energy=EnergyConfig(channels=2, inputs="x-and-z", spectral_norm=True, block="depthwise"))
+    rows = [line.split() for line in describe(config) if line.startswith("energy")]
+    parts = {row[0]: row[1:] for row in rows}
+    assert parts["energy.stem"][:6] == ["Conv2d", "2", "x", "16", "x", "16"]
+    # Latents of 3 channels: two on the grid of 8 x 8 that the second block takes; on that of 4 x 4 there is no block.
+    assert parts["energy.latent_maps.1"][:6] == ["Conv2d", "4", "x", "8", "x", "8"]
+    assert parts["energy.latent_maps.1"][6:] == [str(4 * 3 * 4)]
+    assert " ".join(parts["energy:"][:5]) == "ImageEnergy of x and z,"
+    assert " ".join(parts["energy:"][-5:]) == "parameters, layout halving, 10 convolutions"
+
+
 def test_the_memory_is_that_of_the_parts() -> None:
     with torch.device("meta"):
         vae = build_vae(NVAE.model, torch.Size([3, 16, 16]), 256)

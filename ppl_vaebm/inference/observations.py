@@ -265,7 +265,7 @@ class ExactValues(Observation):
         """Split the site of x in two, the first of which is observed; see :meth:`Observation.program`."""
         values = _per_row(self.values, num)
         with pyro.plate("data", num):
-            z, state = vaebm.vae.model.walk(_sample, num)
+            z, state = vaebm.vae.model.walk(partial(_sample, temperature=vaebm.vae.model.temperature), num)
             decoded = vaebm.vae.model.decode(state)
             law = at_mask(decoded, self.mask).law()
             pyro.sample("x_observed", law, obs=values.view(-1, *law.event_shape))
@@ -340,8 +340,8 @@ class NoisyValues(Observation):
         return x
 
 
-def _sample(name: str, prior: Prior, state: Tensor) -> Tensor:
-    value: Tensor = pyro.sample(name, prior.distribution())
+def _sample(name: str, prior: Prior, state: Tensor, temperature: float) -> Tensor:
+    value: Tensor = pyro.sample(name, prior.distribution(temperature))
     return value
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,73 @@ def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int) -> 
     return warm_up(kernel, generator, kernel.init(position), params, NUM_PILOT_STEPS)[1]
 
 
+class ChainBlock(NamedTuple):
+    """Where the chains of one block stood after given numbers of steps, and what they had cost until there."""
+
+    positions: dict[int, Tensor]
+    """Steps to noise, ``(block, D)``; the last block has as many rows as are still asked for."""
+    acceptance_rate: Tensor
+    """Mean over the block's chains, ``(steps,)``."""
+    num_divergent: Tensor
+    """Divergent moves of all its chains, ``(steps,)``."""
+    num_evals: dict[int, float]
+    """Steps to evaluations of the potential per chain."""
+    seconds: dict[int, float]
+    """Steps to seconds since the block's noise was drawn."""
+    size: int
+    """Chains that ran, those that nobody asked for included."""
+    step_size: float
+
+
+def chain_blocks(
+    potential: NoisePotential,
+    config: KernelConfig,
+    *,
+    num: int,
+    steps: Sequence[int],
+    seed: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> Iterator[ChainBlock]:
+    """Run independent chains from N(0, I) block by block, for samples that do not fit in memory together.
+
+    Args:
+        potential: of the VAEBM.
+        config: the kernel; its step size is tuned by :func:`tuned_params`.
+        num: samples.
+        steps: numbers of steps after which to note the positions; 0 is the VAE itself.
+        seed: of everything.
+        on_step: called after every step of a block.
+
+    Yields:
+        Blocks, ``num_blocks(potential, num)`` of them.
+    """
+    kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed)
+    size = _block(potential)
+    for block in range(num_blocks(potential, num)):
+        start = time.perf_counter()
+        generator = stream(seed, "block", block, device=_device(potential))
+        state = kernel.init(potential.draw_reference(generator, size))
+        positions, seconds, evals = {}, {}, {}
+        acceptance, divergent, num_evals = [], [], 0.0
+        for step in range(max(steps) + 1):
+            if step:
+                state, info = kernel.step(generator, state, params)
+                acceptance.append(float(info.acceptance_rate.mean()))
+                divergent.append(int(info.is_divergent.sum()))
+                num_evals += float(info.num_evals.double().mean())
+                on_step()
+            if step in steps:
+                positions[step] = state.position[: num - block * size]
+                evals[step], seconds[step] = num_evals, time.perf_counter() - start
+        rates = torch.tensor(acceptance, dtype=torch.float64)
+        yield ChainBlock(positions, rates, torch.tensor(divergent), evals, seconds, size, float(params.step_size))
+
+
+def num_blocks(potential: NoisePotential, num: int) -> int:
+    """Count the blocks of chains behind a number of samples."""
+    return -(-num // _block(potential))
+
+
 def sample_by_chains(
     potential: NoisePotential, config: KernelConfig, *, num: int, steps: list[int], seed: int
 ) -> ChainSamples:
@@ -69,24 +138,14 @@ def sample_by_chains(
     Returns:
         The positions after each number of steps.
     """
-    kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed)
-    noted: dict[int, list[Tensor]] = {count: [] for count in steps}
-    acceptance, num_evals = [], 0.0
-    size = _block(potential)
-    num_blocks = -(-num // size)
-    for block in range(num_blocks):
-        generator = stream(seed, "block", block, device=_device(potential))
-        state = kernel.init(potential.draw_reference(generator, size))
-        for step in range(max(steps) + 1):
-            if step in noted:
-                noted[step].append(state.position)
-            if step < max(steps):
-                state, info = kernel.step(generator, state, params)
-                acceptance.append(float(info.acceptance_rate.mean()))
-                num_evals += float(info.num_evals.double().mean()) / num_blocks
-    positions = {count: torch.cat(blocks)[:num] for count, blocks in noted.items()}
-    mean_acceptance = sum(acceptance) / len(acceptance) if acceptance else 1.0
-    return ChainSamples(positions, mean_acceptance, float(params.step_size), num_evals)
+    blocks = list(chain_blocks(potential, config, num=num, steps=steps, seed=seed))
+    rates = torch.cat([block.acceptance_rate for block in blocks])
+    return ChainSamples(
+        positions={count: torch.cat([block.positions[count] for block in blocks]) for count in steps},
+        acceptance_rate=float(rates.mean()) if len(rates) else 1.0,
+        step_size=blocks[0].step_size,
+        num_evals=sum(block.num_evals[max(steps)] for block in blocks) / len(blocks),
+    )
 
 
 def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:

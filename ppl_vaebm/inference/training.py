@@ -9,13 +9,30 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from ppl_vaebm.config import EbmConfig, SviConfig
 from ppl_vaebm.errors import TrainingError
 
 MAX_BAD_STEPS = 20
 """Updates in a row with a gradient that is not finite, after which a run stops (chosen by us)."""
+# Bounds of the clip by Adam's moments, from the code of VAEBM (Xiao et al. 2021).
+NUM_DEVIATIONS, SLACK = 3.0, 0.1
+
+
+class DivergedError(TrainingError):
+    """Training ran away.
+
+    Args:
+        step: number of the step.
+        reason: what was found, as the end of a sentence.
+    """
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(
+            f"step {step}: {reason}; the last checkpoint is kept: start the stage again with a lower learning rate"
+        )
+        self.step, self.reason = step, reason
 
 
 def learning_rate(loop: SviConfig | EbmConfig, step: int) -> float:
@@ -82,11 +99,31 @@ def build_optimizer(parameters: list[nn.Parameter], loop: SviConfig | EbmConfig)
         PyTorch's own optimiser, in its variant with the fewest kernels.
     """
     if isinstance(loop, EbmConfig):
-        return torch.optim.Adam(parameters, lr=loop.learning_rate, fused=True)
+        rates: dict[str, Any] = {"lr": loop.learning_rate, "weight_decay": loop.weight_decay}
+        return torch.optim.Adam(parameters, **rates, betas=loop.adam_betas, fused=True)
     common: dict[str, Any] = {"lr": loop.learning_rate, "eps": loop.epsilon, "weight_decay": loop.weight_decay}
     if loop.optimizer == "adamax":
         return torch.optim.Adamax(parameters, **common, foreach=True)
     return torch.optim.Adam(parameters, **common, fused=True)
+
+
+@torch.no_grad()
+def clip_by_moments(rule: torch.optim.Optimizer) -> None:
+    """Bound every element of the gradient by three of its own root mean squares and 0.1, as Adam has averaged them.
+
+    An element of a parameter that Adam has not yet moved is left as it is, so the first step is free.
+
+    Args:
+        rule: Adam; its parameters' gradients are clipped in place.
+    """
+    for group in rule.param_groups:
+        for parameter in group["params"]:
+            moments = rule.state.get(parameter)
+            if parameter.grad is None or not moments:
+                continue
+            mean_square = moments["exp_avg_sq"] / (1 - group["betas"][1] ** moments["step"])
+            bound = NUM_DEVIATIONS * mean_square.sqrt() + SLACK
+            parameter.grad.clamp_(-bound, bound)
 
 
 class GuardedOptimizer:
@@ -104,24 +141,25 @@ class GuardedOptimizer:
         self.num_skipped = 0
         self.num_bad_in_a_row = 0
 
-    def step(self, loss: Tensor, step: int) -> float:
+    def step(self, loss: Tensor, step: int, rate_factor: float = 1.0) -> float:
         """Differentiate a loss and move the parameters.
 
         Args:
             loss: scalar.
             step: number of this step, for the schedule.
+            rate_factor: what the schedule's learning rate is multiplied by.
 
         Returns:
             The gradient's norm before clipping.
 
         Raises:
-            TrainingError: :data:`MAX_BAD_STEPS` gradients in a row were not finite.
+            DivergedError: :data:`MAX_BAD_STEPS` gradients in a row were not finite.
         """
         for group in self.rule.param_groups:
-            group["lr"] = learning_rate(self.loop, step)
+            group["lr"] = rate_factor * learning_rate(self.loop, step)
         self.rule.zero_grad(set_to_none=True)
         loss.backward()
-        norm = float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
+        norm = self._clip()
         if math.isfinite(norm):
             self.rule.step()
             self.num_bad_in_a_row = 0
@@ -129,10 +167,16 @@ class GuardedOptimizer:
         self.num_skipped += 1
         self.num_bad_in_a_row += 1
         if self.num_bad_in_a_row == MAX_BAD_STEPS:
-            raise TrainingError(
-                f"step {step}: the loss is {float(loss.detach())} and its gradient has not been finite for "
-                f"{MAX_BAD_STEPS} steps; the last checkpoint is kept: start the stage again with a lower learning rate"
-            )
+            found = f"the loss is {float(loss.detach())} and its gradient has not been finite for {MAX_BAD_STEPS} steps"
+            raise DivergedError(step, found)
+        return norm
+
+    def _clip(self) -> float:
+        """Clip the gradient as the loop says; return its norm before."""
+        if isinstance(self.loop, SviConfig) or self.loop.clip == "norm":
+            return float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
+        norm = float(get_total_norm([each.grad for each in self.parameters if each.grad is not None]))
+        clip_by_moments(self.rule)
         return norm
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,105 +1,245 @@
-"""The energy networks E(x).
+"""The energy networks E(x) and E(x, z).
 
-An energy is called as ``energy(x, z)`` and returns nats per row. The networks here read x alone; an
-energy of both is any module with the same call.
+An energy is called as ``energy(x, z)`` and returns nats per row. One of x alone ignores z.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ppl_vaebm.config import EnergyConfig
-from ppl_vaebm.models.cells import (
-    FourierFeatures,
-    LipSwish,
-    ResidualBlock,
-    check_side,
-    mlp,
-    net_kind,
-    num_halvings,
-)
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.models.cells import FourierFeatures, LipSwish, mlp, net_kind
+from ppl_vaebm.models.energy_blocks import build_block
+from ppl_vaebm.models.energy_init import standardise_layers
+from ppl_vaebm.models.energy_layouts import Layout, build_layout
+from ppl_vaebm.models.nvae_cells import Conv2d
+from ppl_vaebm.models.spectral import bound_spectral_norm, hold_spectral_norms, spectral_layers
+
+IMAGE_OPTIONS = ("layout", "stem_stride", "block", "weight_norm")
 
 
 class Energy(nn.Module):
     """What every energy has: a call with x and the latents, and no batch statistics."""
+
+    is_initialised: Tensor | None
+    """Whether :func:`initialise_from_data` is done, ``()``, saved with the weights; None where the energy is configured
+    without it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("is_initialised", None)
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy.
 
         Args:
             x: ``(n, *event_shape)``.
-            z: the latents; ignored by an energy of x alone.
+            z: the latents, ``(n, *shape)`` each; ignored by an energy of x alone.
 
         Returns:
             ``(n,)``, nats.
+
+        Raises:
+            ValueError: an energy of x and z was called without z.
         """
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, in which these networks do not differ; see :func:`bound_spectral_norm` for the norms."""
+        super().train(mode)
+        hold_spectral_norms(self)
+        return self
+
+    def last_layer(self) -> nn.Linear | None:
+        """Return the layer that gives the energy, if there is one."""
+        return None
+
+    def hidden_layers(self) -> list[nn.Linear | nn.Conv2d]:
+        """List all other layers, in the network's order; the options of initialisation and norms are theirs."""
+        last = self.last_layer()
+        return [layer for layer in spectral_layers(self, has_linear=True) if layer is not last]
+
+    def _apply_options(self, config: EnergyConfig) -> None:
+        """Set up what concerns all hidden layers, once they are there."""
+        if config.data_init:
+            self.register_buffer("is_initialised", torch.zeros((), dtype=torch.bool))
+        if config.spectral_norm:
+            for layer in self.hidden_layers():
+                bound_spectral_norm(layer)
+
+
+def _given(z: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+    if z is None:
+        raise ValueError("this energy is a function of x and z, got no z: give the latents, for data draws of q(z | x)")
+    return z
+
 
 class VectorEnergy(Energy):
-    """Fourier features into a fully connected net.
+    """Fourier features of x, and the latents as they are, into a fully connected net.
 
     Args:
         config: sizes.
         dim: of x.
+        latent_shapes: of the latents that the energy reads.
     """
 
-    def __init__(self, config: EnergyConfig, dim: int) -> None:
+    def __init__(self, config: EnergyConfig, dim: int, latent_shapes: Mapping[str, torch.Size]) -> None:
         super().__init__()
+        self.latent_names = tuple(latent_shapes)
         self.fourier = FourierFeatures(dim, config.num_fourier, config.fourier_scale) if config.num_fourier else None
-        self.net = mlp(2 * config.num_fourier or dim, config.width, config.depth, 1, nn.SiLU)
+        num_in = (2 * config.num_fourier or dim) + sum(shape.numel() for shape in latent_shapes.values())
+        self.net = mlp(num_in, config.width, config.depth, 1, nn.SiLU)
+        self._apply_options(config)
+
+    def last_layer(self) -> nn.Linear | None:
+        """Return the last layer; see :class:`Energy`."""
+        last = self.net[-1]
+        assert isinstance(last, nn.Linear)
+        return last
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy; see :class:`Energy`."""
-        out: Tensor = self.net(self.fourier(x) if self.fourier is not None else x)
+        features = self.fourier(x) if self.fourier is not None else x
+        if self.latent_names:
+            given = _given(z)
+            features = torch.cat([features, *(given[name].flatten(1) for name in self.latent_names)], dim=1)
+        out: Tensor = self.net(features)
         return out.squeeze(-1)
 
 
 class ImageEnergy(Energy):
     """Residual blocks down to a small grid, summed over pixels, into one linear unit.
 
+    Latents are added to what a block takes, through a 1x1 convolution: each to the first block with the coarsest grid
+    that is not coarser than its own. A vector is a grid of one pixel. On other grids they are means or repetitions.
+
     Args:
-        config: sizes; channels double at every halving.
+        config: blocks, and their options.
         event_shape: ``(channels, side, side)``.
+        latent_shapes: of the latents that the energy reads.
+
+    Raises:
+        InputError: images that the layout is not for.
     """
 
-    def __init__(self, config: EnergyConfig, event_shape: torch.Size) -> None:
+    def __init__(self, config: EnergyConfig, event_shape: torch.Size, latent_shapes: Mapping[str, torch.Size]) -> None:
         super().__init__()
-        num_downs = num_halvings(event_shape[-1])
-        missing = -event_shape[-1] % (1 << num_downs)
-        check_side(torch.Size([*event_shape[:-2], *(side + missing for side in event_shape[-2:])]), num_downs)
-        # Black on all sides, so that the grid can be halved that often.
-        self.padding = (missing // 2, missing - missing // 2) * 2
-        widths = [config.channels << level for level in range(num_downs + 1)]
-        self.stem = nn.Conv2d(event_shape[0], widths[0], 3, padding=1)
+        layout = build_layout(config, event_shape)
+        normed: dict[str, Any] = {"weight_norm": config.weight_norm}
+        self.padding = layout.padding * 2
+        if layout.stem_stride == 1:
+            self.stem = Conv2d(event_shape[0], config.channels, 3, **normed)
+        else:
+            self.stem = Conv2d(event_shape[0], config.channels, 4, stride=2, **normed)
+            self.stem.padding = (1, 1)  # an even kernel halves the grid with a row less than its half
         self.activation = LipSwish()
-        self.blocks = nn.Sequential(
-            *(ResidualBlock(widths[i], widths[i + 1], LipSwish, "down") for i in range(num_downs))
+        self.blocks = nn.ModuleList(build_block(config, shape) for shape in layout.blocks)
+        self.head = nn.Linear(layout.blocks[-1].num_out, 1)
+        self.sides, self.entries = layout.sides, _entries(layout, latent_shapes)
+        self.latent_maps = nn.ModuleDict(
+            {
+                str(index): Conv2d(
+                    sum(latent_shapes[name][0] for name in names), layout.blocks[index].num_in, 1, bias=False, **normed
+                )
+                for index, names in self.entries.items()
+            }
         )
-        self.head = nn.Linear(widths[-1], 1)
+        self._apply_options(config)
+
+    def last_layer(self) -> nn.Linear | None:
+        """Return the head; see :class:`Energy`."""
+        return self.head
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy; see :class:`Energy`."""
-        padded = nn.functional.pad(x, self.padding, value=-1.0) if any(self.padding) else x
-        features = self.blocks(self.activation(self.stem(padded)))
-        out: Tensor = self.head(features.sum(dim=(-2, -1)))
+        padded = functional.pad(x, self.padding, value=-1.0) if any(self.padding) else x
+        features = self.activation(self.stem(padded))
+        for index, block in enumerate(self.blocks):
+            if index in self.entries:
+                features = features + self._entering(index, _given(z))
+            features = block(features)
+        # Sum and head in the weights' precision: an energy in bfloat16 would have steps of a sixteenth at 16 nats.
+        with torch.autocast(x.device.type, enabled=False):
+            out: Tensor = self.head(features.to(self.head.weight.dtype).sum(dim=(-2, -1)))
         return out.squeeze(-1)
 
+    def _entering(self, index: int, z: Mapping[str, Tensor]) -> Tensor:
+        """Map the latents that enter at a block to its features, ``(n, num_in, side, side)``."""
+        size = (self.sides[index], self.sides[index])
+        grids = [z[name] if z[name].dim() == 4 else z[name][:, :, None, None] for name in self.entries[index]]
+        # Area: the mean of the pixels that a larger one covers, and copies the other way.
+        out: Tensor = self.latent_maps[str(index)](
+            torch.cat([functional.interpolate(grid, size=size, mode="area") for grid in grids], dim=1)
+        )
+        return out
 
-def build_energy(config: EnergyConfig, event_shape: torch.Size) -> Energy:
+
+def _entries(layout: Layout, latent_shapes: Mapping[str, torch.Size]) -> dict[int, tuple[str, ...]]:
+    """Find the block at which each latent enters: index of the block to names."""
+    entries: dict[int, tuple[str, ...]] = {}
+    for name, shape in latent_shapes.items():
+        side = shape[-1] if len(shape) == 3 else 1
+        index = layout.sides.index(min((each for each in layout.sides if each >= side), default=layout.sides[0]))
+        entries[index] = (*entries.get(index, ()), name)
+    return dict(sorted(entries.items()))
+
+
+def build_energy(
+    config: EnergyConfig, event_shape: torch.Size, latent_shapes: Mapping[str, torch.Size] | None = None
+) -> Energy:
     """Make the energy network that fits the data.
 
     Args:
-        config: kind and sizes.
+        config: kind, sizes and options.
         event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
+        latent_shapes: of every latent by name, as the VAE's model has them; only an energy of x and z needs them.
 
     Returns:
         The network, freshly initialised from the global generator.
 
     Raises:
-        InputError: a kind that does not fit the data's shape.
+        InputError: a kind, a layout or an option that does not fit the data's shape.
+        ValueError: no latents' shapes for an energy of x and z.
     """
-    if net_kind(config.kind, event_shape, "energy.kind") == "vector":
-        return VectorEnergy(config, event_shape[0])
-    return ImageEnergy(config, event_shape)
+    read: Mapping[str, torch.Size] = {}
+    if config.inputs == "x-and-z":
+        if not latent_shapes:
+            raise ValueError("an energy of x and z needs the shapes of the latents, got none")
+        read = latent_shapes
+    if net_kind(config.kind, event_shape, "energy.kind") == "image":
+        return ImageEnergy(config, event_shape, read)
+    standard = EnergyConfig()
+    for name in IMAGE_OPTIONS:
+        if getattr(config, name) != getattr(standard, name):
+            raise InputError(
+                f"expected images for energy.{name.replace('_', '-')} {getattr(config, name)}, found data of shape "
+                f"{tuple(event_shape)}: leave this option out"
+            )
+    return VectorEnergy(config, event_shape[0], read)
+
+
+def initialise_from_data(energy: Energy, x: Tensor, z: dict[str, Tensor] | None = None) -> None:
+    """Give every hidden layer outputs of mean 0 and standard deviation 0.2 on data, in place.
+
+    Only the first call does anything, and a flag that is saved with the weights says so; nor does a call on an energy
+    that was configured without it. See :func:`~ppl_vaebm.models.energy_init.standardise_layers`.
+
+    Args:
+        energy: to initialise; before it is copied, for averages or otherwise.
+        x: data, ``(n, *event_shape)``; VAEBM takes five batches.
+        z: their latents, for an energy of x and z.
+
+    Raises:
+        InputError: a channel does not vary on the data.
+        ValueError: as the energy's call.
+    """
+    flag = energy.is_initialised
+    if flag is not None and not flag:
+        standardise_layers(energy, energy.hidden_layers(), lambda: energy(x, z))
+        flag.fill_(True)

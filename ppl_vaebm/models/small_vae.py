@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
@@ -20,6 +21,8 @@ from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.distributions import positive_scale, soft_clamp
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide, XScale
 
+# Of the convolutions: a fifth faster on a CPU than the default, with 16 to 32 channels.
+MEMORY_FORMAT = torch.channels_last
 ENCODER_FOURIER_SCALE = 4.0  # radians per unit of x; the energy network's value, chosen by us
 
 
@@ -109,14 +112,13 @@ class ImageGenerator(Generator):
     def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
         super().__init__()
         self.event_shape = event_shape
-        num_ups = num_halvings(event_shape[-1])
-        check_side(event_shape, num_ups)
+        num_ups = num_grids(event_shape, config.patch)
         if len(config.latents) > num_ups + 1:
             raise InputError(
                 f"model.latents has {len(config.latents)} groups, but images of side {event_shape[-1]} "
                 f"have {num_ups + 1} grids: give at most that many"
             )
-        side = event_shape[-1] >> num_ups
+        side = event_shape[-1] // config.patch >> num_ups
         widths = [config.channels << (num_ups - level) for level in range(num_ups + 1)]
         self.base = torch.Size([widths[0], side, side])
         shapes = [torch.Size([config.latents[0]])]
@@ -127,14 +129,16 @@ class ImageGenerator(Generator):
         self.priors = nn.ModuleList(nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1))
         self.combiners = nn.ModuleList(nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1))
         self.x_scale = XScale(config)
-        num_out = event_shape[0] * self.x_scale.num_outputs
+        num_out = event_shape[0] * self.x_scale.num_outputs * config.patch**2
         self.head = nn.Conv2d(widths[-1], num_out, 3, padding=1)
+        self.patch = config.patch
+        self.to(memory_format=MEMORY_FORMAT)
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
         reference = self._reference("z_1", num)
         z = {"z_1": choose("z_1", reference, reference.loc)}
-        state = nn.functional.silu(self.stem(z["z_1"])).unflatten(1, self.base)
+        state = functional.silu(self.stem(z["z_1"])).unflatten(1, self.base)
         for index, up in enumerate(self.ups):
             state = up(state)
             if index < len(self.priors):
@@ -146,7 +150,7 @@ class ImageGenerator(Generator):
 
     def decode(self, state: Tensor) -> Decoded:
         """Decode; see :meth:`Generator.decode`."""
-        return DecodedNormal(*self.x_scale(self.head(state)))
+        return DecodedNormal(*self.x_scale(functional.pixel_shuffle(self.head(state), self.patch)))
 
 
 class ImageGuide(RelativeGuide):
@@ -161,7 +165,8 @@ class ImageGuide(RelativeGuide):
         super().__init__(generator)
         num_downs = len(generator.ups)
         widths = [config.channels << level for level in range(num_downs + 1)]
-        self.stem = nn.Conv2d(generator.event_shape[0], widths[0], 3, padding=1)
+        self.patch = config.patch
+        self.stem = nn.Conv2d(generator.event_shape[0] * self.patch**2, widths[0], 3, padding=1)
         self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
         self.vector_head = nn.Linear(generator.base.numel(), 2 * config.latents[0])
         self.grid_heads = nn.ModuleDict(
@@ -170,10 +175,11 @@ class ImageGuide(RelativeGuide):
                 for i, size in enumerate(config.latents[1:], 1)
             }
         )
+        self.to(memory_format=MEMORY_FORMAT)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Run the tower, and give each group the features of its grid."""
-        features = [nn.functional.silu(self.stem(x))]
+        features = [functional.silu(self.stem(functional.pixel_unshuffle(x, self.patch)))]
         for down in self.downs:
             features.append(down(features[-1]))
         return {f"z_{i}": level for i, level in enumerate(reversed(features), 1)}
@@ -185,6 +191,25 @@ class ImageGuide(RelativeGuide):
         else:
             out = self.grid_heads[name](torch.cat([features, state], dim=1))
         return out
+
+
+def num_grids(event_shape: torch.Size, patch: int) -> int:
+    """Return how often the convolutional nets halve the grid of patches.
+
+    Args:
+        event_shape: ``(channels, side, side)``.
+        patch: side of the patches, a power of two.
+
+    Returns:
+        As many as without patches, less those that patches stand for, but at least one.
+
+    Raises:
+        InputError: the image cannot be cut so.
+    """
+    num_in_patch = patch.bit_length() - 1
+    num = max(1, num_halvings(event_shape[-1]) - num_in_patch)
+    check_side(event_shape, num + num_in_patch)
+    return num
 
 
 def build_small_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:

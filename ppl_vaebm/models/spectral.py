@@ -1,4 +1,4 @@
-"""Penalties on how far a network can stretch its input: spectral norms of its weights, gains of its normalisations."""
+"""How far a network can stretch its input: penalties on spectral norms and on gains of normalisations, and a bound."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from torch.nn.utils import parametrizations
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d, normalized
 
@@ -95,3 +97,42 @@ def norm_gain_penalty(net: nn.Module) -> Tensor:
     if not gains:
         return torch.zeros(())
     return torch.stack([torch.stack(alike).abs().amax(1).sum() for alike in gains.values()]).sum()
+
+
+def bound_spectral_norm(layer: nn.Linear | nn.Conv2d) -> None:
+    """Divide a layer's weight by its largest singular value (Miyato et al. 2018), by PyTorch's own parametrisation.
+
+    Its power iterations run in every backward pass that reaches the weight, and never in a call. Calls between two
+    updates are thus of one function, whatever their number, as kernels need; theirs are derivatives by positions and
+    reach no weight. The norm lags a little behind weights that move. A convolution counts as its matrix
+    ``(out, in * k * k)``. A deep copy takes the vectors as they are and does not refine them: it is for averages, which
+    take over the buffers, and not for training.
+
+    Args:
+        layer: changed in place; its vectors are buffers, saved with the weights.
+    """
+    bounded = parametrizations.spectral_norm(layer, n_power_iterations=NUM_POWER_ITERATIONS)
+    norm, original = _spectral_norm_of(bounded)
+
+    def refine(weight: Tensor) -> None:
+        norm.train()
+        with torch.no_grad():
+            norm(weight)
+        norm.eval()
+
+    norm.eval()
+    original.register_post_accumulate_grad_hook(refine)
+
+
+def hold_spectral_norms(net: nn.Module) -> None:
+    """Keep the power iterations of :func:`bound_spectral_norm` out of calls; training mode would run them there."""
+    for module in net.modules():
+        if is_parametrized(module, "weight"):
+            _spectral_norm_of(module)[0].eval()
+
+
+def _spectral_norm_of(layer: nn.Module) -> tuple[nn.Module, Tensor]:
+    """Return a layer's parametrisation, and the weight that it divides."""
+    parametrised = layer.get_submodule("parametrizations.weight")
+    assert isinstance(parametrised, ParametrizationList)
+    return parametrised[0], parametrised.original

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import pyro
@@ -38,9 +39,9 @@ class Prior(NamedTuple):
     raw: tuple[Tensor, Tensor] | None = None
     """What the network said of the two, before it was bounded; a residual posterior adds to it."""
 
-    def distribution(self) -> TorchDistribution:
-        """Return it as a distribution, batch shape ``(n,)``."""
-        return diagonal_normal(self.loc, self.scale)
+    def distribution(self, temperature: float = 1.0) -> TorchDistribution:
+        """Return it as a distribution, batch shape ``(n,)``, with the standard deviation times a temperature."""
+        return diagonal_normal(self.loc, temperature * self.scale)
 
 
 class Choose(Protocol):
@@ -67,6 +68,9 @@ class Generator(PyroModule):
     """Event shape of each latent site, coarsest first."""
     event_shape: torch.Size
     """Event shape of ``x``."""
+    temperature: float = 1.0
+    """Factor on the standard deviation of every latent's prior, in the program and in the transport alike; posteriors
+    do not see it. It belongs to a VAEBM: a VAE is trained at 1."""
 
     def __init__(self) -> None:
         # The prefix of its parameters' names. Without one, pyro.infer.SVI takes layers of model and guide that have the
@@ -122,7 +126,7 @@ class Generator(PyroModule):
         Returns:
             ``x`` and the latents.
         """
-        z, state = self.walk(_sample, num)
+        z, state = self.walk(partial(_sample, temperature=self.temperature), num)
         decoded = self.decode(state)
         return pyro.sample("x", decoded.level_law() if by_level else decoded.law(), obs=x), z
 
@@ -142,10 +146,10 @@ def num_rows(x: Tensor | None, num: int | None) -> int:
     return num
 
 
-def _sample(name: str, prior: Prior, state: Tensor) -> Tensor:
+def _sample(name: str, prior: Prior, state: Tensor, temperature: float) -> Tensor:
     # OnePass reads what stands under "group".
     infer: Any = {"group": (prior, state)}
-    value: Tensor = pyro.sample(name, prior.distribution(), infer=infer)
+    value: Tensor = pyro.sample(name, prior.distribution(temperature), infer=infer)
     return value
 
 
@@ -314,9 +318,9 @@ class HierarchicalVAE(nn.Module):
         return {**shapes, "eps_x": self.model.event_shape}
 
     def transport(self, eps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map noise to what it stands for: ``z_l = loc_l + scale_l * eps_l``, then x by its decoder's transport.
+        """Map noise to what it stands for: ``z_l = loc_l + t * scale_l * eps_l``, then x by its decoder's transport.
 
-        A temperature t, by which NVAE multiplies every standard deviation, is ``t * eps`` here.
+        The temperature t is the model's own, 1 unless a VAEBM sets it; another one is a factor on eps here.
 
         Args:
             eps: every noise, ``(n, *shape)`` with the shapes of :attr:`noise_shapes`.
@@ -338,7 +342,7 @@ class HierarchicalVAE(nn.Module):
         """
 
         def choose(name: str, prior: Prior, state: Tensor) -> Tensor:
-            return prior.loc + prior.scale * eps[f"eps_{name}"]
+            return prior.loc + self.model.temperature * prior.scale * eps[f"eps_{name}"]
 
         z, state = self.model.walk(choose, len(next(iter(eps.values()))))
         return self.model.decode(state), z
@@ -359,7 +363,7 @@ class HierarchicalVAE(nn.Module):
         eps: dict[str, Tensor] = {}
 
         def choose(name: str, prior: Prior, state: Tensor) -> Tensor:
-            eps[f"eps_{name}"] = (z[name] - prior.loc) / prior.scale
+            eps[f"eps_{name}"] = (z[name] - prior.loc) / (self.model.temperature * prior.scale)
             return z[name]
 
         state = self.model.walk(choose, len(x))[1]

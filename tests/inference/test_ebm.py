@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import Config, EbmConfig, KernelConfig, KernelName, TrainingKernelConfig
-from ppl_vaebm.inference.ebm import NegativePhase, likelihood_gain, replay_probability
+from ppl_vaebm.inference.ebm import likelihood_gain
 from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.negatives import NegativePhase, replay_probability
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
@@ -44,7 +45,7 @@ def negatives(weight: float, kernel: TrainingKernelConfig | None = None, **optio
 def loss_and_gradient(phase_of: NegativePhase, data: Tensor = DATA) -> tuple[float, float]:
     """Evaluate the loss of the first step and its derivative by w."""
     energy = phase_of.potential.vaebm.energy
-    loss = phase_of(energy(data), 0).loss
+    loss = phase_of(data, 0).loss
     (gradient,) = torch.autograd.grad(loss, energy.get_parameter("weight"))
     return float(loss.detach()), float(gradient)
 
@@ -100,8 +101,7 @@ def test_the_ratio_has_no_gradient_where_h_is_the_data() -> None:
 
 def test_the_ratio_comes_first_where_it_is_asked_for() -> None:
     phase_of = negatives(W, ratio_steps=2, replay_size=4)
-    energy_data = phase_of.potential.vaebm.energy(DATA)
-    has_chains = ["acceptance_rate" in phase_of(energy_data, step).record for step in range(4)]
+    has_chains = ["acceptance_rate" in phase_of(DATA, step).monitors for step in range(4)]
     assert has_chains == [False, False, True, True]
 
 
@@ -109,7 +109,7 @@ def test_the_ratio_comes_first_where_it_is_asked_for() -> None:
 def test_the_step_follows_the_acceptance_rate(asked: float | None) -> None:
     config = TrainingKernelConfig("mala", step_size=0.5, target_acceptance=asked)
     phase_of = negatives(W, config, replay_size=4)
-    rate = phase_of(phase_of.potential.vaebm.energy(DATA), 0).record["acceptance_rate"]
+    rate = float(phase_of(DATA, 0).monitors["acceptance_rate"])
     target = asked or build_kernel(KernelConfig("mala"), phase_of.potential).target_acceptance
     assert target is not None and rate != target
     assert float(phase_of.params.step_size) == pytest.approx(0.5 * math.exp(0.05 * (rate - target)))
@@ -117,7 +117,7 @@ def test_the_step_follows_the_acceptance_rate(asked: float | None) -> None:
 
 def test_the_step_of_an_unadjusted_kernel_stays() -> None:
     phase_of = negatives(W, TrainingKernelConfig("langevin", step_size=0.5), replay_size=4)
-    phase_of(phase_of.potential.vaebm.energy(DATA), 0)
+    phase_of(DATA, 0)
     assert float(phase_of.params.step_size) == 0.5
 
 
@@ -132,7 +132,7 @@ def test_the_gain_is_that_of_the_closed_form() -> None:
     num = 10_000
     x = math.sqrt(MODEL_VARIANCE) * torch.randn(num, 1, dtype=torch.float64, generator=stream(1, "data"))
     potential = noise_potential(VAEBM(linear_vae(), WeightedSquare(W).requires_grad_(False)))
-    gain = likelihood_gain(potential, Points(x), seed=0, num_draws=40_000)
+    gain = likelihood_gain(Config(ebm=EbmConfig(num_validation_draws=40_000)), potential, Points(x), seed=0)
     ratio = MODEL_VARIANCE / VARIANCE
     expected = 0.5 * (ratio - 1 - math.log(ratio))
     assert abs(gain.nats - expected) < 4 * gain.error

@@ -10,7 +10,13 @@ import torch
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains, tuned_params
+from ppl_vaebm.inference.sampling import (
+    chain_blocks,
+    decode_in_blocks,
+    num_blocks,
+    sample_by_chains,
+    tuned_params,
+)
 from ppl_vaebm.models.vaebm import VAEBM
 from tests.small_models import VARIANCE, QuadraticEnergy, linear_vae
 
@@ -57,3 +63,25 @@ def test_the_pilot_tunes_to_the_target() -> None:
     chains = sample_by_chains(potential, config, num=1_000, steps=[40], seed=0)
     assert chains.step_size == float(tuned_params(potential, config, seed=0).step_size)
     assert chains.acceptance_rate == pytest.approx(0.6, abs=0.06)
+
+
+def test_blocks_say_what_their_chains_had_cost_until_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "BLOCK", 20)
+    steps_taken = 0
+
+    def on_step() -> None:
+        nonlocal steps_taken
+        steps_taken += 1
+
+    config = KernelConfig("mala", step_size=0.3)
+    potential = linear_potential()
+    blocks = list(chain_blocks(potential, config, num=45, steps=[0, 2, 5], seed=0, on_step=on_step))
+    assert len(blocks) == num_blocks(potential, 45) == 3 and steps_taken == 3 * 5
+    assert [len(block.positions[5]) for block in blocks] == [20, 20, 5] and all(block.size == 20 for block in blocks)
+    for block in blocks:
+        assert block.num_evals == {0: 0, 2: 2, 5: 5}
+        assert 0 <= block.seconds[0] <= block.seconds[2] <= block.seconds[5]
+        assert block.acceptance_rate.shape == block.num_divergent.shape == (5,)
+    whole = sample_by_chains(potential, config, num=45, steps=[0, 2, 5], seed=0)
+    assert torch.equal(torch.cat([block.positions[2] for block in blocks]), whole.positions[2])
+    assert whole.acceptance_rate == pytest.approx(float(torch.cat([b.acceptance_rate for b in blocks]).mean()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,3 +176,57 @@ def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
         run(one, its_optimizer, range(6, 12))
     assert torch.equal(restored.weight, module.weight)
     assert not torch.equal(forgetful.weight, module.weight)  # negative control: without Adam's moments it does not
+
+
+EBM = EbmConfig(steps=100, learning_rate=0.1, final_learning_rate=0.1, adam_betas=(0.8, 0.9), clip="adam-moments")
+
+
+def adam_by_hand(gradients: list[list[float]], loop: EbmConfig, start: list[float]) -> list[float]:
+    """Write Adam and its clip out for single numbers."""
+    (beta1, beta2), ends = loop.adam_betas, []
+    for weight, ours in zip(start, zip(*gradients, strict=True), strict=True):
+        mean = square = 0.0
+        for count, gradient in enumerate(ours, start=1):
+            if count > 1:
+                bound = 3 * math.sqrt(square / (1 - beta2 ** (count - 1))) + 0.1
+                gradient = max(-bound, min(bound, gradient))
+            gradient += loop.weight_decay * weight
+            mean, square = beta1 * mean + (1 - beta1) * gradient, beta2 * square + (1 - beta2) * gradient**2
+            root = math.sqrt(square / (1 - beta2**count)) + 1e-8
+            weight -= loop.learning_rate * mean / (1 - beta1**count) / root
+        ends.append(weight)
+    return ends
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_the_clip_by_moments_is_the_one_written_out(weight_decay: float) -> None:
+    # The second step's first element and the third's second are beyond their bounds, of 3.1 and about 6.
+    gradients = [[1.0, -2.0], [50.0, 1.0], [-1.0, -90.0], [0.3, 0.2]]
+    loop, module = replace(EBM, weight_decay=weight_decay), Weights(1.0, -2.0)
+    optimizer = GuardedOptimizer(module.parameters(), loop)
+    norms = [optimizer.step(loss_with_gradient(module.weight, *each), step) for step, each in enumerate(gradients)]
+    assert module.weight.tolist() == pytest.approx(adam_by_hand(gradients, loop, [1.0, -2.0]), rel=1e-6)
+    assert norms == pytest.approx([math.hypot(*each) for each in gradients])  # before the clip
+    unclipped = Weights(1.0, -2.0)
+    free = GuardedOptimizer(unclipped.parameters(), replace(loop, clip="norm", grad_clip=1e9))
+    for step, each in enumerate(gradients):
+        free.step(loss_with_gradient(unclipped.weight, *each), step)
+    assert (unclipped.weight - module.weight).abs().min() > 1e-3  # negative control
+
+
+def test_the_first_step_is_not_clipped_by_moments() -> None:
+    module = Weights(0.0)
+    optimizer = GuardedOptimizer(module.parameters(), EBM)
+    optimizer.step(loss_with_gradient(module.weight, 1e6), 0)
+    assert module.weight.grad is not None and module.weight.grad.item() == 1e6
+    optimizer.step(loss_with_gradient(module.weight, 1e9), 1)
+    assert module.weight.grad.item() == pytest.approx(3e6 + 0.1, rel=1e-6)
+
+
+def test_a_factor_lowers_the_rate() -> None:
+    moved = []
+    for factor in (1.0, 0.25):
+        module = Weights(1.0)
+        GuardedOptimizer(module.parameters(), EBM).step(loss_with_gradient(module.weight, 3.0), 0, factor)
+        moved.append(1.0 - module.weight.item())
+    assert moved == pytest.approx([0.1, 0.025], rel=1e-6)

@@ -1,4 +1,4 @@
-"""The penalties on spectral norms and on gains are the sums that they stand for."""
+"""The penalties on spectral norms and on gains are the sums that they stand for; the bound on norms holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppl_vaebm.models.energy import Energy
+from ppl_vaebm.config import EnergyConfig
+from ppl_vaebm.inference.training import AveragedWeights
+from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
 from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.rng import global_rng
@@ -203,6 +205,81 @@ def test_the_layers_of_an_nvae_are_its_convolutions() -> None:
     assert convs == [module for module in vae.modules() if isinstance(module, nn.Conv2d)]
     assert {type(layer) for layer in both} == {Conv2d, nn.Linear}
     assert len(both) > len(convs)
+
+
+# --- the bound -----------------------------------------------------------------------------------
+
+
+def bounded_energy(shape: tuple[int, ...] = (1, 8, 8)) -> Energy:
+    with global_rng(0):
+        return build_energy(EnergyConfig(width=16, channels=4, spectral_norm=True), torch.Size(shape)).double()
+
+
+def hidden_norms(energy: Energy) -> Tensor:
+    return torch.stack([torch.linalg.svdvals(layer.weight.detach().flatten(1))[0] for layer in energy.hidden_layers()])
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 8, 8)])
+def test_a_bounded_layer_has_spectral_norm_one(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    energy = bounded_energy(shape)
+    x = torch.randn(4, *shape, generator=generator, dtype=torch.float64)
+    for _ in range(50):  # every backward pass is a few power iterations
+        energy(x).sum().backward()
+    norms = hidden_norms(energy)
+    torch.testing.assert_close(norms, torch.ones_like(norms), rtol=1e-4, atol=0)
+    # Negative control: the weights that are divided have other norms, and so has the last layer.
+    free = [p for name, p in energy.named_parameters() if name.endswith("original")]
+    assert max(abs(float(torch.linalg.svdvals(p.detach().flatten(1))[0]) - 1) for p in free) > 0.05
+    last = energy.last_layer()
+    assert last is not None and abs(float(torch.linalg.svdvals(last.weight.detach())[0]) - 1) > 0.05
+
+
+def test_the_bound_follows_the_weights_in_training(generator: torch.Generator) -> None:
+    energy = bounded_energy()
+    x = torch.randn(16, 1, 8, 8, generator=generator, dtype=torch.float64)
+    rule = torch.optim.Adam(energy.parameters(), 0.003)
+    for _ in range(50):
+        rule.zero_grad()
+        energy(x).mean().backward()
+        rule.step()
+    assert hidden_norms(energy).max() < 1.05
+    unbounded = [p for name, p in energy.named_parameters() if name.endswith("original")]
+    assert max(float(torch.linalg.svdvals(p.detach().flatten(1))[0]) for p in unbounded) > 1.5  # negative control
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_calls_and_derivatives_by_positions_leave_a_bounded_energy_as_it_is(
+    is_training: bool, generator: torch.Generator
+) -> None:
+    energy = bounded_energy().train(is_training)
+    x = torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    before = energy(x).detach()
+    for _ in range(3):
+        torch.autograd.grad(energy(x).sum(), x)
+    assert torch.equal(energy(x), before)
+    energy(x).sum().backward()
+    assert not torch.equal(energy(x), before)  # the vectors moved, and nothing else
+
+
+def test_by_pytorch_alone_calls_in_training_mode_are_of_different_functions(generator: torch.Generator) -> None:
+    """Negative control of the test above."""
+    with global_rng(0):
+        layer = nn.utils.parametrizations.spectral_norm(nn.Linear(20, 20).double())
+    x = torch.randn(4, 20, generator=generator, dtype=torch.float64)
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_the_vectors_of_the_bound_are_saved_and_averaged(generator: torch.Generator) -> None:
+    energy, x = bounded_energy(), torch.randn(4, 1, 8, 8, generator=generator, dtype=torch.float64)
+    average = AveragedWeights(energy, 0.0)
+    energy(x).sum().backward()
+    average.update(energy)
+    with global_rng(1):
+        config = EnergyConfig(width=16, channels=4, spectral_norm=True)
+        loaded = build_energy(config, torch.Size([1, 8, 8])).double()
+    assert not torch.allclose(loaded(x), energy(x))
+    loaded.load_state_dict(energy.state_dict())
+    assert torch.equal(loaded(x), energy(x)) and torch.equal(average.module(x), energy(x))
 
 
 # --- gains ---------------------------------------------------------------------------------------

@@ -1,0 +1,268 @@
+"""Stage 2 of digits in a setting that explodes, without the guard and with it.
+
+``python -m ppl_vaebm.experiments.stability FOLDER`` fits the VAE and then the energy twice, from the same seed with the
+same settings: persistent unadjusted chains with a large step, a high learning rate, and nothing that holds the energy's
+scale. The Frechet distance is measured of every checkpoint that either attempt wrote, and of the weights that each was
+left with. Writes stability.json and stability.png to the folder; a few minutes on one core.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm import checkpoint as checkpoints
+from ppl_vaebm.config import Config, KernelConfig
+from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.errors import InputError, exits_with_one_sentence
+from ppl_vaebm.features import FeatureNet, load_or_train, network_outputs, quantised_as
+from ppl_vaebm.figures import TITLE_POINTS, axes_grid, png_of
+from ppl_vaebm.files import write_atomic
+from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
+from ppl_vaebm.inference.potential import noise_potential
+from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
+from ppl_vaebm.inference.svi import fit_svi
+from ppl_vaebm.inference.training import DivergedError
+from ppl_vaebm.loading import load_vae
+from ppl_vaebm.metrics import frechet_distance
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.run import Run
+
+RECIPE = "digits"
+# Euler's step of eta = 0.25, 25 times what the recipe's energies bear, at 2.5 times the recipe's learning rate.
+SETTING: dict[str, Mapping[str, Any]] = {
+    "ebm": {
+        "steps": 800,
+        "batch_size": 32,
+        "num_transitions": 5,
+        "learning_rate": 5e-3,
+        "final_learning_rate": 5e-3,
+        "energy_l2": 0.0,
+        "checkpoint_every": 50,
+        "validate_every": 50,
+        "num_validation_draws": 2_000,
+    },
+    "kernel": {"name": "langevin", "step_size": 0.5, "target_acceptance": None},
+}
+SAMPLER = KernelConfig("mala", target_acceptance=0.75)
+"""Adjusted chains, so that what is measured is the density and not how it was trained."""
+NUM_STEPS = 50
+NUM_SAMPLES = 1_000
+SEED = 0
+
+
+@dataclass
+class Attempt:
+    """What one of the two fits left behind."""
+
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    """All that was logged, what the guard made the run forget included."""
+    error: str | None = None
+    """What ended it, if anything did."""
+    seconds: float = 0.0
+    """Of the processor."""
+    vaebm: VAEBM | None = None
+    """What it returned, if it did."""
+
+
+def setting(has_guard: bool) -> Config:
+    """Return the recipe with the setting that explodes."""
+    tree = to_dict(from_dict(load_yaml(recipe_path(RECIPE)), f"the recipe {RECIPE}"))
+    for section, options in SETTING.items():
+        tree[section] = {name: value for name, value in {**tree[section], **options}.items() if value is not None}
+    config = from_dict(tree, "the setting of stability.py")
+    return replace(config, ebm=replace(config.ebm, guard=has_guard))
+
+
+def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> Attempt:
+    """Fit the energy once, and keep a copy of every checkpoint on its way.
+
+    Args:
+        folder: of the run; what is in it goes.
+        config: the setting.
+        data: the data.
+        vae: of both attempts.
+
+    Returns:
+        What came of it; the copies are in ``kept``, by the number of returns and the step.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    result = Attempt()
+    seen: set[tuple[int, int]] = set()
+
+    def keep(record: Mapping[str, Any]) -> None:
+        result.records.append(record)
+        keep_new()
+
+    def keep_new() -> None:
+        written = run.checkpoints("ebm")
+        for step in checkpoints.available(written):
+            path = written / f"step-{step:08d}"
+            key = (step, path.stat().st_mtime_ns)
+            if key not in seen:
+                seen.add(key)
+                num_rollbacks = checkpoints.load(written, step).state["guard"]["num_rollbacks"]
+                shutil.copytree(path, folder / "kept" / str(num_rollbacks) / path.name, dirs_exist_ok=True)
+
+    run = replace(Run.create(folder), mirror=keep)
+    start = time.process_time()
+    try:
+        result.vaebm = fit_ebm(run, config, data, vae)
+    except DivergedError as error:
+        result.error = str(error)
+    result.seconds = time.process_time() - start
+    keep_new()
+    return result
+
+
+class Judge:
+    """Measures how far a density's draws are from the data.
+
+    Args:
+        net: whose features count.
+        data: the data.
+    """
+
+    def __init__(self, net: FeatureNet, data: Data) -> None:
+        self.net, self.data = net, data
+        self.real = self._features(data.train.batch(torch.arange(len(data.train)), torch.Generator().manual_seed(SEED)))
+
+    def __call__(self, vaebm: VAEBM) -> float | None:
+        """Return the Frechet distance of draws to the training data; ``None`` where a draw is not finite."""
+        potential = noise_potential(vaebm.requires_grad_(False))
+        chains = sample_by_chains(potential, SAMPLER, num=NUM_SAMPLES, steps=[NUM_STEPS], seed=SEED)
+        x = decode_in_blocks(potential, chains.positions[NUM_STEPS])
+        return frechet_distance(self._features(x), self.real) if bool(x.isfinite().all()) else None
+
+    def _features(self, x: Tensor) -> Tensor:
+        return network_outputs(self.net, quantised_as(x, self.data)).features
+
+
+def distances(folder: Path, config: Config, vae: HierarchicalVAE, judge: Judge) -> list[dict[str, float | int | None]]:
+    """Measure every checkpoint that :func:`attempt` kept.
+
+    Args:
+        folder: of the run.
+        config: its setting.
+        vae: its VAE.
+        judge: measures.
+
+    Returns:
+        For each the returns before it, its step, and its Frechet distance.
+    """
+    found = []
+    for parent in sorted((folder / "kept").iterdir()):
+        for step in checkpoints.available(parent):
+            vaebm = new_vaebm(config, vae)
+            vaebm.energy.load_state_dict(checkpoints.load(parent, step).weights["energy_average"])
+            found.append({"num_rollbacks": int(parent.name), "step": step, "frechet_distance": judge(vaebm)})
+    return found
+
+
+def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float | None, limit: float) -> dict[str, Any]:
+    """Say what became of an attempt.
+
+    Args:
+        result: the attempt.
+        measured: its checkpoints.
+        end: Frechet distance of what it returned, if it did.
+        limit: of the energy gap.
+
+    Returns:
+        Plain numbers.
+    """
+    steps = [record for record in result.records if "energy_gap" in record]
+    gaps = [float(record["energy_gap"]) for record in steps]
+    beyond = [r["step"] for r, gap in zip(steps, gaps, strict=True) if not abs(gap) <= limit]
+    scored = [each["frechet_distance"] for each in measured if each["frechet_distance"] is not None]
+    finite = [abs(gap) for gap in gaps if math.isfinite(gap)]
+    return {
+        "first step with the energy gap beyond its limit or not finite": beyond[0] if beyond else None,
+        "steps with the energy gap beyond its limit or not finite": len(beyond),
+        "largest finite energy gap (nats)": max(finite),
+        "last energy gap (nats)": str(gaps[-1]) if not math.isfinite(gaps[-1]) else gaps[-1],
+        "events": [record for record in result.records if "event" in record],
+        "ended by": result.error,
+        "Frechet distance of the result": end,
+        "least Frechet distance of a checkpoint": min(scored) if scored else None,
+        "Frechet distance of the last checkpoint": measured[-1]["frechet_distance"] if measured else None,
+        "checkpoints": list(measured),
+        "processor seconds": round(result.seconds, 1),
+    }
+
+
+def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit: float) -> bytes:
+    """Draw the energy gap and the Frechet distance of both attempts against the updates made, as a PNG file."""
+    figure, axes = axes_grid(1, 2)
+    gap_axes, distance_axes = axes[0]
+    for name, result in attempts.items():
+        gaps = [float(record["energy_gap"]) for record in result.records if "energy_gap" in record]
+        gap_axes.plot(range(1, len(gaps) + 1), gaps, linewidth=0.8, label=name)
+        measured = results[name]["checkpoints"]
+        updates = _updates(result.records, measured)
+        distance_axes.plot(updates, [each["frechet_distance"] for each in measured], ".-", linewidth=0.8, label=name)
+    for bound in (-limit, limit):
+        gap_axes.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
+    gap_axes.set_yscale("symlog", linthresh=1.0)
+    gap_axes.set_title("energy gap, data minus chains (nats); dashed: its limit", fontsize=TITLE_POINTS)
+    distance_axes.set_yscale("log")
+    distance_axes.set_title(f"Frechet distance of {NUM_STEPS} adjusted steps, by checkpoint", fontsize=TITLE_POINTS)
+    for ax in axes[0]:
+        ax.set_xlabel("updates made, those that were taken back included", fontsize=TITLE_POINTS)
+        ax.legend(fontsize=TITLE_POINTS)
+    return png_of(figure)
+
+
+def _updates(records: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Count the updates that were made until each checkpoint."""
+    made = [(record["num_rollbacks"], record["step"]) for record in records if "energy_gap" in record]
+    return [made.index((each["num_rollbacks"], each["step"])) + 1 for each in measured]
+
+
+@exits_with_one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Run the demonstration.
+
+    Args:
+        argv: the folder; ``None`` takes it from the process.
+    """
+    torch.set_num_threads(1)
+    given = sys.argv[1:] if argv is None else argv
+    if len(given) != 1:
+        raise InputError(f"expected one folder to write to, found {len(given)} arguments: name one")
+    folder = Path(given[0])
+    configs = {"guard off": setting(has_guard=False), "guard on": setting(has_guard=True)}
+    base = configs["guard on"]
+    data, limit = load_data(base.data, base.seed), base.ebm.max_energy_gap
+    vae_run = Run.create(folder / "vae")
+    if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
+        fit_svi(vae_run, base, data)
+    vae = load_vae(vae_run, base, data, has_prior_statistics=False)
+    judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data)
+    attempts, results = {}, {}
+    for name, config in configs.items():
+        attempts[name] = attempt(folder / name.replace(" ", "-"), config, data, vae)
+        measured = distances(folder / name.replace(" ", "-"), config, vae, judge)
+        vaebm = attempts[name].vaebm
+        results[name] = summary(attempts[name], measured, judge(vaebm) if vaebm else None, limit)
+    text = json.dumps({"setting": SETTING, "energy gap's limit (nats)": limit, **results}, indent=2, allow_nan=False)
+    write_atomic(folder / "stability.json", text + "\n")
+    write_atomic(folder / "stability.png", figure_of(attempts, results, limit))
+    for name, result in results.items():
+        print(name, {key: value for key, value in result.items() if key != "checkpoints"})
+
+
+if __name__ == "__main__":
+    main()

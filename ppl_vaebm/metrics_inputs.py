@@ -1,0 +1,63 @@
+"""What every metric of samples asks of its arguments, and how it reports an error bar."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ppl_vaebm.errors import InputError
+
+
+class Estimate(NamedTuple):
+    """A number from random samples."""
+
+    value: float
+    error: float
+    """Standard error; of an Inception Score the standard deviation over its splits, as is the custom."""
+
+
+def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
+    """Refuse features that a metric has no value for.
+
+    Args:
+        features: ``(n, d)``.
+        metric: its name with the article, for the message.
+        at_least: rows that it needs.
+
+    Returns:
+        The features in float64.
+
+    Raises:
+        InputError: another shape, fewer rows, or numbers that are not finite.
+    """
+    if features.ndim != 2 or len(features) < at_least or not bool(features.isfinite().all()):
+        raise InputError(
+            f"{metric} needs finite features of shape (n, d) with n >= {at_least}, got shape "
+            f"{tuple(features.shape)} with {int((~features.isfinite()).sum())} numbers that are not finite; "
+            "look at the samples"
+        )
+    return features.double()
+
+
+def checked_pair(a: Tensor, b: Tensor, metric: str, at_least: int = 2) -> tuple[Tensor, Tensor]:
+    """Refuse two sets of features that cannot be compared; see :func:`checked`.
+
+    Args:
+        a: ``(n_a, d)``.
+        b: ``(n_b, d)``.
+        metric: its name with the article, for the message.
+        at_least: rows that it needs of each.
+
+    Returns:
+        Both in float64.
+
+    Raises:
+        InputError: as :func:`checked`, or the widths differ.
+    """
+    a, b = checked(a, metric, at_least), checked(b, metric, at_least)
+    if a.shape[1] != b.shape[1]:
+        raise InputError(
+            f"{metric} needs features of one width, got {a.shape[1]} and {b.shape[1]}; use the same network for both"
+        )
+    return a, b
