@@ -58,6 +58,9 @@ class DataConfig:
     """Bits to keep of each channel's 8: an image has 2**num_bits levels."""
     binarize: bool = False
     """Grey images: draw every pixel of a batch anew, white (1) with probability level / 255, else black (-1)."""
+    noise_sd: float = 0.0
+    """Standard deviation of Gaussian noise added to images, of which a level is 2 / 256: what is modelled is then the
+    law of noisy images. Without it an energy learns first of all that a VAE's backgrounds are not clean."""
     flips: Literal["auto", "random", "never"] = "auto"
     """Mirror training images left to right with probability 1/2; auto: where the data set's own recipe does."""
     num_validation: int | None = None
@@ -81,6 +84,8 @@ class DataConfig:
         _require(1 <= self.num_bits <= 8, "data.num-bits", "in 1..8", self.num_bits)
         expected = "8 with data.binarize, which draws from all levels"
         _require(self.num_bits == 8 or not self.binarize, "data.num-bits", expected, self.num_bits)
+        _require(self.noise_sd >= 0, "data.noise-sd", "0 or more", self.noise_sd)
+        _require(not (self.binarize and self.noise_sd), "data.noise-sd", "0 with data.binarize", self.noise_sd)
         num = self.num_validation
         _require(num is None or num >= 1, "data.num-validation", "at least 1", num)
 
@@ -567,6 +572,9 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         _require(self.threads >= 0, "threads", "0 or more", self.threads)
+        scores_levels = self.model.kind == "nvae" and self.model.nvae.decoder != "normal"
+        expected = "0 with a decoder that scores levels"
+        _require(not (scores_levels and self.data.noise_sd), "data.noise-sd", expected, self.data.noise_sd)
 
 
 def _require_loop(section: str, loop: SviConfig | EbmConfig) -> None:

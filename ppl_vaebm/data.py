@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from ppl_vaebm import image_sets
 from ppl_vaebm.config import DataConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Split, dequantize, image_data
+from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Smoothed, Split, dequantize, image_data, without_noise
 
 __all__ = [
     "Data",
@@ -28,6 +29,7 @@ __all__ = [
     "gaussians25_log_prob",
     "gaussians25_modes",
     "load_data",
+    "without_noise",
 ]
 
 DIGIT_SIDE = 8
@@ -52,7 +54,11 @@ def load_data(config: DataConfig, seed: int) -> Data:
     _refuse_unused(config)
     if config.name == "gaussians25":
         return _gaussians25(config, seed)
-    return _IMAGE_SETS[config.name](config)
+    data = _IMAGE_SETS[config.name](config)
+    if not config.noise_sd:
+        return data
+    noisy = {part: Smoothed(getattr(data, part), config.noise_sd) for part in ("train", "validation", "test")}
+    return replace(data, **noisy, noise_sd=config.noise_sd)
 
 
 class DataForm(NamedTuple):
@@ -91,6 +97,7 @@ _APPLIES_TO = {
     "image_size": _BYTE_SETS,
     "padding": _BYTE_SETS,
     "num_bits": _BYTE_SETS,
+    "noise_sd": ("digits", *_BYTE_SETS),
     "flips": _BYTE_SETS,
     "binarize": image_sets.BINARIZABLE,
     "num_validation": image_sets.DIVISIBLE,

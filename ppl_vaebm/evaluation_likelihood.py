@@ -142,7 +142,7 @@ def has_bits(config: Config, data: Data) -> bool:
 
     Points have no levels; and of binarised images only a discrete decoder's likelihood is that of levels.
     """
-    return data.levels is not None and (data.is_dequantized or has_discrete_x(config))
+    return data.levels is not None and not data.noise_sd and (data.is_dequantized or has_discrete_x(config))
 
 
 def scores_levels(config: Config) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data import Data
+from ppl_vaebm.data import Data, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Arrays, Cell, Effort, Section, random_order
 from ppl_vaebm.features import FeatureNet, Outputs, network_outputs
@@ -80,7 +80,7 @@ def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[
     Yields:
         Blocks ``(up to BLOCK, C, H, W)``.
     """
-    split = {"train": data.train, "test": data.test}[part]
+    split = without_noise({"train": data.train, "test": data.test}[part])
     noise = stream(seed, "dequantise", part)
     for rows in indices.split(BLOCK):
         yield quantised_as(split.batch(rows, noise), data)

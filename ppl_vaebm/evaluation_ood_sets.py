@@ -22,7 +22,7 @@ from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.splits import Split, dequantize
+from ppl_vaebm.splits import Split, dequantize, smoothed, without_noise
 
 Make = Callable[[LoadedRun, Tensor, int], Tensor]
 """From a run, its test images as levels ``(n, C, H, W)`` and a seed to levels of that shape."""
@@ -48,7 +48,7 @@ def images_of(levels: Tensor, data: Data, generator: torch.Generator) -> Tensor:
     """Turn levels into images as models see the data, float32; the inverse of :func:`levels_of`."""
     assert data.levels is not None
     if data.is_dequantized:
-        return dequantize(levels, data.levels, generator)
+        return smoothed(dequantize(levels, data.levels, generator), data.noise_sd, generator)
     return 2 * levels.float() / (data.levels - 1) - 1
 
 
@@ -243,4 +243,4 @@ def ood_sets(
 
 def _some(split: Split, indices: Tensor, seed: int) -> Tensor:
     # The noise is rounded away, but for binarised images, which are drawn.
-    return split.batch(indices, stream(seed, "ood", "images"))
+    return without_noise(split).batch(indices, stream(seed, "ood", "images"))

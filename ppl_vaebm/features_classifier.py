@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ppl_vaebm.data import Data, KeyedSampler
+from ppl_vaebm.data import Data, KeyedSampler, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.features_base import FeatureNet, Outputs, network_outputs
 from ppl_vaebm.files import write_atomic
@@ -114,7 +114,7 @@ def train_classifier(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         indices = sampler.indices(step)
-        x = quantised_as(shifted(data.train.batch(indices, generator), generator), data)
+        x = quantised_as(shifted(without_noise(data.train).batch(indices, generator), generator), data)
         loss = functional.cross_entropy(classifier(x), labels[indices])
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
@@ -157,7 +157,7 @@ def accuracy(net: FeatureNet, data: Data, generator: torch.Generator) -> float:
             f"an accuracy needs labels, and the test images of data set {data.name} have none; "
             "choose a labelled data set"
         )
-    x = quantised_as(data.test.batch(torch.arange(len(data.test)), generator), data)
+    x = quantised_as(without_noise(data.test).batch(torch.arange(len(data.test)), generator), data)
     return float((network_outputs(net, x).logits.argmax(-1) == data.test.labels).double().mean())
 
 

@@ -188,6 +188,48 @@ class LazyImages(Generic[K]):
         return _image_batch(self, torch.stack(images), generator)
 
 
+@dataclass(frozen=True, eq=False)
+class Smoothed:
+    """A split whose every batch has Gaussian noise on it, so that its law is a smoothed one."""
+
+    clean: Split
+    """Without the noise."""
+    noise_sd: float
+    """Its standard deviation, positive."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Classes; see :attr:`Split.labels`."""
+        return self.clean.labels
+
+    def __len__(self) -> int:
+        """Count the elements."""
+        return len(self.clean)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch; see :meth:`Split.batch`."""
+        return smoothed(self.clean.batch(indices, generator), self.noise_sd, generator)
+
+
+def smoothed(x: Tensor, noise_sd: float, generator: torch.Generator) -> Tensor:
+    """Add Gaussian noise to images.
+
+    Args:
+        x: images, any shape, on the CPU.
+        noise_sd: its standard deviation; 0 draws nothing.
+        generator: source of the noise.
+
+    Returns:
+        The noisy images.
+    """
+    return x + noise_sd * torch.randn(x.shape, generator=generator) if noise_sd else x
+
+
+def without_noise(split: Split) -> Split:
+    """Return a split as it is before it is smoothed, whose images have whole levels."""
+    return split.clean if isinstance(split, Smoothed) else split
+
+
 def _random_square(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
     top, left = (int(torch.randint(length - side + 1, (), generator=generator)) for length in image.shape[-2:])
     return image[:, top : top + side, left : left + side]
@@ -233,6 +275,8 @@ class Data:
     """Mean log density of the data under their own law, which no model can pass but by chance; ``None`` if unknown."""
     skipped: tuple[str, ...] = ()
     """Files that could not be read and were left out, for the entry point to report."""
+    noise_sd: float = 0.0
+    """Of the Gaussian noise that every image of a batch has; its log density then bounds no log probability."""
 
     def __post_init__(self) -> None:
         """Refuse a part without elements."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm import data as data_module
-from ppl_vaebm.config import DataConfig, DataName
+from ppl_vaebm.config import Config, DataConfig, DataName, ModelConfig, NvaeConfig
 from ppl_vaebm.data import (
     KeyedSampler,
     Points,
@@ -20,8 +20,10 @@ from ppl_vaebm.data import (
     gaussians25_log_prob,
     gaussians25_modes,
     load_data,
+    without_noise,
 )
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.rng import stream
 from tests.pixels import noise, pixels
 
 # --- gaussians25 ---
@@ -184,6 +186,29 @@ def test_every_name_of_the_configuration_has_a_loader() -> None:
 def epoch_of(sampler: KeyedSampler, epoch: int) -> Tensor:
     steps = range(epoch * sampler.steps_per_epoch, (epoch + 1) * sampler.steps_per_epoch)
     return torch.cat([sampler.indices(step) for step in steps])
+
+
+def test_noise_goes_on_every_part_of_a_data_set_and_changes_nothing_below_it() -> None:
+    clean, noisy = (load_data(DataConfig(name="digits", noise_sd=noise_sd), 0) for noise_sd in (0.0, 0.1))
+    assert noisy.noise_sd == 0.1 and clean.noise_sd == 0.0
+    for part in ("train", "validation", "test"):
+        split = getattr(noisy, part)
+        indices = torch.arange(100)
+        x, x_clean = (each.batch(indices, stream(0, "x")) for each in (split, getattr(clean, part)))
+        assert float((x - x_clean).std()) == pytest.approx(0.1, rel=0.05)
+        assert torch.equal(without_noise(split).batch(indices, stream(0, "x")), x_clean)
+
+
+def test_noise_is_refused_where_it_would_contradict_the_data() -> None:
+    with pytest.raises(InputError, match="--data.noise-sd is for .*digits.*, got 0.1 for gaussians25"):
+        load_data(DataConfig(name="gaussians25", noise_sd=0.1), 0)
+    with pytest.raises(ValueError, match="data.noise-sd must be 0 with data.binarize"):
+        DataConfig(name="mnist", binarize=True, noise_sd=0.1)
+    with pytest.raises(ValueError, match="data.noise-sd must be 0 with a decoder that scores levels"):
+        Config(
+            data=DataConfig(name="mnist", noise_sd=0.1),
+            model=ModelConfig(kind="nvae", nvae=NvaeConfig(decoder="logistic-mixture")),
+        )
 
 
 def test_an_epoch_has_every_index_once_and_another_order_each_time() -> None:

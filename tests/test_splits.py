@@ -10,7 +10,18 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import stream
-from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, binarize, dequantize, image_data
+from ppl_vaebm.splits import (
+    Data,
+    IntegerImages,
+    LazyImages,
+    Points,
+    Smoothed,
+    binarize,
+    dequantize,
+    image_data,
+    smoothed,
+    without_noise,
+)
 from tests.pixels import noise, pixels, quantized
 
 # --- pixel range ---
@@ -147,3 +158,27 @@ def test_images_of_wrong_type_range_or_labels_are_refused() -> None:
         IntegerImages(images.float())
     with pytest.raises(InputError, match=r"shape \(3,\), got torch.int64 of shape \(2,\)"):
         IntegerImages(images, torch.zeros(2, dtype=torch.int64))
+
+
+# --- smoothing ---
+
+
+def test_noise_on_images_is_gaussian_and_can_be_left_out() -> None:
+    images = torch.full((500, 1, 8, 8), 200, dtype=torch.uint8)
+    clean = IntegerImages(images, torch.zeros(500, dtype=torch.int64))
+    noisy = Smoothed(clean, 0.05)
+    indices = torch.arange(500)
+    assert len(noisy) == 500 and noisy.labels is clean.labels and without_noise(noisy) is clean
+    # The clean images come first from the generator, so the same one gives them again.
+    z = ((noisy.batch(indices, noise()) - clean.batch(indices, noise())) / 0.05).double().flatten()
+    num = len(z)
+    assert abs(float(z.mean())) < 5 / math.sqrt(num)
+    assert float(z.square().mean()) == pytest.approx(1, abs=5 * math.sqrt(2 / num))
+    assert float(z.pow(4).mean()) == pytest.approx(3, abs=5 * math.sqrt(96 / num))
+
+
+def test_no_noise_draws_nothing() -> None:
+    x, generator = torch.zeros(3, 4), noise()
+    before = generator.get_state()
+    assert smoothed(x, 0.0, generator) is x
+    assert torch.equal(generator.get_state(), before)

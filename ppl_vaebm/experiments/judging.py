@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data import Data
+from ppl_vaebm.data import Data, without_noise
 from ppl_vaebm.features import FeatureNet, network_outputs
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.sampling import decode_in_blocks
@@ -25,7 +25,7 @@ class Judge:
 
     def __init__(self, net: FeatureNet, data: Data, seed: int) -> None:
         self.net, self.data = net, data
-        self.real = self._features(data.train.batch(torch.arange(len(data.train)), stream(seed, "judge")))
+        self.real = self._features(without_noise(data.train).batch(torch.arange(len(data.train)), stream(seed, "judge")))
 
     def __call__(self, potential: NoisePotential, position: Tensor) -> float | None:
         """Measure draws.

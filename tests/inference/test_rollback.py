@@ -34,7 +34,7 @@ class Guarded(NamedTuple):
     said: str
 
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY = 70, 10
 
 
 def healthy(**options: Any) -> Config:
@@ -48,7 +48,7 @@ def explosive(**options: Any) -> Config:
     """Return persistent unadjusted chains with a large step, and a learning rate 500 times the default."""
     rates = {"learning_rate": 1.0, "final_learning_rate": 1.0}
     config = healthy(**{**rates, "replay_probability": 0.95, "guard_patience": 5, **options})
-    return replace(config, kernel=replace(config.kernel, name="langevin", step_size=1.0))
+    return replace(config, kernel=replace(config.kernel, name="langevin", step_size=0.7))
 
 
 @functools.cache
