@@ -14,7 +14,17 @@ from ppl_vaebm import image_sets
 from ppl_vaebm.config import DataConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.splits import Data, IntegerImages, LazyImages, Points, Smoothed, Split, dequantize, image_data, without_noise
+from ppl_vaebm.splits import (
+    Data,
+    IntegerImages,
+    LazyImages,
+    Points,
+    Smoothed,
+    Split,
+    dequantize,
+    image_data,
+    without_noise,
+)
 
 __all__ = [
     "Data",
@@ -57,8 +67,8 @@ def load_data(config: DataConfig, seed: int) -> Data:
     data = _IMAGE_SETS[config.name](config)
     if not config.noise_sd:
         return data
-    noisy = {part: Smoothed(getattr(data, part), config.noise_sd) for part in ("train", "validation", "test")}
-    return replace(data, **noisy, noise_sd=config.noise_sd)
+    train, validation, test = (Smoothed(part, config.noise_sd) for part in (data.train, data.validation, data.test))
+    return replace(data, train=train, validation=validation, test=test, noise_sd=config.noise_sd)
 
 
 class DataForm(NamedTuple):

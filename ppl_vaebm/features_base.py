@@ -54,7 +54,7 @@ def network_outputs(net: FeatureNet, x: Tensor, batch_size: int = 500) -> Output
     Args:
         net: the network, on any device.
         x: images, ``(n, C, H, W)``, in [-1, 1], rounded to levels, n >= 1.
-        batch_size: images at once; for Inception-v3 on a CPU 50 take 2 GB.
+        batch_size: images at once; of Inception-v3 on a CPU 50 take 0.8 GB and 8.6 s on one thread.
 
     Returns:
         Features and logits, on the CPU.

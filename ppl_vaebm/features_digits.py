@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ppl_vaebm.data import Data, IntegerImages, Split
+from ppl_vaebm.data import Data, IntegerImages, Split, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.features_base import Outputs, network_outputs
 from ppl_vaebm.features_classifier import NUM_STEPS, Classifier, load_or_train
@@ -107,6 +107,7 @@ def _single_digits(data: Data) -> Data:
 
 
 def _channels(data: Data, split: Split) -> IntegerImages:
+    split = without_noise(split)
     if not isinstance(split, IntegerImages) or split.labels is None or split.images.shape[1] != NUM_CHANNELS:
         raise InputError(f"a classifier of stacked digits needs StackedMNIST, got data set {data.name}; choose another")
     digits = torch.stack([split.labels // NUM_DIGITS**place % NUM_DIGITS for place in (2, 1, 0)], dim=1)

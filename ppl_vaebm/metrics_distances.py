@@ -69,7 +69,7 @@ def frechet_bias(real: Tensor, generated: Tensor, generator: torch.Generator) ->
     Covariances of few samples differ from one another even where the laws are the same, so the distance is too high:
     for two sets of n samples of d independent Gaussian features by about d / 2n of their total variance where n is
     well above d, and by up to twice that variance where n is far below. In simulations with 16 features the low value
-    was within 5 % of the bias at n = 8 d, and the bias lay between the two from n = d / 3 to 2 d
+    was within 5 % of the bias at n = 8 d, and from n = d / 3 to 2 d the bias lay between the two, but for 10 %
     (``tests/test_metrics_distances.py``).
 
     Args:

@@ -16,7 +16,7 @@ from ppl_vaebm.features_classifier import accuracy
 from ppl_vaebm.features_digits import StackedDigits, load_or_train_digits
 from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import stream
-from ppl_vaebm.splits import image_data
+from ppl_vaebm.splits import Smoothed, image_data
 
 
 def stacked(num: int, key: str) -> IntegerImages:
@@ -99,3 +99,14 @@ def test_a_digit_that_training_lacks_is_told(tmp_path: Path) -> None:
     lacking = replace(data, train=IntegerImages(train.images[rows], train.labels[rows]))
     with pytest.raises(InputError, match="have no digit 8, 9, so no classifier can learn it; if .* is sorted"):
         load_or_train_digits(tmp_path / "features.safetensors", lacking, 0)
+
+
+def test_noise_on_the_data_is_left_out(tmp_path: Path) -> None:
+    data = stacked_data()
+    train, validation, test = (Smoothed(split, 0.5) for split in (data.train, data.validation, data.test))
+    noisy = replace(data, train=train, validation=validation, test=test)
+    x = torch.zeros(1, 3, 8, 8)
+    first, second = (
+        load_or_train_digits(tmp_path / name, some, 0, steps=2).logits(x) for name, some in (("a", data), ("b", noisy))
+    )
+    assert torch.equal(first, second)

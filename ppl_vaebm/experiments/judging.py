@@ -25,7 +25,9 @@ class Judge:
 
     def __init__(self, net: FeatureNet, data: Data, seed: int) -> None:
         self.net, self.data = net, data
-        self.real = self._features(without_noise(data.train).batch(torch.arange(len(data.train)), stream(seed, "judge")))
+        self.real = self._features(
+            without_noise(data.train).batch(torch.arange(len(data.train)), stream(seed, "judge"))
+        )
 
     def __call__(self, potential: NoisePotential, position: Tensor) -> float | None:
         """Measure draws.

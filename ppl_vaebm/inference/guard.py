@@ -152,7 +152,9 @@ def go_back(run: Run, guard: Guard, error: DivergedError) -> checkpoints.Checkpo
             steps.pop()
             checkpoints.delete_after(folder, steps[-1] if steps else -1)
     saved = checkpoints.load(folder, "last") if steps else None
-    guard.load_averages({"averages": {}, "counts": {}} if saved is None else saved.state["guard"])
+    fresh: dict[str, Any] = {"averages": {}, "counts": {}}
+    # A checkpoint of an earlier version has none either.
+    guard.load_averages(fresh if saved is None else saved.state.get("guard", fresh))
     target = 0 if saved is None else saved.step
     event = {"event": "stop" if guard.is_stopped else "rollback", "to_step": target, "reason": error.reason}
     guard.events.append({"stage": STAGE, "step": error.step + 1, **event, "num_rollbacks": guard.num_rollbacks})
