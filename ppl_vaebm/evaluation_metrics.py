@@ -17,6 +17,7 @@ from ppl_vaebm.features import FeatureNet, Outputs, network_outputs
 from ppl_vaebm.metrics import (
     Estimate,
     class_coverage,
+    frechet_bias,
     frechet_distance,
     inception_score,
     kernel_distance,
@@ -187,12 +188,12 @@ def metric_sections(judge: Judge, rows: list[Row], num: int) -> dict[str, Sectio
     }
 
 
-def remarks(judge: Judge, rows: list[Row], num: int) -> dict[str, Section]:
+def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
     """Say what stands behind the metrics, and what to beware of.
 
     Args:
         judge: network and data.
-        rows: of :func:`metric_rows`.
+        samples: some of those that were measured, for the bias of their distance.
         num: samples in each set.
 
     Returns:
@@ -204,9 +205,10 @@ def remarks(judge: Judge, rows: list[Row], num: int) -> dict[str, Section]:
         "features": num_features,
     }
     if num < num_features:
+        found = frechet_bias(judge.reference.features, samples.features, stream(judge.seed, "bias"))
         section["warning"] = (
             f"{num} samples are fewer than the {num_features} features, so the Frechet distance is too large, "
-            f"by about {rows[0].cells[FRECHET]:.4g}: {rows[0].name} have that much"
+            f"by {found.low:.4g} to {found.high:.4g}: take at least {2 * num_features}"
         )
     if num > num_reference:
         section["precision and recall"] = (

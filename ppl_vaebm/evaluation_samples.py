@@ -138,7 +138,7 @@ def measure_samples(loaded: LoadedRun, judge: Judge, samples: Samples, effort: E
         **metric_sections(judge, rows, num),
         f"{FRECHET} over the VAE's [{judge.net.name}], {num} samples": _over_the_vae(rows),
         **class_sections(judge, sets, num),
-        **remarks(judge, rows, num),
+        **remarks(judge, next(iter(sets.values())), num),
         **chain_sections(samples, kernel),
     }
     arrays = metric_arrays(rows, steps=list(samples.after), net=judge.net.name, num=num, kernel=kernel)

@@ -112,7 +112,7 @@ def _samples(fitted: FittedVAE, plan: Plan) -> Measured:
     sections = {
         **metric_sections(judge, rows, num),
         **class_sections(judge, sets, num),
-        **remarks(judge, rows, num),
+        **remarks(judge, next(iter(sets.values())), num),
     }
     return Measured(sections, metric_arrays(rows, net=judge.net.name, num=num))
 

@@ -12,7 +12,6 @@ from ppl_vaebm.metrics_distances import (
     FrechetBias,
     frechet_bias,
     frechet_distance,
-    frechet_warnings,
     kernel_distance,
 )
 from ppl_vaebm.metrics_inputs import Estimate, checked
@@ -38,7 +37,6 @@ __all__ = [
     "class_coverage",
     "frechet_bias",
     "frechet_distance",
-    "frechet_warnings",
     "inception_score",
     "kernel_distance",
     "mode_statistics",

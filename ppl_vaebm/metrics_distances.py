@@ -94,40 +94,6 @@ def frechet_bias(real: Tensor, generated: Tensor, generator: torch.Generator) ->
     )
 
 
-def frechet_warnings(real: Tensor, generated: Tensor, generator: torch.Generator) -> list[str]:
-    """Say what a Frechet distance of these sets cannot be taken for.
-
-    Args:
-        real: features of data, ``(n, d)``.
-        generated: features of samples, ``(m, d)``.
-        generator: of :func:`frechet_bias`.
-
-    Returns:
-        A sentence for each reason: fewer samples than features, with the bias, and sets of different sizes.
-
-    Raises:
-        InputError: as :func:`frechet_distance`.
-    """
-    real, generated = checked_pair(real, generated, "a Frechet distance")
-    sizes = f"{len(real)} real and {len(generated)} generated samples"
-    sentences = []
-    num, num_features = min(len(real), len(generated)), real.shape[1]
-    if num < num_features:
-        amount = "an amount that fewer than 4 samples do not show"
-        if num >= 4:
-            bias = frechet_bias(real, generated, generator)
-            amount = f"about {bias.low:.3g} to {bias.high:.3g}"
-        sentences.append(
-            f"a Frechet distance of {sizes} in {num_features} features is too high by {amount}: "
-            f"take at least {2 * num_features} of each"
-        )
-    if len(real) != len(generated):
-        sentences.append(
-            f"a Frechet distance depends on the sizes of both sets, here {sizes}: compare it only at the same sizes"
-        )
-    return sentences
-
-
 def kernel_distance(
     features_a: Tensor,
     features_b: Tensor,

@@ -26,7 +26,7 @@ from ppl_vaebm.features import Outputs
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.loading import LoadedRun
-from ppl_vaebm.metrics import frechet_distance
+from ppl_vaebm.metrics import frechet_bias, frechet_distance
 from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import stream
 from tests.judged import LEVELS, Brightness, PixelNet, image_levels, image_run, level_data
@@ -104,13 +104,12 @@ def test_too_few_samples_are_refused_and_few_come_with_a_warning(judge: Judge) -
         new_judge(PixelNet(), judge.data, EFFORT._replace(num_samples=9), seed=0)
     wide = new_judge(PixelNet(20), judge.data, EFFORT, seed=0)
     for num, is_warned in ((19, True), (20, False)):
-        rows = metric_rows(wide, {}, num)
-        (section,) = remarks(wide, rows, num).values()
+        (section,) = remarks(wide, wide.held_out, num).values()
         assert ("warning" in section) == is_warned
         if is_warned:
-            bias = rows[0].cells["Frechet distance"]
+            found = frechet_bias(wide.reference.features, wide.held_out.features, stream(0, "bias"))
             assert "19 samples are fewer than the 20 features" in str(section["warning"])
-            assert f"by about {bias:.4g}: training data, 19 images against 181 others" in str(section["warning"])
+            assert f"by {found.low:.4g} to {found.high:.4g}: take at least 40" in str(section["warning"])
 
 
 def test_classes_of_stacked_digits_are_counted(judge: Judge) -> None:

@@ -52,6 +52,20 @@ def test_mnist_is_padded_and_its_last_tenth_validates(name: DataName, folder: st
     assert int(seen.sum()) == (85 + 95) * 28 * 28
 
 
+def test_images_sorted_by_class_are_mixed_before_they_are_divided(tmp_path: Path) -> None:
+    write_mnist(tmp_path, num=200)
+    file = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    write_idx(file, np.repeat(np.arange(10, dtype=np.uint8), 20))
+    data = load_data(DataConfig(name="mnist", root=str(tmp_path)), 0)
+    assert data.validation.labels is not None and data.train.labels is not None
+    assert len(data.validation.labels.unique()) > 3  # the last tenth as it lies has one class
+    assert len(data.train.labels.unique()) == 10
+    # Images that are mixed already keep their order: the last tenth validates.
+    write_idx(file, np.concatenate([np.arange(10, 0, -1), np.zeros(170), np.full(20, 7)]).astype(np.uint8))
+    last = load_data(DataConfig(name="mnist", root=str(tmp_path)), 0).validation.labels
+    assert last is not None and last.tolist() == [7] * 20
+
+
 def test_image_size_resizes(tmp_path: Path) -> None:
     write_mnist(tmp_path)
     data = load_data(DataConfig(name="mnist", root=str(tmp_path), image_size=16), 0)

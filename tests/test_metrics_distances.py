@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.metrics import frechet_bias, frechet_distance, frechet_warnings, kernel_distance
+from ppl_vaebm.metrics import frechet_bias, frechet_distance, kernel_distance
 from ppl_vaebm.rng import stream
 
 
@@ -111,23 +111,6 @@ def test_high_bias_is_that_of_the_datas_own_law_where_data_abound() -> None:
     error = float((high - bias).std()) / math.sqrt(len(rows))
     assert abs(float((high - bias).mean())) < 5 * error
     assert float(bias.mean()) > 20 * error
-
-
-def test_warnings_tell_the_bias_and_the_sizes() -> None:
-    generator = stream(0, "parts")
-    assert frechet_warnings(gaussian(20, "a"), gaussian(20, "b"), generator) == []
-    (few,) = frechet_warnings(gaussian(8, "a"), gaussian(8, "b"), stream(0, "parts"))
-    bias = frechet_bias(gaussian(8, "a"), gaussian(8, "b"), stream(0, "parts"))
-    assert few == (
-        "a Frechet distance of 8 real and 8 generated samples in 16 features is too high by about "
-        f"{bias.low:.3g} to {bias.high:.3g}: take at least 32 of each"
-    )
-    (sizes,) = frechet_warnings(gaussian(20, "a"), gaussian(30, "b"), generator)
-    assert "depends on the sizes of both sets, here 20 real and 30 generated" in sizes
-    first, second = frechet_warnings(gaussian(20, "a"), gaussian(3, "b"), generator)
-    assert "fewer than 4 samples do not show" in first and "depends on the sizes" in second
-    with pytest.raises(InputError, match="Frechet distance needs finite features of shape .* n >= 2"):
-        frechet_warnings(gaussian(20, "a"), gaussian(1, "b"), generator)
 
 
 # --- the kernel distance -------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 ``python -m ppl_vaebm.experiments.image_objectives FOLDER`` fits the VAE of the recipe digits and then each setting
 below, with the same number of evaluations of the potential for training (about half an hour on one core), and writes
 FOLDER/image-objectives.json and a table. What is sampled is measured by one adjusted kernel, the same for all, at the
-chain length of training, at ten times and at a hundred times that: a short-run sampler gets worse on the way, a density
+chain length of training, at ten times and at fifty times that: a short-run sampler gets worse on the way, a density
 does not. A second table has the kernels as samplers of one energy, at equal evaluations.
 """
 
@@ -41,12 +41,12 @@ from ppl_vaebm.run import Run
 
 RECIPE = "digits"
 SEED = 0
-NUM_EVALS = 16_500
-"""Evaluations per chain of a batch for training; 1,500 updates of ten gradient steps and one for the start."""
-NUM_SAMPLES = 1_000
+NUM_EVALS = 5_500
+"""Evaluations per chain of a batch for training: 500 updates of ten gradient steps and one for the start."""
+NUM_SAMPLES = 500
 JUDGED_BY = KernelConfig("mala", target_acceptance=0.75)
-LENGTHS = (10, 100, 1_000)
-NUM_Z_DRAWS = 50_000
+LENGTHS = (10, 100, 500)
+NUM_Z_DRAWS = 100_000
 
 PERSISTENT = {"replay_probability": 0.95}
 GENTLE = {**PERSISTENT, "energy_l2": 0.02, "learning_rate": 5e-4, "final_learning_rate": 5e-6}
@@ -69,10 +69,10 @@ SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "langevin, persistent, L2": (11, {"kernel": LANGEVIN, "ebm": GENTLE}),
     "langevin, short run (the paper's)": (11, {"kernel": LANGEVIN, "ebm": {"energy_l2": 0.0, "learning_rate": 1e-3}}),
     "ratio": (11, {"ebm": {"objective": "ratio", "num_importance": 704}}),
-    "ratio, then mala": (11, {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "ratio_steps": 500}}),
+    "ratio, then mala": (11, {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "ratio_steps": 150}}),
     "ladder of ratios, mala": (
         11,
-        {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "objective": "ladder", "rung_steps": 50}},
+        {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "objective": "ladder", "rung_steps": 25}},
     ),
 }
 """By name: evaluations of one update per chain, and what differs from the recipe."""
@@ -89,7 +89,7 @@ SAMPLERS = {
 }
 SAMPLED = "mala"
 """The setting whose energy they sample."""
-BUDGETS = (12, 120, 1_200)
+BUDGETS = (12, 120, 600)
 """Evaluations per sample of the second table."""
 
 
