@@ -399,8 +399,9 @@ class EbmConfig:
     """Limit of the standard deviation of the energies of data or negatives, nats."""
     max_grad_norm: float = 1e6
     """Limit of the gradient's norm before it is clipped."""
-    min_acceptance: float = 0.01
-    """Limit of the chains' Metropolis acceptance, for langevin that which its steps would have had."""
+    min_acceptance: float | None = None
+    """Limit of the chains' Metropolis acceptance, for langevin that which its steps would have had. If not given, 0.4
+    for langevin, whose step does not follow the energy, and 0.01 for the others."""
     max_saturation: float = 0.9
     """Limit of the share of the negatives' pixels beyond [-1, 1]."""
     max_rollbacks: int = 3
@@ -412,8 +413,8 @@ class EbmConfig:
     gradient, on a copy of the energy that the ratio has trained for a while."""
     tune_rejection: float = 0.25
     """Largest Metropolis rejection that the step found may have, or would have had."""
-    tune_steps: int = 200
-    """Steps of the ratio that train that copy."""
+    tune_steps: int = 500
+    """Steps of the ratio that train that copy; after few the energy is flat, and the step found too large."""
     bf16: bool = False
     """Run the networks of training's chains and losses in bfloat16; energies stay in float32. The chains are then
     adjusted to the energy as it rounds. Sampling and evaluation are in float32 all the same."""
@@ -441,7 +442,8 @@ class EbmConfig:
         for name in (*counts, *limits):
             flag = f"ebm.{name.replace('_', '-')}"
             _require(getattr(self, name) > 0, flag, "positive", getattr(self, name))
-        _require(0 <= self.min_acceptance < 1, "ebm.min-acceptance", "in [0, 1)", self.min_acceptance)
+        rate = self.min_acceptance
+        _require(rate is None or 0 <= rate < 1, "ebm.min-acceptance", "in [0, 1)", rate)
         _require(self.max_rollbacks >= 0, "ebm.max-rollbacks", "0 or more", self.max_rollbacks)
         _require(0 < self.rollback_factor < 1, "ebm.rollback-factor", "in (0, 1)", self.rollback_factor)
         _require(0 < self.tune_rejection < 1, "ebm.tune-rejection", "in (0, 1)", self.tune_rejection)

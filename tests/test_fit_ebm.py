@@ -67,6 +67,7 @@ def test_tuning_shows_its_trials_and_leaves_its_choice_in_the_run(
     assert first["step_size"] == pytest.approx(tree["kernel"]["step_size"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_tuned_run_resumes_without_tuning_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = ["--run", str(run), "--kernel", "langevin", "--tune", "--ebm.tune-steps", "5"]
     fit.main([*MLE, *command])

@@ -42,5 +42,9 @@ class Judge:
         x = decode_in_blocks(potential, position)
         return frechet_distance(self._features(x), self.real) if bool(x.isfinite().all()) else None
 
+    def of_data(self, num: int) -> float:
+        """Measure as many training images against the others: what no sample of this size can be expected to beat."""
+        return frechet_distance(self.real[:num], self.real[num:])
+
     def _features(self, x: Tensor) -> Tensor:
         return network_outputs(self.net, quantised_as(x, self.data)).features

@@ -55,6 +55,9 @@ SETTING: dict[str, Mapping[str, Any]] = {
         "checkpoint_every": 50,
         "validate_every": 50,
         "num_validation_draws": 2_000,
+        # Before the energy gap explodes the Langevin step becomes too large for the energy: its acceptance falls from
+        # 0.87 to 0.55, and the draws get worse.
+        "min_acceptance": 0.6,
     },
     "kernel": {"name": "langevin", "step_size": 0.5, "target_acceptance": None},
 }
@@ -200,7 +203,7 @@ def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float |
         "steps with the energy gap beyond its limit or not finite": len(beyond),
         "largest finite energy gap (nats)": max(finite),
         "last energy gap (nats)": str(gaps[-1]) if not math.isfinite(gaps[-1]) else gaps[-1],
-        "events": [record for record in result.records if "event" in record],
+        "events": _events(result.records),
         "ended by": result.error,
         "Frechet distance of the result": end,
         "least Frechet distance of a checkpoint": min(scored) if scored else None,
@@ -208,6 +211,12 @@ def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float |
         "checkpoints": list(measured),
         "processor seconds": round(result.seconds, 1),
     }
+
+
+def _events(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return every return once; the run logs them again where it is cut back."""
+    events = [record for record in records if "event" in record]
+    return [event for index, event in enumerate(events) if event not in events[:index]]
 
 
 def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit: float) -> bytes:
@@ -233,9 +242,15 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
 
 
 def _updates(records: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Count the updates that were made until each checkpoint."""
+    """Count the updates that were made until each checkpoint.
+
+    The one that the guard ends with is written once more, after the last return, so its step is of an attempt before.
+    """
     made = [(record["num_rollbacks"], record["step"]) for record in records if "energy_gap" in record]
-    return [made.index((each["num_rollbacks"], each["step"])) + 1 for each in measured]
+    return [
+        1 + max(i for i, (back, step) in enumerate(made) if step == each["step"] and back <= each["num_rollbacks"])
+        for each in measured
+    ]
 
 
 @exits_with_one_sentence

@@ -146,7 +146,7 @@ def fit_ebm(
         DivergedError: the energy exploded, and there is no guard or it has no checkpoint to go back to.
     """
     check_kernel(config)
-    guard = Guard(config.ebm, config.seed)
+    guard = Guard(config)
     if resume is not None:
         if "guard" in resume.state:  # an earlier version had none
             guard.load(resume.state["guard"])

@@ -1,8 +1,10 @@
 """Step size and number of steps of the training chains, found before training.
 
 Chains from fresh noise, as training starts them, descend the energy. What counts is how far they come for what an
-update costs, as long as the steps would be accepted. An untrained energy has no slope, so the energy is a copy that the
-ratio objective has trained for a while.
+update costs, as long as the steps would be accepted. An untrained energy has no slope, so the energy is a copy that
+the ratio objective has trained for a while. It is flatter than the one at the end: on digits MALA's step found after
+50, 200 and 600 steps of the ratio was 1.57, 0.79 and 0.56, and 0.39 on the energy at the recipe's end; langevin's 0.56
+after 200, and 0.39 (one seed). A kernel whose step follows its acceptance makes up for that in training.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ NUM_WORSE = 3
 MAX_TARGET = 0.99
 """Largest acceptance that a kernel is told to follow: at 1 its step would shrink for ever."""
 FIXED_GRADIENTS = 2.0
-"""What an update costs beside its chains' steps, in gradients of as many chains: their first one, and the loss's on data
-and negatives, which has no decoder but two batches."""
+"""What an update costs beside its chains' steps, in gradients of as many chains: their first one, and the loss's on
+data and negatives, which has no decoder but two batches."""
 
 
 class Trial(NamedTuple):
@@ -156,7 +158,7 @@ def trained_copy(config: Config, data: Data, vaebm: VAEBM) -> NoisePotential:
         num_importance=loop.batch_size,
     )
     brief = replace(config, ebm=ratio)
-    learner = EnergyLearner(brief, data, vaebm, Guard(ratio, config.seed))
+    learner = EnergyLearner(brief, data, vaebm, Guard(brief))
     for step in range(ratio.steps):
         learner.step(step, is_logged=False)
     return NoisePotential(VAEBM(vaebm.vae, learner.average.module))

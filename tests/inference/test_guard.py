@@ -10,17 +10,18 @@ import pytest
 import torch
 
 from ppl_vaebm import checkpoint as checkpoints
-from ppl_vaebm.config import EbmConfig
-from ppl_vaebm.inference.guard import LIMITS, STAGE, Guard, go_back, words
+from ppl_vaebm.config import Config, EbmConfig, KernelName, TrainingKernelConfig
+from ppl_vaebm.inference.guard import LIMITS, MIN_ACCEPTANCE, STAGE, Guard, go_back, words
 from ppl_vaebm.inference.training import DivergedError
 from ppl_vaebm.run import Run
 
 LOOP = EbmConfig(guard_patience=4, max_energy_gap=10.0, min_acceptance=0.2, max_rollbacks=3, rollback_factor=0.5)
+CONFIG = Config(ebm=LOOP)
 HEALTHY = {"energy_gap": -2.0, "energy_sd": 3.0, "acceptance_rate": 0.7, "saturation": 0.4, "grad_norm": 5.0}
 
 
 def test_an_average_is_a_mean_at_first_and_exponential_then() -> None:
-    guard = Guard(LOOP, seed=0)
+    guard = Guard(CONFIG)
     values = [1.0, -2.0, 4.0, 0.5, 3.0, 2.0]
     for step, value in enumerate(values):
         guard.watch({"energy_gap": value}, step)
@@ -32,7 +33,7 @@ def test_an_average_is_a_mean_at_first_and_exponential_then() -> None:
 
 @pytest.mark.parametrize("signs", [(1, 1), (-1, -1), (1, -1)], ids=["above", "below", "swinging"])
 def test_the_gap_trips_on_either_side_and_not_by_one_step(signs: tuple[int, int]) -> None:
-    guard = Guard(LOOP, seed=0)
+    guard = Guard(CONFIG)
     for step in range(10):
         guard.watch({"energy_gap": 0.0}, step)
     guard.watch({"energy_gap": signs[0] * 39.0}, 10)  # a quarter of it is within the limit
@@ -47,9 +48,9 @@ def test_the_gap_trips_on_either_side_and_not_by_one_step(signs: tuple[int, int]
 def test_every_monitor_has_a_limit_that_trips(limit: object) -> None:
     assert isinstance(limit, tuple)
     name, _, option, is_lower = limit
-    bound = getattr(EbmConfig(), option)
+    bound = getattr(EbmConfig(), option) or MIN_ACCEPTANCE
     for factor, is_bad in ((0.99, is_lower), (1.01, not is_lower)):
-        guard = Guard(EbmConfig(), seed=0)
+        guard = Guard(Config())
         if is_bad:
             with pytest.raises(DivergedError, match=option.replace("_", "-")):
                 guard.watch(HEALTHY | {name: factor * bound}, 0)
@@ -57,27 +58,40 @@ def test_every_monitor_has_a_limit_that_trips(limit: object) -> None:
             guard.watch(HEALTHY | {name: factor * bound}, 0)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "asked", "bound"), [("langevin", None, 0.4), ("mala", None, 0.01), ("mala", 0.2, 0.2)]
+)
+def test_steps_that_do_not_follow_the_energy_have_a_limit_of_their_own(
+    kernel: KernelName, asked: float | None, bound: float
+) -> None:
+    config = Config(ebm=EbmConfig(min_acceptance=asked), kernel=TrainingKernelConfig(kernel))
+    guard = Guard(config)
+    guard.watch({"acceptance_rate": 1.01 * bound}, 0)
+    with pytest.raises(DivergedError, match=f"acceptance averages .*min-acceptance {bound:g}"):
+        Guard(config).watch({"acceptance_rate": 0.99 * bound}, 0)
+
+
 def test_the_guard_can_be_left_out() -> None:
-    guard = Guard(replace(LOOP, guard=False), seed=0)
+    guard = Guard(replace(CONFIG, ebm=replace(LOOP, guard=False)))
     guard.watch({"energy_gap": 1e9, "acceptance_rate": 0.0}, 0)
 
 
 def test_a_value_that_is_not_finite_enters_no_average() -> None:
-    guard = Guard(LOOP, seed=0)
+    guard = Guard(CONFIG)
     guard.watch(HEALTHY, 0)
     guard.watch({name: math.nan for name in HEALTHY} | {"energy_gap": math.inf}, 1)
     assert guard.averages == {name: abs(value) for name, value in HEALTHY.items()}
 
 
 def test_a_restored_guard_goes_on_alike() -> None:
-    guard, restored = Guard(LOOP, seed=0), Guard(LOOP, seed=0)
+    guard, restored = Guard(CONFIG), Guard(CONFIG)
     guard.watch(HEALTHY, 0)
     guard.num_rollbacks = 2
     restored.load(guard.state())
     for each in (guard, restored):
         each.watch({"energy_gap": 5.0}, 1)
     assert restored.state() == guard.state()
-    assert restored.seed == guard.seed != Guard(LOOP, seed=0).seed == 0
+    assert restored.seed == guard.seed != Guard(CONFIG).seed == 0
     assert restored.rate_factor == 0.25
 
 
@@ -103,7 +117,7 @@ def reached(run: Run, guard: Guard, step: int) -> int | None:
 
 
 def test_it_goes_back_to_the_last_checkpoint_and_further_where_that_one_leads_nowhere(tmp_path: Path) -> None:
-    run, guard = Run.create(tmp_path / "run"), Guard(LOOP, seed=0)
+    run, guard = Run.create(tmp_path / "run"), Guard(CONFIG)
     guard.watch({"energy_gap": 1.5}, 0)
     save(run, guard, 4, 8)
     guard.watch({"energy_gap": 9.0}, 9)
@@ -127,13 +141,13 @@ def test_it_goes_back_to_the_last_checkpoint_and_further_where_that_one_leads_no
     assert run.metrics(STAGE)[-1]["event"] == "stop"
     saved = checkpoints.load(run.checkpoints(STAGE))
     assert saved.step == 8 and saved.weights["energy"]["w"].item() == 8.0
-    again = Guard(LOOP, seed=0)
+    again = Guard(CONFIG)
     again.load(saved.state["guard"])
     assert again.is_stopped and again.events == guard.events
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_start_and_fails_in_the_end(tmp_path: Path) -> None:
-    run, guard = Run.create(tmp_path / "run"), Guard(LOOP, seed=0)
+    run, guard = Run.create(tmp_path / "run"), Guard(CONFIG)
     save(run, guard, 4)
     assert [reached(run, guard, 6), reached(run, guard, 6), reached(run, guard, 3)] == [4, None, None]
     assert guard.averages == {} and checkpoints.available(run.checkpoints(STAGE)) == []

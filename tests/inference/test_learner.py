@@ -88,7 +88,7 @@ def learner(text: str, **options: Any) -> EnergyLearner:
         tree[section] = {**tree.get(section, {}), **values}
     config = from_dict(tree, "a test")
     data = load_data(config.data, config.seed)
-    return EnergyLearner(config, data, new_vaebm(config, new_vae(config, data).eval()), Guard(config.ebm, 0))
+    return EnergyLearner(config, data, new_vaebm(config, new_vae(config, data).eval()), Guard(config))
 
 
 @pytest.mark.parametrize("text", [POINTS, IMAGES], ids=["points", "images"])
