@@ -160,7 +160,13 @@ LAYERS = {
         "fitting",
     ),
     "4": (
-        *("experiments", "experiments.objectives", "experiments.posterior_points", "experiments.sbc_digits"),
+        *(
+            "experiments",
+            "experiments.shared_vae",
+            "experiments.objectives",
+            "experiments.posterior_points",
+            "experiments.sbc_digits",
+        ),
         *("experiments.judging", "experiments.image_objectives", "experiments.stability"),
     ),
     "5": ("cli", "fit", "sample", "diagnose", "compare", "evaluate"),

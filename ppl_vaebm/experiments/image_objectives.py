@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,17 +21,16 @@ import torch
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, KernelConfig
 from ppl_vaebm.data import Data, load_data
-from ppl_vaebm.errors import InputError, exits_with_one_sentence
+from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.experiments.judging import Judge
 from ppl_vaebm.experiments.objectives import with_setting
+from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
 from ppl_vaebm.features import load_or_train
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm import fit_ebm, likelihood_gain, new_vaebm
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks
-from ppl_vaebm.inference.svi import fit_svi
 from ppl_vaebm.inference.training import DivergedError
-from ppl_vaebm.loading import load_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.options import from_dict, load_yaml, recipe_path
 from ppl_vaebm.rng import seed_for
@@ -215,16 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         argv: the folder; ``None`` takes it from the process.
     """
     torch.set_num_threads(1)
-    given = sys.argv[1:] if argv is None else argv
-    if len(given) != 1:
-        raise InputError(f"expected one folder to write to, found {len(given)} arguments: name one")
-    folder = Path(given[0])
+    folder = folder_of(argv)
     base = from_dict(load_yaml(recipe_path(RECIPE)), f"the recipe {RECIPE}")
     data = load_data(base.data, base.seed)
-    vae_run = Run.create(folder / "vae")
-    if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
-        fit_svi(vae_run, base, data)
-    vae = load_vae(vae_run, base, data, base.ebm.prior_statistics)
+    vae = shared_vae(folder, base, data)
     judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data, SEED)
     file = folder / "image-objectives.json"
     results = json.loads(file.read_text()) if file.is_file() else {"settings": {}, "samplers": {}}

@@ -13,22 +13,20 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.evaluation import Effort, Section, likelihood, mode_section
+from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm import fit_ebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
-from ppl_vaebm.inference.svi import fit_svi
-from ppl_vaebm.loading import LoadedRun, load_vae
+from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
 from ppl_vaebm.rng import stream
@@ -134,13 +132,10 @@ def main(argv: list[str]) -> None:
         argv: the folder.
     """
     torch.set_num_threads(1)
-    (folder,) = map(Path, argv)
+    folder = folder_of(argv)
     base = from_dict(load_yaml(recipe_path("gaussians25")), "the recipe gaussians25")
     data = load_data(base.data, base.seed)
-    vae_run = Run.create(folder / "vae")
-    if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
-        fit_svi(vae_run, base, data)
-    vae = load_vae(vae_run, base, data, base.ebm.prior_statistics)
+    vae = shared_vae(folder, base, data)
     file = folder / "objectives.json"
     results = json.loads(file.read_text()) if file.is_file() else {}
     for name, setting in SETTINGS.items():

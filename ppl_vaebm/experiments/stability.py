@@ -8,11 +8,9 @@ left with. Writes stability.json and stability.png to the folder; a few minutes 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,23 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
-from torch import Tensor
 
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, KernelConfig
 from ppl_vaebm.data import Data, load_data
-from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.features import FeatureNet, load_or_train, network_outputs, quantised_as
+from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.experiments.judging import Judge
+from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
+from ppl_vaebm.features import load_or_train
 from ppl_vaebm.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
 from ppl_vaebm.inference.potential import noise_potential
-from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
-from ppl_vaebm.inference.svi import fit_svi
+from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.inference.training import DivergedError
-from ppl_vaebm.loading import load_vae
-from ppl_vaebm.metrics import frechet_distance
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
@@ -131,33 +126,11 @@ def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> A
     return result
 
 
-class Judge:
-    """Measures how far draws are from the data, once for each energy.
-
-    Args:
-        net: whose features count.
-        data: the data.
-        kernel: that draws.
-    """
-
-    def __init__(self, net: FeatureNet, data: Data, kernel: KernelConfig) -> None:
-        self.net, self.data, self.kernel = net, data, kernel
-        self.known: dict[str, float | None] = {}
-        self.real = self._features(data.train.batch(torch.arange(len(data.train)), torch.Generator().manual_seed(SEED)))
-
-    def __call__(self, vaebm: VAEBM) -> float | None:
-        """Return the Frechet distance of draws to the training data; ``None`` where a draw is not finite."""
-        potential = noise_potential(vaebm.requires_grad_(False))
-        key = hashlib.sha256(save(vaebm.energy.state_dict())).hexdigest()
-        if key not in self.known:
-            chains = sample_by_chains(potential, self.kernel, num=NUM_SAMPLES, steps=[NUM_STEPS], seed=SEED)
-            x = decode_in_blocks(potential, chains.positions[NUM_STEPS])
-            is_finite = bool(x.isfinite().all())
-            self.known[key] = frechet_distance(self._features(x), self.real) if is_finite else None
-        return self.known[key]
-
-    def _features(self, x: Tensor) -> Tensor:
-        return network_outputs(self.net, quantised_as(x, self.data)).features
+def judged(judge: Judge, vaebm: VAEBM, kernel: KernelConfig) -> float | None:
+    """Return the Frechet distance of chains from fresh noise to the training data; ``None`` where one is not finite."""
+    potential = noise_potential(vaebm.requires_grad_(False))
+    chains = sample_by_chains(potential, kernel, num=NUM_SAMPLES, steps=[NUM_STEPS], seed=SEED)
+    return judge(potential, chains.positions[NUM_STEPS])
 
 
 def distances(folder: Path, config: Config, vae: HierarchicalVAE, judge: Judge) -> list[dict[str, float | int | None]]:
@@ -177,7 +150,13 @@ def distances(folder: Path, config: Config, vae: HierarchicalVAE, judge: Judge) 
         for step in checkpoints.available(parent):
             vaebm = new_vaebm(config, vae)
             vaebm.energy.load_state_dict(checkpoints.load(parent, step).weights["energy_average"])
-            found.append({"num_rollbacks": int(parent.name), "step": step, "frechet_distance": judge(vaebm)})
+            found.append(
+                {
+                    "num_rollbacks": int(parent.name),
+                    "step": step,
+                    "frechet_distance": judged(judge, vaebm, config.kernel),
+                }
+            )
     return found
 
 
@@ -203,7 +182,7 @@ def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float |
         "steps with the energy gap beyond its limit or not finite": len(beyond),
         "largest finite energy gap (nats)": max(finite),
         "last energy gap (nats)": str(gaps[-1]) if not math.isfinite(gaps[-1]) else gaps[-1],
-        "events": _events(result.records),
+        "events": [record for record in result.records if "event" in record],
         "ended by": result.error,
         "Frechet distance of the result": end,
         "least Frechet distance of a checkpoint": min(scored) if scored else None,
@@ -211,12 +190,6 @@ def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float |
         "checkpoints": list(measured),
         "processor seconds": round(result.seconds, 1),
     }
-
-
-def _events(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return every return once; the run logs them again where it is cut back."""
-    events = [record for record in records if "event" in record]
-    return [event for index, event in enumerate(events) if event not in events[:index]]
 
 
 def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit: float) -> bytes:
@@ -261,24 +234,18 @@ def main(argv: list[str] | None = None) -> None:
         argv: the folder; ``None`` takes it from the process.
     """
     torch.set_num_threads(1)
-    given = sys.argv[1:] if argv is None else argv
-    if len(given) != 1:
-        raise InputError(f"expected one folder to write to, found {len(given)} arguments: name one")
-    folder = Path(given[0])
+    folder = folder_of(argv)
     configs = {"guard off": setting(has_guard=False), "guard on": setting(has_guard=True)}
     base = configs["guard on"]
     data, limit = load_data(base.data, base.seed), base.ebm.max_energy_gap
-    vae_run = Run.create(folder / "vae")
-    if checkpoints.available(vae_run.checkpoints("svi"))[-1:] != [base.svi.steps]:
-        fit_svi(vae_run, base, data)
-    vae = load_vae(vae_run, base, data, has_prior_statistics=False)
-    judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data, base.kernel)
+    vae = shared_vae(folder, base, data)
+    judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data, SEED)
     attempts, results = {}, {}
     for name, config in configs.items():
         attempts[name] = attempt(folder / name.replace(" ", "-"), config, data, vae)
         measured = distances(folder / name.replace(" ", "-"), config, vae, judge)
         vaebm = attempts[name].vaebm
-        results[name] = summary(attempts[name], measured, judge(vaebm) if vaebm else None, limit)
+        results[name] = summary(attempts[name], measured, judged(judge, vaebm, config.kernel) if vaebm else None, limit)
     text = json.dumps({"setting": SETTING, "energy gap's limit (nats)": limit, **results}, indent=2, allow_nan=False)
     write_atomic(folder / "stability.json", text + "\n")
     write_atomic(folder / "stability.png", figure_of(attempts, results, limit))
