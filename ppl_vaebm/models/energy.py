@@ -6,6 +6,7 @@ An energy is called as ``energy(x, z)`` and returns nats per row. One of x alone
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
@@ -165,7 +166,8 @@ class ImageEnergy(Energy):
                 features = features + self._entering(index, _given(z))
             features = block(features)
         # Sum and head in the weights' precision: an energy in bfloat16 would have steps of a sixteenth at 16 nats.
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast knows no tensors without storage.
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             out: Tensor = self.head(features.to(self.head.weight.dtype).sum(dim=(-2, -1)))
         return out.squeeze(-1)
 
