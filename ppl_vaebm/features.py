@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from ppl_vaebm.data import Data
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.features_base import FeatureNet, Outputs, network_outputs
 from ppl_vaebm.features_classifier import Classifier, load_or_train
 from ppl_vaebm.features_digits import StackedDigits, load_or_train_digits
@@ -47,8 +48,8 @@ def feature_net(
     Args:
         choice: ``classifier``, trained on the run's own data (of StackedMNIST, on its single digits), or ``inception``,
             Inception-v3.
-        path: file of its weights; ``None`` for ``features.safetensors`` in the cache folder, which is written if it is
-            not there, or for Inception-v3's in PyTorch's cache, which is fetched if it is not there.
+        path: file of its weights, which must be there; ``None`` for ``features.safetensors`` in the cache folder, which
+            is written if it is not there, or for Inception-v3's in PyTorch's cache, which is fetched if it is not.
         data: the run's data.
         seed: the run's seed, of the classifier's training.
         cache_folder: the run.
@@ -63,6 +64,11 @@ def feature_net(
     """
     if choice == "inception":
         return load_inception(path).to(device)
+    if path is not None and not path.is_file():
+        raise InputError(
+            f"expected the weights of a classifier in {path}, found no file; name another, or leave the option out to "
+            "train one"
+        )
     path = path or cache_folder / "features.safetensors"
     if data.name == "stacked-mnist":
         return load_or_train_digits(path, data, seed).to(device)

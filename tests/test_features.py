@@ -35,15 +35,18 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "load_or_train_digits", shortened(load_or_train_digits))
 
 
-def test_classifier_is_cached_in_the_run_or_where_it_is_told(tmp_path: Path) -> None:
+def test_classifier_is_cached_in_the_run_and_taken_from_where_it_is_told(tmp_path: Path) -> None:
     data, run, elsewhere = data_of("patterns", 1, 2), tmp_path / "run", tmp_path / "shared.safetensors"
     net = feature_net("classifier", None, data, 0, run)
     assert isinstance(net, Classifier) and net.name == "cnn-patterns"
     assert [file.name for file in run.iterdir()] == ["features.safetensors"]
     x = torch.zeros(1, 1, 8, 8)
     assert torch.equal(feature_net("classifier", None, data, 5, run).logits(x), net.logits(x))
-    other = feature_net("classifier", elsewhere, data, 5, run)
-    assert elsewhere.exists() and not torch.equal(other.logits(x), net.logits(x))
+    with pytest.raises(InputError, match="expected the weights of a classifier in .*shared.*, found no file"):
+        feature_net("classifier", elsewhere, data, 5, run)
+    other = load_or_train(elsewhere, data, 5, steps=2)
+    found = feature_net("classifier", elsewhere, data, 0, run).logits(x)
+    assert torch.equal(found, other.logits(x)) and not torch.equal(found, net.logits(x))
 
 
 def test_stacked_digits_have_a_classifier_of_digits(tmp_path: Path) -> None:

@@ -65,9 +65,9 @@ SEED = 0
 
 
 def with_setting(base: Config, setting: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Apply one setting to the recipe; its objective is mle unless it says otherwise."""
+    """Apply one setting to the recipe; its objective is mle unless it says otherwise, and nothing stops it."""
     tree = to_dict(base)
-    tree["ebm"] |= {"objective": "mle", "energy_l2": 0.0, **setting.get("ebm", {})}
+    tree["ebm"] |= {"objective": "mle", "energy_l2": 0.0, "guard": False, **setting.get("ebm", {})}
     tree["kernel"] |= setting.get("kernel", {})
     return from_dict(tree, "a setting of objectives.py")
 
