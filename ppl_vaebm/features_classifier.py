@@ -193,9 +193,15 @@ def _load(path: Path, data: Data) -> Classifier:
             found = file.metadata()
             weights = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise InputError(f"the classifier in {path} cannot be read ({error}); delete it to train anew") from error
+        raise InputError(
+            f"the classifier in {path} cannot be read ({error}); name another file, or delete it if it is the run's "
+            "own, to train anew"
+        ) from error
     if found != expected:
-        raise InputError(f"expected a classifier {expected} in {path}, found {found}; delete it to train anew")
+        raise InputError(
+            f"expected a classifier {expected} in {path}, found {found}; name another file, or delete it if it is the "
+            "run's own, to train anew"
+        )
     classifier.load_state_dict(weights)
     return classifier.eval().requires_grad_(False)
 
