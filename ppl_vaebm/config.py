@@ -317,6 +317,9 @@ class EnergyConfig:
     """Divide the weights of all layers but the last by their largest singular value."""
     inputs: Literal["x", "x-and-z"] = "x"
     """What the energy is a function of: x, or x and the latents."""
+    latent_term: bool = False
+    """x-and-z: add a fully connected net's energy of the first latent alone (the correction of its prior), which can be
+    learnt and sampled without an image; see ebm.latent."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -327,10 +330,41 @@ class EnergyConfig:
         _require(self.stem_stride in (1, 2), "energy.stem-stride", "1 or 2", self.stem_stride)
         expected = f"1 with energy.layout {self.layout}, whose stem is as published"
         _require(self.stem_stride == 1 or self.layout == "halving", "energy.stem-stride", expected, self.stem_stride)
+        _require(
+            self.inputs == "x-and-z" or not self.latent_term, "energy.latent-term", "off with energy.inputs x", "on"
+        )
         for name in ("weight_norm", "data_init"):
             is_free = not (self.spectral_norm and getattr(self, name))
             expected = "off with energy.spectral-norm, which leaves weights no scale of their own"
             _require(is_free, f"energy.{name.replace('_', '-')}", expected, getattr(self, name))
+
+
+@dataclass(frozen=True)
+class LatentTermConfig:
+    """Stage 2's first part: the first latent's own term, by maximum likelihood, with chains that decode nothing."""
+
+    steps: int = 0
+    """Optimiser steps before all others; needs energy.latent-term."""
+    batch_size: int = 256
+    """Data points, and chains, per step."""
+    num_transitions: int = 20
+    """Steps of MALA per optimiser step."""
+    replay_probability: float = 0.99
+    """Probability that a chain goes on; otherwise it starts from N(0, I)."""
+    learning_rate: float = 2e-3
+    """Adam's, at the start of a cosine that ends at a hundredth of it."""
+    energy_l2: float = 1e-3
+    """Weight of mean E^2 over data and negatives."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        for name in ("batch_size", "num_transitions", "learning_rate"):
+            _require(getattr(self, name) > 0, f"ebm.latent.{name.replace('_', '-')}", "positive", getattr(self, name))
+        for name in ("steps", "energy_l2"):
+            _require(getattr(self, name) >= 0, f"ebm.latent.{name.replace('_', '-')}", "0 or more", getattr(self, name))
+        _require(
+            0 <= self.replay_probability <= 1, "ebm.latent.replay-probability", "in [0, 1]", self.replay_probability
+        )
 
 
 @dataclass(frozen=True)
@@ -346,6 +380,7 @@ class EbmConfig:
     """Steps of the ratio objective before mle starts."""
     rung_steps: int = 500
     """Steps on each rung of the ladder, of which the first is the ratio."""
+    latent: LatentTermConfig = field(default_factory=LatentTermConfig)
     steps: int = 2_000
     """Optimiser steps."""
     batch_size: int = 256
@@ -544,10 +579,14 @@ class SamplingConfig:
     """Kernel of `sample`, `evaluate`, `diagnose` and `compare`; the training kernel is `kernel`."""
     num_steps: int = 200
     """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
+    latent_steps: int = 1_000
+    """Before them, with energy.latent-term: steps of MALA on that term alone, which decode nothing. `diagnose` and
+    `compare` start from N(0, I) all the same."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
         _require(self.num_steps > 0, "sampling.num-steps", "positive", self.num_steps)
+        _require(self.latent_steps >= 0, "sampling.latent-steps", "0 or more", self.latent_steps)
 
 
 @dataclass(frozen=True)
@@ -577,6 +616,8 @@ class Config:
         scores_levels = self.model.kind == "nvae" and self.model.nvae.decoder != "normal"
         expected = "0 with a decoder that scores levels"
         _require(not (scores_levels and self.data.noise_sd), "data.noise-sd", expected, self.data.noise_sd)
+        has_term = self.energy.latent_term or not self.ebm.latent.steps
+        _require(has_term, "ebm.latent.steps", "0 without energy.latent-term", self.ebm.latent.steps)
 
 
 def _require_loop(section: str, loop: SviConfig | EbmConfig) -> None:

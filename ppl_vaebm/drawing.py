@@ -53,7 +53,10 @@ def draw_vaebm(loaded: LoadedRun, kernel: KernelConfig, *, num: int, num_steps: 
     Returns:
         A line for each file, and one on the chains.
     """
-    chains = sample_by_chains(loaded.potential, kernel, num=num, steps=[0, num_steps], seed=seed)
+    latent_steps = loaded.config.sampling.latent_steps
+    chains = sample_by_chains(
+        loaded.potential, kernel, num=num, steps=[0, num_steps], seed=seed, latent_steps=latent_steps
+    )
     sets = {
         "data": _test_data(loaded.data, num, seed),
         "vae": decode_in_blocks(loaded.potential, chains.positions[0]),

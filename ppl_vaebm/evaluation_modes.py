@@ -29,7 +29,12 @@ def modes(loaded: LoadedRun, effort: Effort, seed: int) -> dict[str, Section]:
         A section for each set of draws; where rejection gives up, that of the exact draws says so.
     """
     chains = sample_by_chains(
-        loaded.potential, loaded.config.sampling.kernel, num=effort.num_samples, steps=[0, *effort.steps], seed=seed
+        loaded.potential,
+        loaded.config.sampling.kernel,
+        num=effort.num_samples,
+        steps=[0, *effort.steps],
+        seed=seed,
+        latent_steps=loaded.config.sampling.latent_steps,
     )
     sections = {"modes: VAE": mode_section(loaded, chains.positions[0])}
     try:

@@ -84,7 +84,15 @@ def draw_samples(loaded: LoadedRun, judge: Judge | None, num: int, steps: Sequen
     parts: dict[int, list[Drawn]] = {count: [] for count in lengths}
     blocks = []
     with tqdm(total=total, desc=f"{num} chains, {max(lengths)} steps of {kernel.name}", disable=None) as bar:
-        for block in chain_blocks(potential, kernel, num=num, steps=lengths, seed=seed, on_step=bar.update):
+        for block in chain_blocks(
+            potential,
+            kernel,
+            num=num,
+            steps=lengths,
+            seed=seed,
+            latent_steps=loaded.config.sampling.latent_steps,
+            on_step=bar.update,
+        ):
             for count, position in block.positions.items():
                 parts[count].append(_drawn(loaded, judge, position))
             blocks.append(block._replace(positions={}))

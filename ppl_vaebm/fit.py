@@ -107,13 +107,15 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(describe(options.config)))
         return
 
+    from ppl_vaebm.devices import check_bfloat16, check_device
     from ppl_vaebm.fitting import Request, fit_stage
-    from ppl_vaebm.loading import check_device
     from ppl_vaebm.processes import joined, own_device
 
     cli.set_threads(options.config.threads)
     device = own_device(os.environ, options.config.device)
     check_device(device)
+    if (options.config.svi if options.stage == "svi" else options.config.ebm).bf16:
+        check_bfloat16(device, f"{options.stage}.bf16")
     request = Request(options.stage, folder, options.resume, options.overwrite)
     with joined(os.environ, device) as process:
         fit_stage(request, options.config, process, device, partial(_announce, options.stage, folder))

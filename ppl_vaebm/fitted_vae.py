@@ -9,8 +9,9 @@ from typing import Literal
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.devices import check_device
 from ppl_vaebm.inference.norms import set_statistics
-from ppl_vaebm.loading import check_device, load_vae, run_config
+from ppl_vaebm.loading import load_vae, run_config
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.run import Run
 

@@ -15,6 +15,7 @@ import torch
 from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.devices import check_device
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm import has_discrete_x, new_vaebm
 from ppl_vaebm.inference.norms import set_statistics
@@ -65,26 +66,6 @@ def fingerprint(vaebm: VAEBM, config: Config) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:FINGERPRINT_DIGITS]
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that cannot do what every stage needs: draw float64 from a generator of its own.
-
-    Args:
-        device: as PyTorch names it.
-
-    Raises:
-        InputError: no such device here, or it lacks float64.
-    """
-    try:
-        generator = torch.Generator(device=device)
-        torch.rand((), generator=generator, dtype=torch.float64, device=device).item()
-    # torch raises these for unknown names, missing drivers, a build without the device, and a missing dtype.
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"expected a device that PyTorch can use here with float64, found {device!r} ({reason}); set --device cpu"
-        ) from None
 
 
 def run_config(run: Run) -> Config:

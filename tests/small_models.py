@@ -142,7 +142,7 @@ class LinearGenerator(Generator):
         self.s = nn.Parameter(torch.tensor(s, dtype=torch.float64))
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
-        prior = self._reference("z_1", num)
+        prior = self.first_prior(num)
         z = choose("z_1", prior, prior.loc)
         return {"z_1": z}, z
 

@@ -19,7 +19,7 @@ PACKAGE = "ppl_vaebm"
 
 # Names relative to the package; "." is ppl_vaebm/__init__.py, and a folder's name is its __init__.py.
 LAYERS = {
-    "0": ("version", ".", "errors", "rng", "files", "processes", "config", "options"),
+    "0": ("version", ".", "errors", "rng", "files", "processes", "devices", "config", "options"),
     "1": (
         "run",
         "tensorboard",
@@ -93,6 +93,7 @@ LAYERS = {
         "inference.conditional_starts",
         "inference.calibration",
         "inference.replay",
+        "inference.latent_chains",
         "inference.likelihood",
         "inference.convergence",
         "inference.containers",
@@ -115,6 +116,7 @@ LAYERS = {
     "3": (
         "inference.training",
         "inference.svi",
+        "inference.latent_term",
         "inference.negatives",
         "inference.guard",
         "inference.learner",

@@ -17,6 +17,7 @@ from ppl_vaebm.models.energy import build_energy
 from ppl_vaebm.rng import global_rng
 from ppl_vaebm.summary import Pass, Row, count, describe, dry_pass, form_of, forward_pass, layer_rows
 from tests.small_models import nvae_options
+from tests.tiny import needs_bfloat16
 
 SMALL: dict[str, Any] = {"channels": 4, "num_latents": 3, "num_scales": 2, "groups_per_scale": 2}
 # Shape of x, its levels, and the VAE's options.
@@ -76,6 +77,7 @@ def test_a_dry_pass_saves_what_a_real_one_does(name: str, loop: str) -> None:
     assert list(dry.shapes.values()) == list(real.shapes.values())
 
 
+@needs_bfloat16
 def test_half_precision_is_respected() -> None:
     dry, real = both_passes("nvae, flows", SviConfig(bf16=True))
     # The moments of the batch normalisations are counted as bfloat16 and are float32.

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from ppl_vaebm import fit
+from ppl_vaebm.devices import has_bfloat16
 from ppl_vaebm.run import Run
+
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU only emulates bfloat16")
 
 POINTS = """
 threads: 1

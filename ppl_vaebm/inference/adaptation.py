@@ -21,6 +21,8 @@ MAX_STEP_SIZE = math.pi / 2
 # us.
 MIN_STEP_SIZE = 1e-6
 
+# Robbins-Monro gain on log h per training update; the target moves slowly, so the gain is constant. Chosen by us.
+STEP_SIZE_GAIN = 0.05
 
 # A chain below this share of the target has not found its step, or stands where none will do. Chosen by us.
 MIN_SHARE_OF_TARGET = 0.1
@@ -111,6 +113,21 @@ def with_step_size(params: KernelParams, step_size: float) -> KernelParams:
         step_sizes[0] = ladder.step_sizes[0]  # not a matter of acceptance
         ladder = ladder._replace(step_sizes=step_sizes)
     return params._replace(step_size=torch.full_like(params.step_size, step_size), ladder=ladder)
+
+
+def follow_acceptance(params: KernelParams, acceptance_rate: float, target: float) -> KernelParams:
+    """Move the step size a little towards a target, for a density that changes under its chains.
+
+    Args:
+        params: parameters.
+        acceptance_rate: mean over chains, in [0, 1].
+        target: the rate aimed at, in (0, 1).
+
+    Returns:
+        The parameters; the step is at most :data:`MAX_STEP_SIZE`.
+    """
+    log_step = math.log(params.step_size) + STEP_SIZE_GAIN * (acceptance_rate - target)
+    return with_step_size(params, min(MAX_STEP_SIZE, math.exp(log_step)))
 
 
 def acceptance_note(kernel: Kernel, acceptance_rate: Tensor) -> str | None:

@@ -158,6 +158,8 @@ def fit_ebm(
             print(words(guard))
             break
         try:
+            if saved is None:
+                learner.learn_latent_term(run)
             _attempt(run, config, data, learner)
             break
         except DivergedError as error:

@@ -12,6 +12,7 @@ from ppl_vaebm.checkpoint import Checkpoint
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, KeyedSampler
 from ppl_vaebm.inference.guard import STAGE, Guard
+from ppl_vaebm.inference.latent_term import fit_latent_term
 from ppl_vaebm.inference.negatives import Latents, NegativePhase, Phase
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer
@@ -20,6 +21,7 @@ from ppl_vaebm.models.spectral import SpectralPenalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for, stream
+from ppl_vaebm.run import Run
 
 NUM_FIRST_BATCHES = 5
 """Batches of data that an energy initialised by data sees, as in the code of VAEBM (Xiao et al. 2021)."""
@@ -53,6 +55,20 @@ class EnergyLearner:
         self.num_done = 0
         if saved is not None:
             self._load(saved)
+
+    def learn_latent_term(self, run: Run) -> None:
+        """Do what comes before the first step: learn the first latent's own term, if there are steps for it.
+
+        Args:
+            run: whose metrics are written.
+
+        Raises:
+            DivergedError: the energies stopped being finite.
+        """
+        if self.config.ebm.latent.steps:
+            assert self.negatives.latents is not None
+            fit_latent_term(run, self.config, self.train, self.vaebm, self.negatives.latents)
+            self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
     def step(self, step: int, is_logged: bool) -> tuple[Phase, dict[str, float]]:
         """Update the energy once.

@@ -7,7 +7,6 @@ ladder, chains of the density of the rung below.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +18,10 @@ from torch.nn.functional import softplus
 
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE, with_step_size
+from ppl_vaebm.inference.adaptation import follow_acceptance, with_step_size
 from ppl_vaebm.inference.base import KernelInfo, KernelParams, value_only
 from ppl_vaebm.inference.kernels import build_kernel, start_params
+from ppl_vaebm.inference.latent_chains import LatentStore, num_first
 from ppl_vaebm.inference.likelihood import weights_ess
 from ppl_vaebm.inference.log_z import log_mean_exp
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
@@ -29,8 +29,8 @@ from ppl_vaebm.inference.replay import Replay
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 
-# Robbins-Monro gain on log h per training update; the target moves slowly, so the gain is constant. Chosen by us.
-STEP_SIZE_GAIN = 0.05
+RESTART_STEPS = 10
+"""Steps that chains of the first latent make before others restart from them. Chosen by us."""
 WEIGHT_ESS_EVERY = 50
 """Steps between looks at draws of the VAE where the negatives are chains: they cost a batch of their own. Chosen by
 us."""
@@ -75,6 +75,9 @@ class NegativePhase:
             stream(config.seed, "replay", device=config.device), config.ebm.replay_size
         )
         self.replay = Replay(reference)
+        self.latents: LatentStore | None = None
+        if potential.vaebm.energy.latent_net is not None:
+            self.latents = LatentStore(potential.vaebm, reference[:, : num_first(potential)].clone())
         self.params: KernelParams = start_params(config.kernel, reference)
 
     def __call__(
@@ -108,11 +111,12 @@ class NegativePhase:
 
     def state(self) -> dict[str, Any]:
         """Return the replay and the step size, for a checkpoint."""
-        return {
+        state = {
             "replay": self.replay.positions,
             "replay_sites": self._replay_sites(),
             "step_size": float(self.params.step_size),
         }
+        return state if self.latents is None else state | {"latents": self.latents.state()}
 
     def load(self, state: Mapping[Any, Any]) -> None:
         """Take up the replay and the step size of a checkpoint's state.
@@ -129,6 +133,8 @@ class NegativePhase:
                 "ebm.replay-size; start the stage again with --overwrite"
             )
         held.copy_(stored)
+        if self.latents is not None:
+            self.latents.load(state["latents"])
         self.params = with_step_size(self.params, state["step_size"])
 
     def _replay_sites(self) -> list[str]:
@@ -188,7 +194,9 @@ class NegativePhase:
 
     def _run_chains(self, num: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[KernelInfo]]:
         """Move chains of the replay; return where they began, where they are, and the reports of their steps."""
-        start, slots = self.replay.take(generator, num, replay_probability(self.config.ebm, step))
+        start, slots = self.replay.take(
+            generator, num, replay_probability(self.config.ebm, step), self._restarts(generator, num)
+        )
         infos = []
         with _frozen(self.sampled.vaebm.energy):
             state = self.kernel.init(start)
@@ -197,6 +205,15 @@ class NegativePhase:
                 infos.append(info)
         self.replay.put(slots, state.position)
         return start, state.position, infos
+
+    def _restarts(self, generator: torch.Generator, num: int) -> Tensor | None:
+        """Draw where chains restart from: the first latent from its own chains, where it has such."""
+        if self.latents is None:
+            return None
+        with _frozen(self.potential.vaebm.energy):
+            first, _ = self.latents.advance(generator, num, RESTART_STEPS)
+        reference = self.potential.draw_reference(generator, num)
+        return torch.cat([first, reference[:, first.shape[1] :]], dim=1)
 
     def _image(self, position: Tensor) -> tuple[Tensor, Latents]:
         """Return the x whose energy the loss takes, and its latents, without a gradient."""
@@ -239,8 +256,7 @@ class NegativePhase:
         target = self.kernel.target_acceptance
         if target is None:
             return
-        log_step = math.log(self.params.step_size) + STEP_SIZE_GAIN * (float(acceptance_rate) - target)
-        self.params = with_step_size(self.params, min(MAX_STEP_SIZE, math.exp(log_step)))
+        self.params = follow_acceptance(self.params, float(acceptance_rate), target)
 
 
 def _form(positions: Tensor) -> str:

@@ -12,7 +12,7 @@ class Replay:
     """As many chains as it holds positions; eps_z and eps_x are both kept, so each is a chain in the joint space.
 
     An update takes a random batch of slots. Each taken chain goes on with a given probability, and otherwise
-    restarts from N(0, I); afterwards it goes back to its own slot. Only positions are stored, since a potential or
+    restarts; afterwards it goes back to its own slot. Only positions are stored, since a potential or
     gradient is stale once the energy's weights have moved.
 
     Args:
@@ -22,13 +22,16 @@ class Replay:
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
 
-    def take(self, generator: torch.Generator, num: int, probability: float) -> tuple[Tensor, Tensor]:
+    def take(
+        self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Take a batch of chains.
 
         Args:
             generator: source of slots, restarts and fresh noise; on the positions' device.
             num: chains, at most the store's size.
             probability: that a chain goes on rather than restarts.
+            restarts: where those that restart begin, ``(num, D)``; draws from N(0, I) if not given.
 
         Returns:
             Positions ``(num, D)`` and their slots ``(num,)``.
@@ -37,7 +40,8 @@ class Replay:
         slots = torch.randperm(len(self.positions), generator=generator, device=device)[:num]
         stored = self.positions[slots]
         goes_on = torch.rand((num, 1), generator=generator, device=device) < probability
-        return torch.where(goes_on, stored, draw_normal(generator, stored)), slots
+        fresh = draw_normal(generator, stored) if restarts is None else restarts
+        return torch.where(goes_on, stored, fresh), slots
 
     def put(self, slots: Tensor, positions: Tensor) -> None:
         """Return a batch of chains to its slots.

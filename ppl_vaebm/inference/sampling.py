@@ -14,12 +14,14 @@ from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.adaptation import warm_up
 from ppl_vaebm.inference.base import KernelParams
 from ppl_vaebm.inference.kernels import build_kernel, start_params
+from ppl_vaebm.inference.latent_chains import move_first_latent
 from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.models.vae import ACCELERATOR_FACTOR
 from ppl_vaebm.rng import stream
 
 BLOCK = 500
-"""Chains that run side by side, fewer for large models. A block's randomness is keyed by its number, so sample i
-depends neither on how many are asked for nor on any other block."""
+"""Chains that run side by side on a CPU, fewer for large models, more on an accelerator. A block's randomness is keyed by
+its number, so on a kind of device sample i depends neither on how many are asked for nor on any other block."""
 NUM_PILOT_STEPS = 200
 """Warm-up steps of the pilot block that tunes the step size, which the samples then share."""
 
@@ -36,20 +38,22 @@ class ChainSamples(NamedTuple):
     """Evaluations of the potential per chain, the pilot's not included."""
 
 
-def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int) -> KernelParams:
+def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int, latent_steps: int = 0) -> KernelParams:
     """Tune a kernel's step size on a pilot block, which is then thrown away.
 
     Args:
         potential: of the VAEBM.
         config: the kernel.
         seed: of the pilot.
+        latent_steps: as in :func:`chain_blocks`.
 
     Returns:
         Parameters.
     """
     kernel = build_kernel(config, potential)
     generator = stream(seed, "pilot", device=_device(potential))
-    position = potential.draw_reference(generator, max(2, _block(potential) // 10))
+    fresh = potential.draw_reference(generator, max(2, _block(potential) // 10))
+    position = move_first_latent(potential, generator, fresh, latent_steps)
     params = start_params(config, position)
     if kernel.target_acceptance is None:
         return params
@@ -81,6 +85,7 @@ def chain_blocks(
     num: int,
     steps: Sequence[int],
     seed: int,
+    latent_steps: int = 0,
     on_step: Callable[[], object] = lambda: None,
 ) -> Iterator[ChainBlock]:
     """Run independent chains from N(0, I) block by block, for samples that do not fit in memory together.
@@ -89,28 +94,30 @@ def chain_blocks(
         potential: of the VAEBM.
         config: the kernel; its step size is tuned by :func:`tuned_params`.
         num: samples.
-        steps: numbers of steps after which to note the positions; 0 is the VAE itself.
+        steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
         seed: of everything.
+        latent_steps: of the first latent's own chains before, see :func:`move_first_latent`.
         on_step: called after every step of a block.
 
     Yields:
         Blocks, ``num_blocks(potential, num)`` of them.
     """
-    kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed)
+    kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed, latent_steps)
     size = _block(potential)
     for block in range(num_blocks(potential, num)):
         start = time.perf_counter()
         generator = stream(seed, "block", block, device=_device(potential))
-        state = kernel.init(potential.draw_reference(generator, size))
-        positions, seconds, evals = {}, {}, {}
+        fresh = potential.draw_reference(generator, size)
+        positions = {0: fresh[: num - block * size]} if 0 in steps else {}
+        evals, seconds = dict.fromkeys(positions, 0.0), dict.fromkeys(positions, time.perf_counter() - start)
+        state = kernel.init(move_first_latent(potential, generator, fresh, latent_steps))
         acceptance, divergent, num_evals = [], [], 0.0
-        for step in range(max(steps) + 1):
-            if step:
-                state, info = kernel.step(generator, state, params)
-                acceptance.append(float(info.acceptance_rate.mean()))
-                divergent.append(int(info.is_divergent.sum()))
-                num_evals += float(info.num_evals.double().mean())
-                on_step()
+        for step in range(1, max(steps) + 1):
+            state, info = kernel.step(generator, state, params)
+            acceptance.append(float(info.acceptance_rate.mean()))
+            divergent.append(int(info.is_divergent.sum()))
+            num_evals += float(info.num_evals.double().mean())
+            on_step()
             if step in steps:
                 positions[step] = state.position[: num - block * size]
                 evals[step], seconds[step] = num_evals, time.perf_counter() - start
@@ -124,7 +131,7 @@ def num_blocks(potential: NoisePotential, num: int) -> int:
 
 
 def sample_by_chains(
-    potential: NoisePotential, config: KernelConfig, *, num: int, steps: list[int], seed: int
+    potential: NoisePotential, config: KernelConfig, *, num: int, steps: list[int], seed: int, latent_steps: int = 0
 ) -> ChainSamples:
     """Run independent chains from N(0, I) and note where they stand.
 
@@ -132,13 +139,14 @@ def sample_by_chains(
         potential: of the VAEBM.
         config: the kernel; its step size is tuned by :func:`tuned_params`.
         num: samples.
-        steps: numbers of steps after which to note the positions; 0 is the VAE itself.
+        steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
         seed: of everything.
+        latent_steps: of the first latent's own chains before, see :func:`move_first_latent`.
 
     Returns:
         The positions after each number of steps.
     """
-    blocks = list(chain_blocks(potential, config, num=num, steps=steps, seed=seed))
+    blocks = list(chain_blocks(potential, config, num=num, steps=steps, seed=seed, latent_steps=latent_steps))
     rates = torch.cat([block.acceptance_rate for block in blocks])
     return ChainSamples(
         positions={count: torch.cat([block.positions[count] for block in blocks]) for count in steps},
@@ -157,7 +165,8 @@ def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:
 
 
 def _block(potential: NoisePotential) -> int:
-    return min(BLOCK, potential.rows_per_pass)
+    size = BLOCK if _device(potential).type == "cpu" else BLOCK * ACCELERATOR_FACTOR
+    return min(size, potential.rows_per_pass)
 
 
 def _device(potential: NoisePotential) -> torch.device:

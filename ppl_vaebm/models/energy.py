@@ -26,15 +26,46 @@ IMAGE_OPTIONS = ("layout", "stem_stride", "block", "weight_norm")
 
 
 class Energy(nn.Module):
-    """What every energy has: a call with x and the latents, and no batch statistics."""
+    """What every energy has: a call with x and the latents, and no batch statistics.
+
+    It is the sum of a joint term, of x and, for an energy of x and z, all latents, and of a term of the first latent
+    alone where it is configured with one.
+    """
 
     is_initialised: Tensor | None
     """Whether :func:`initialise_from_data` is done, ``()``, saved with the weights; None where the energy is configured
     without it."""
+    latent_net: nn.Sequential | None
+    """The net of the first latent's own term, if the energy has one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("is_initialised", None)
+        self.latent_net = None
+
+    def joint_term(self, x: Tensor, z: Mapping[str, Tensor] | None) -> Tensor:
+        """Evaluate all but the first latent's own term; see :meth:`forward`."""
+        raise NotImplementedError
+
+    def latent_term(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate the first latent's own term.
+
+        Args:
+            z: the latents, of which the first one counts, ``(n, *shape)``.
+
+        Returns:
+            ``(n,)``, nats.
+
+        Raises:
+            ValueError: the energy has no such term.
+        """
+        if self.latent_net is None:
+            raise ValueError("this energy has no term of the first latent alone: set energy.latent-term")
+        first = z[self.first_latent].flatten(1)
+        # In the weights' precision, as the heads of image energies.
+        with nullcontext() if first.is_meta else torch.autocast(first.device.type, enabled=False):
+            out: Tensor = self.latent_net(first.to(next(self.latent_net.parameters()).dtype))
+        return out.squeeze(-1)
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy.
@@ -49,7 +80,8 @@ class Energy(nn.Module):
         Raises:
             ValueError: an energy of x and z was called without z.
         """
-        raise NotImplementedError
+        energy = self.joint_term(x, z)
+        return energy if self.latent_net is None else energy + self.latent_term(_given(z))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, in which these networks do not differ; see :func:`bound_spectral_norm` for the norms."""
@@ -58,16 +90,19 @@ class Energy(nn.Module):
         return self
 
     def last_layer(self) -> nn.Linear | None:
-        """Return the layer that gives the energy, if there is one."""
+        """Return the layer that gives the joint term, if there is one."""
         return None
 
     def hidden_layers(self) -> list[nn.Linear | nn.Conv2d]:
-        """List all other layers, in the network's order; the options of initialisation and norms are theirs."""
-        last = self.last_layer()
-        return [layer for layer in spectral_layers(self, has_linear=True) if layer is not last]
+        """List the layers that give no energy, in the network's order; initialisation and norms are theirs."""
+        last = [self.last_layer(), *(() if self.latent_net is None else (self.latent_net[-1],))]
+        return [layer for layer in spectral_layers(self, has_linear=True) if all(layer is not each for each in last)]
 
-    def _apply_options(self, config: EnergyConfig) -> None:
-        """Set up what concerns all hidden layers, once they are there."""
+    def _complete(self, config: EnergyConfig, latent_shapes: Mapping[str, torch.Size]) -> None:
+        """Add the first latent's own term, and set up what concerns all hidden layers, once the others are there."""
+        if config.latent_term:
+            self.first_latent, shape = next(iter(latent_shapes.items()))
+            self.latent_net = mlp(shape.numel(), config.width, config.depth, 1, nn.SiLU)
         if config.data_init:
             self.register_buffer("is_initialised", torch.zeros((), dtype=torch.bool))
         if config.spectral_norm:
@@ -96,16 +131,16 @@ class VectorEnergy(Energy):
         self.fourier = FourierFeatures(dim, config.num_fourier, config.fourier_scale) if config.num_fourier else None
         num_in = (2 * config.num_fourier or dim) + sum(shape.numel() for shape in latent_shapes.values())
         self.net = mlp(num_in, config.width, config.depth, 1, nn.SiLU)
-        self._apply_options(config)
+        self._complete(config, latent_shapes)
 
-    def last_layer(self) -> nn.Linear | None:
+    def last_layer(self) -> nn.Linear:
         """Return the last layer; see :class:`Energy`."""
         last = self.net[-1]
         assert isinstance(last, nn.Linear)
         return last
 
-    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        """Evaluate the energy; see :class:`Energy`."""
+    def joint_term(self, x: Tensor, z: Mapping[str, Tensor] | None) -> Tensor:
+        """Evaluate the joint term; see :class:`Energy`."""
         features = self.fourier(x) if self.fourier is not None else x
         if self.latent_names:
             given = _given(z)
@@ -151,14 +186,14 @@ class ImageEnergy(Energy):
                 for index, names in self.entries.items()
             }
         )
-        self._apply_options(config)
+        self._complete(config, latent_shapes)
 
-    def last_layer(self) -> nn.Linear | None:
+    def last_layer(self) -> nn.Linear:
         """Return the head; see :class:`Energy`."""
         return self.head
 
-    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        """Evaluate the energy; see :class:`Energy`."""
+    def joint_term(self, x: Tensor, z: Mapping[str, Tensor] | None) -> Tensor:
+        """Evaluate the joint term; see :class:`Energy`."""
         padded = functional.pad(x, self.padding, value=-1.0) if any(self.padding) else x
         features = self.activation(self.stem(padded))
         for index, block in enumerate(self.blocks):

@@ -114,7 +114,7 @@ class NVAEGenerator(Generator):
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        first = self._first_prior(num)
+        first = self.first_prior(num)
         if self.layout.is_plain:
             z = {"z_1": choose("z_1", first, first.loc)}
             return z, self.stem(z["z_1"])
@@ -130,7 +130,7 @@ class NVAEGenerator(Generator):
             state = self._combine(index, state, z[name])
         return z, state
 
-    def _first_prior(self, num: int) -> Prior:
+    def first_prior(self, num: int) -> Prior:
         """Return the prior of the first group: raw zeros, so its scale is 1.01, as in NVAE."""
         zeros = next(self.parameters()).new_zeros(num, *self.latent_shapes["z_1"])
         return Prior(zeros, positive_scale(zeros), (zeros, zeros))

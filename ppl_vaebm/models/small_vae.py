@@ -54,7 +54,7 @@ class VectorGenerator(Generator):
         state = next(self.parameters()).new_zeros(num, 0)
         for index, name in enumerate(self.latent_shapes):
             if index == 0:
-                prior = self._reference(name, num)
+                prior = self.first_prior(num)
             else:
                 raw_loc, raw_scale = self.priors[index - 1](state).chunk(2, dim=-1)
                 prior = Prior(soft_clamp(raw_loc), positive_scale(raw_scale))
@@ -136,7 +136,7 @@ class ImageGenerator(Generator):
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        reference = self._reference("z_1", num)
+        reference = self.first_prior(num)
         z = {"z_1": choose("z_1", reference, reference.loc)}
         state = functional.silu(self.stem(z["z_1"])).unflatten(1, self.base).contiguous(memory_format=MEMORY_FORMAT)
         for index, up in enumerate(self.ups):

@@ -27,6 +27,9 @@ from ppl_vaebm.models.distributions import diagonal_normal, soft_clamp
 
 MAX_VALUES_PER_PASS = 1 << 21
 """Values of noise that one pass evaluates; a network has some hundred bytes of activations to each. Chosen by us."""
+ACCELERATOR_FACTOR = 16
+"""On anything but a CPU so many times as many, or the launches of a deep network's kernels take longer than the
+kernels. Chosen by us."""
 
 
 class Prior(NamedTuple):
@@ -130,10 +133,10 @@ class Generator(PyroModule):
         decoded = self.decode(state)
         return pyro.sample("x", decoded.level_law() if by_level else decoded.law(), obs=x), z
 
-    def _reference(self, name: str, num: int) -> Prior:
-        """Return the first group's prior: N(0, I)."""
+    def first_prior(self, num: int) -> Prior:
+        """Return the prior of the first group, which nothing is above: N(0, I), for ``num`` rows."""
         like = next(self.parameters())
-        shape = (num, *self.latent_shapes[name])
+        shape = (num, *next(iter(self.latent_shapes.values())))
         return Prior(like.new_zeros(shape), like.new_ones(shape))
 
 
@@ -307,9 +310,10 @@ class HierarchicalVAE(nn.Module):
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows that fit in one pass."""
+        """Rows that fit in one pass, on the device that the networks are on."""
         values = sum(shape.numel() for shape in self.noise_shapes.values())
-        return max(1, MAX_VALUES_PER_PASS // values)
+        factor = 1 if next(self.parameters()).device.type == "cpu" else ACCELERATOR_FACTOR
+        return max(1, factor * MAX_VALUES_PER_PASS // values)
 
     @property
     def noise_shapes(self) -> dict[str, torch.Size]:
@@ -346,6 +350,19 @@ class HierarchicalVAE(nn.Module):
 
         z, state = self.model.walk(choose, len(next(iter(eps.values()))))
         return self.model.decode(state), z
+
+    def first_latent(self, eps: Tensor) -> dict[str, Tensor]:
+        """Map the first group's noise to that group, which needs no network.
+
+        Args:
+            eps: ``(n, *shape)``.
+
+        Returns:
+            The first latent by its name, ``(n, *shape)``.
+        """
+        prior = self.model.first_prior(len(eps))
+        name = next(iter(self.model.latent_shapes))
+        return {name: prior.loc + self.model.temperature * prior.scale * eps}
 
     def noise_of(self, x: Tensor, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Invert :meth:`transport`.

@@ -30,7 +30,7 @@ class NormalizedGenerator(LinearGenerator):
         self.norm = BatchNorm2d(4).double()
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
-        prior = self._reference("z_1", num)
+        prior = self.first_prior(num)
         z = choose("z_1", prior, prior.loc)
         return {"z_1": z}, self.norm(3 * z + 1)
 

@@ -22,6 +22,7 @@ from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.run import Run
 from ppl_vaebm.splits import IntegerImages, image_data
+from tests.tiny import needs_bfloat16
 
 NVAE = NvaeConfig(channels=4, num_latents=2, num_scales=2, groups_per_scale=2, pre_cells=1, post_cells=1)
 LOOP = SviConfig(
@@ -118,6 +119,7 @@ def _weight(layer: torch.nn.Module) -> Tensor:
     return layer.effective_weight().detach()
 
 
+@needs_bfloat16
 def test_bfloat16_changes_the_loss_little_and_keeps_densities_in_float32(digits: Data) -> None:
     vae = new_vae(CONFIG, digits).train()
     x = batch(digits)

@@ -36,6 +36,7 @@ from tests.small_models import (
     strengthen,
     unsettle,
 )
+from tests.tiny import needs_bfloat16
 
 TWO_SCALES, ONE_GROUP = NVAES
 MIXTURE, PADDED = QUANTILE_NVAES
@@ -741,6 +742,7 @@ def test_several_draws_share_the_tower(seed: int) -> None:
     assert values["z_1"].shape[0] == 6 and len(calls) == 1
 
 
+@needs_bfloat16
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_in_half_precision_densities_stay_in_single(decoder: str, seed: int, generator: torch.Generator) -> None:
     vae, x = vae_with(decoder, 1).float(), observed(decoder, 3, generator).float()

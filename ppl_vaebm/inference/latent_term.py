@@ -1,0 +1,101 @@
+"""Stage 2's first part: maximum likelihood of the energy's term of the first latent, before any image is looked at.
+
+The target is the aggregate posterior, the law that the guide gives the first latent over the data, and the model is
+``exp(-E_1(z_1)) p(z_1)``: a learned prior (Pang et al. 2020; Aneja et al. 2021 learn such by density ratios, which here
+saturate, for the two laws are ten nats apart). Most of what a small VAE's draws have wrong is in that latent.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ppl_vaebm.config import Config
+from ppl_vaebm.inference.latent_chains import LatentStore
+from ppl_vaebm.inference.training import DivergedError
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.rng import global_rng, seed_for, stream
+from ppl_vaebm.run import Run
+from ppl_vaebm.splits import Split
+
+STAGE = "ebm-latent"
+"""Stage of this part's lines in metrics.jsonl."""
+NUM_PASSES = 3
+"""Posterior draws of the first latent kept of every data point. Chosen by us."""
+FINAL_RATE = 0.01
+"""Of the learning rate, where the cosine ends."""
+ROWS = 1_000
+"""Data points that the guide reads at once, at most."""
+
+
+def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore) -> None:
+    """Learn the term, in place; the chains of the store are its negatives, and stay where they are at the end.
+
+    Args:
+        run: whose metrics are written.
+        config: the run's configuration.
+        train: the data.
+        vaebm: with an energy that has the term.
+        store: its chains.
+
+    Raises:
+        DivergedError: the energies stopped being finite.
+    """
+    loop, net = config.ebm.latent, vaebm.energy.latent_net
+    assert net is not None
+    optimizer = torch.optim.Adam(net.parameters(), loop.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps, FINAL_RATE * loop.learning_rate)
+    z = aggregate_posterior(config, train, vaebm)
+    name, start = next(iter(vaebm.vae.model.latent_shapes)), time.perf_counter()
+    for step in tqdm(range(loop.steps), "stage ebm, first latent", disable=None, mininterval=1):
+        generator = stream(config.seed, "latent-term", step, device=config.device)
+        rows = z[torch.randint(len(z), (loop.batch_size,), generator=generator, device=z.device)]
+        net.requires_grad_(False)
+        noise, infos = store.advance(generator, loop.batch_size, loop.num_transitions, loop.replay_probability)
+        net.requires_grad_(True)
+        data = vaebm.energy.latent_term({name: rows})
+        model = vaebm.energy.latent_term(vaebm.vae.first_latent(noise.unflatten(1, rows.shape[1:])))
+        gap = data.mean() - model.mean()
+        loss = gap + loop.energy_l2 * (data.square().mean() + model.square().mean())
+        if not bool(loss.isfinite()):
+            raise DivergedError(step, f"the loss of the first latent's term is {float(loss.detach())}")
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % config.ebm.log_every == 0:
+            run.log(
+                {
+                    "stage": STAGE,
+                    "step": step + 1,
+                    "seconds": time.perf_counter() - start,
+                    "energy_gap": float(gap.detach()),
+                    "energy_sd": float(data.detach().std()),
+                    "acceptance_rate": float(torch.stack([info.acceptance_rate for info in infos]).mean()),
+                    "step_size": float(store.params.step_size),
+                    "eps_mean_square": float(noise.square().mean()),
+                }
+            )
+
+
+def aggregate_posterior(config: Config, split: Split, vaebm: VAEBM) -> Tensor:
+    """Draw the first latent of every data point, :data:`NUM_PASSES` times.
+
+    Args:
+        config: the run's configuration.
+        split: the data.
+        vaebm: whose guide draws.
+
+    Returns:
+        ``(num, *shape)``, on the run's device.
+    """
+    size = min(ROWS, vaebm.vae.rows_per_pass)
+    parts = []
+    for index, rows in enumerate(torch.arange(len(split)).repeat(NUM_PASSES).split(size)):
+        x = split.batch(rows, stream(config.seed, "dequantise", STAGE, index)).to(config.device)
+        with torch.no_grad(), global_rng(seed_for(config.seed, "posterior", STAGE, index)):
+            parts.append(next(iter(vaebm.vae.guide(x).values())))
+    return torch.cat(parts)
