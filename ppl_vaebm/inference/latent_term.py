@@ -23,8 +23,8 @@ from ppl_vaebm.splits import Split
 
 STAGE = "ebm-latent"
 """Stage of this part's lines in metrics.jsonl."""
-NUM_PASSES = 3
-"""Posterior draws of the first latent kept of every data point. Chosen by us."""
+NUM_DRAWS = 3
+"""Posterior draws of the first latent that are kept of every data point. Chosen by us."""
 FINAL_RATE = 0.01
 """Of the learning rate, where the cosine ends."""
 ROWS = 1_000
@@ -82,7 +82,7 @@ def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store:
 
 
 def aggregate_posterior(config: Config, split: Split, vaebm: VAEBM) -> Tensor:
-    """Draw the first latent of every data point, :data:`NUM_PASSES` times.
+    """Draw the first latent of every data point, :data:`NUM_DRAWS` times each.
 
     Args:
         config: the run's configuration.
@@ -92,10 +92,9 @@ def aggregate_posterior(config: Config, split: Split, vaebm: VAEBM) -> Tensor:
     Returns:
         ``(num, *shape)``, on the run's device.
     """
-    size = min(ROWS, vaebm.vae.rows_per_pass)
     parts = []
-    for index, rows in enumerate(torch.arange(len(split)).repeat(NUM_PASSES).split(size)):
+    for index, rows in enumerate(torch.arange(len(split)).split(ROWS)):
         x = split.batch(rows, stream(config.seed, "dequantise", STAGE, index)).to(config.device)
         with torch.no_grad(), global_rng(seed_for(config.seed, "posterior", STAGE, index)):
-            parts.append(next(iter(vaebm.vae.guide(x).values())))
-    return torch.cat(parts)
+            parts.append(vaebm.vae.first_posterior(x).sample((NUM_DRAWS,)))
+    return torch.cat(parts, dim=1).flatten(0, 1)

@@ -20,8 +20,8 @@ from ppl_vaebm.models.vae import ACCELERATOR_FACTOR
 from ppl_vaebm.rng import stream
 
 BLOCK = 500
-"""Chains that run side by side on a CPU, fewer for large models, more on an accelerator. A block's randomness is keyed by
-its number, so on a kind of device sample i depends neither on how many are asked for nor on any other block."""
+"""Chains that run side by side on a CPU, fewer for large models, more on an accelerator. A block's randomness is keyed
+by its number, so on one kind of device sample i depends neither on how many are asked for nor on any other block."""
 NUM_PILOT_STEPS = 200
 """Warm-up steps of the pilot block that tunes the step size, which the samples then share."""
 

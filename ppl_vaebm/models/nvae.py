@@ -114,12 +114,10 @@ class NVAEGenerator(Generator):
 
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
-        first = self.first_prior(num)
+        state = self.first_state(num)
+        z = {"z_1": choose("z_1", self.first_prior(num), state)}
         if self.layout.is_plain:
-            z = {"z_1": choose("z_1", first, first.loc)}
             return z, self.stem(z["z_1"])
-        state = self.h.expand(num, *self.h.shape)
-        z = {"z_1": choose("z_1", first, state)}
         state = self._combine(0, state, z["z_1"])
         for index, (cells, head) in enumerate(zip(self.cells, self.priors, strict=True), 1):
             state = cells(state)
@@ -129,6 +127,10 @@ class NVAEGenerator(Generator):
             z[name] = choose(name, prior, state)
             state = self._combine(index, state, z[name])
         return z, state
+
+    def first_state(self, num: int) -> Tensor:
+        """Return the trained features at the top, if there is a hierarchy; see :meth:`Generator.first_state`."""
+        return super().first_state(num) if self.layout.is_plain else self.h.expand(num, *self.h.shape)
 
     def first_prior(self, num: int) -> Prior:
         """Return the prior of the first group: raw zeros, so its scale is 1.01, as in NVAE."""

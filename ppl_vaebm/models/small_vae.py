@@ -48,10 +48,14 @@ class VectorGenerator(Generator):
         num_out = event_shape[0] * self.x_scale.num_outputs
         self.decoder = mlp(above[-1], config.width, config.depth, num_out, leaky_relu)
 
+    def first_state(self, num: int) -> Tensor:
+        """Return no features; see :meth:`Generator.first_state`."""
+        return next(self.parameters()).new_zeros(num, 0)
+
     def walk(self, choose: Choose, num: int) -> tuple[dict[str, Tensor], Tensor]:
         """Walk down the hierarchy; see :meth:`Generator.walk`."""
         z: dict[str, Tensor] = {}
-        state = next(self.parameters()).new_zeros(num, 0)
+        state = self.first_state(num)
         for index, name in enumerate(self.latent_shapes):
             if index == 0:
                 prior = self.first_prior(num)

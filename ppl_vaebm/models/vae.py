@@ -139,6 +139,10 @@ class Generator(PyroModule):
         shape = (num, *next(iter(self.latent_shapes.values())))
         return Prior(like.new_zeros(shape), like.new_ones(shape))
 
+    def first_state(self, num: int) -> Tensor:
+        """Return the features that the first group's posterior meets, for ``num`` rows; here its prior's mean."""
+        return self.first_prior(num).loc
+
 
 def num_rows(x: Tensor | None, num: int | None) -> int:
     """Return the number of rows of a program that was given data or a number of draws."""
@@ -363,6 +367,19 @@ class HierarchicalVAE(nn.Module):
         prior = self.model.first_prior(len(eps))
         name = next(iter(self.model.latent_shapes))
         return {name: prior.loc + self.model.temperature * prior.scale * eps}
+
+    def first_posterior(self, x: Tensor) -> TorchDistribution:
+        """Compute the guide's law of the first latent, without the walk through those below.
+
+        Args:
+            x: data, ``(n, *event_shape)``.
+
+        Returns:
+            The distribution, batch shape ``(n,)``.
+        """
+        name = next(iter(self.model.latent_shapes))
+        prior, state = self.model.first_prior(len(x)), self.model.first_state(len(x))
+        return self.guide.posterior(name, prior, self.guide.encode(x)[name], state)
 
     def noise_of(self, x: Tensor, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Invert :meth:`transport`.
