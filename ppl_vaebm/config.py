@@ -344,7 +344,8 @@ class LatentTermConfig:
     """Stage 2's first part: the first latent's own term, by maximum likelihood, with chains that decode nothing."""
 
     steps: int = 0
-    """Optimiser steps before all others; needs energy.latent-term."""
+    """Optimiser steps before all others, which then leave that term as it is; needs energy.latent-term. 0 trains it
+    with the rest."""
     batch_size: int = 256
     """Data points, and chains, per step."""
     num_transitions: int = 20

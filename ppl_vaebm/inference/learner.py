@@ -47,6 +47,7 @@ class EnergyLearner:
         self.sampler = KeyedSampler(len(data.train), config.ebm.batch_size, seed_for(guard.seed, "order", STAGE))
         if saved is None:
             self._initialise_from_data()
+        self._hold_latent_term()
         with global_rng(seed_for(config.seed, "spectral")):
             self.spectral = SpectralPenalty(self._penalised_layers()).to(config.device)
         self.average = AveragedWeights(self.energy, config.ebm.ema_decay)
@@ -68,6 +69,7 @@ class EnergyLearner:
         if self.config.ebm.latent.steps:
             assert self.negatives.latents is not None
             fit_latent_term(run, self.config, self.train, self.vaebm, self.negatives.latents)
+            self._hold_latent_term()
             self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
     def step(self, step: int, is_logged: bool) -> tuple[Phase, dict[str, float]]:
@@ -125,6 +127,16 @@ class EnergyLearner:
             module.load_state_dict(saved.weights[name])
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.negatives.load(saved.state)
+
+    def _hold_latent_term(self) -> None:
+        """Keep the first latent's term as its own part leaves it.
+
+        Chains in the joint space hardly go from one mode of the first latent to another. Negatives that never do say
+        nothing of the modes' weights, which then drift: trained on, long chains lost whole classes of images.
+        """
+        if self.config.ebm.latent.steps:
+            assert self.energy.latent_net is not None
+            self.energy.latent_net.requires_grad_(False)
 
     def _penalised_layers(self) -> list[nn.Linear | nn.Conv2d]:
         if self.config.ebm.spectral_head:
