@@ -492,6 +492,12 @@ class EbmConfig:
             f"at least ebm.batch-size ({self.batch_size})",
             self.replay_size,
         )
+        _require(
+            self.replay_size >= self.latent.batch_size or not self.latent.steps,
+            "ebm.replay-size",
+            f"at least ebm.latent.batch-size ({self.latent.batch_size})",
+            self.replay_size,
+        )
 
 
 @dataclass(frozen=True)

@@ -241,6 +241,7 @@ def test_the_rest_of_stage_2_leaves_the_term_as_it_is(tmp_path: Path) -> None:
     [
         (lambda: EnergyConfig(latent_term=True), "energy.latent-term"),
         (lambda: Config(ebm=EbmConfig(latent=LatentTermConfig(steps=5))), "ebm.latent.steps"),
+        (lambda: EbmConfig(replay_size=256, latent=LatentTermConfig(steps=5, batch_size=257)), "ebm.replay-size"),
         (lambda: LatentTermConfig(steps=-1), "ebm.latent.steps"),
         (lambda: LatentTermConfig(batch_size=0), "ebm.latent.batch-size"),
         (lambda: LatentTermConfig(replay_probability=1.5), "ebm.latent.replay-probability"),
