@@ -31,7 +31,9 @@ ROWS = 1_000
 """Data points that the guide reads at once, at most."""
 
 
-def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore) -> None:
+def fit_latent_term(
+    run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore, rate_factor: float = 1.0
+) -> None:
     """Learn the term, in place; the chains of the store are its negatives, and stay where they are at the end.
 
     Args:
@@ -40,14 +42,16 @@ def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store:
         train: the data.
         vaebm: with an energy that has the term.
         store: its chains.
+        rate_factor: what the learning rate is multiplied by; the guard lowers it where this part has diverged.
 
     Raises:
         DivergedError: the energies stopped being finite.
     """
     loop, net = config.ebm.latent, vaebm.energy.latent_net
     assert net is not None
-    optimizer = torch.optim.Adam(net.parameters(), loop.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps, FINAL_RATE * loop.learning_rate)
+    rate = rate_factor * loop.learning_rate
+    optimizer = torch.optim.Adam(net.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps, FINAL_RATE * rate)
     z = aggregate_posterior(config, train, vaebm)
     name, start = next(iter(vaebm.vae.model.latent_shapes)), time.perf_counter()
     for step in tqdm(range(loop.steps), "stage ebm, first latent", disable=None, mininterval=1):

@@ -68,7 +68,8 @@ class EnergyLearner:
         """
         if self.config.ebm.latent.steps:
             assert self.negatives.latents is not None
-            fit_latent_term(run, self.config, self.train, self.vaebm, self.negatives.latents)
+            store, factor = self.negatives.latents, self.guard.rate_factor
+            fit_latent_term(run, self.config, self.train, self.vaebm, store, factor)
             self._hold_latent_term()
             self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
