@@ -346,26 +346,28 @@ class LatentTermConfig:
     steps: int = 0
     """Optimiser steps before all others, which then leave that term as it is; needs energy.latent-term. 0 trains it
     with the rest."""
-    batch_size: int = 256
-    """Data points, and chains, per step."""
-    num_transitions: int = 20
-    """Steps of MALA per optimiser step."""
-    replay_probability: float = 0.99
-    """Probability that a chain goes on; otherwise it starts from N(0, I)."""
+    batch_size: int = 512
+    """Data points per step."""
+    num_chains: int = 128
+    """Chains that a step moves, by replica exchange."""
+    store_size: int = 1024
+    """Chains that there are."""
+    num_sweeps: int = 4
+    """Sweeps of the chains per step, two at least."""
     learning_rate: float = 2e-3
     """Adam's, at the start of a cosine that ends at a hundredth of it."""
-    energy_l2: float = 1e-3
+    energy_l2: float = 1e-5
     """Weight of mean E^2 over data and negatives."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        for name in ("batch_size", "num_transitions", "learning_rate"):
+        for name in ("batch_size", "num_chains", "store_size", "learning_rate"):
             _require(getattr(self, name) > 0, f"ebm.latent.{name.replace('_', '-')}", "positive", getattr(self, name))
         for name in ("steps", "energy_l2"):
             _require(getattr(self, name) >= 0, f"ebm.latent.{name.replace('_', '-')}", "0 or more", getattr(self, name))
-        _require(
-            0 <= self.replay_probability <= 1, "ebm.latent.replay-probability", "in [0, 1]", self.replay_probability
-        )
+        _require(self.num_sweeps >= 2, "ebm.latent.num-sweeps", "2 or more", self.num_sweeps)
+        expected = f"at most ebm.latent.store-size ({self.store_size})"
+        _require(self.num_chains <= self.store_size, "ebm.latent.num-chains", expected, self.num_chains)
 
 
 @dataclass(frozen=True)
@@ -492,12 +494,6 @@ class EbmConfig:
             f"at least ebm.batch-size ({self.batch_size})",
             self.replay_size,
         )
-        _require(
-            self.replay_size >= self.latent.batch_size or not self.latent.steps,
-            "ebm.replay-size",
-            f"at least ebm.latent.batch-size ({self.latent.batch_size})",
-            self.replay_size,
-        )
 
 
 @dataclass(frozen=True)
@@ -586,8 +582,9 @@ class SamplingConfig:
     """Kernel of `sample`, `evaluate`, `diagnose` and `compare`; the training kernel is `kernel`."""
     num_steps: int = 200
     """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
-    latent_steps: int = 1_000
-    """Before them, with energy.latent-term: steps of MALA on that term alone, which decode nothing. `diagnose` and
+    latent_steps: int = 300
+    """Before them, with energy.latent-term: sweeps of replica exchange on that term alone, which decode nothing; the
+    first half of them tunes it. `diagnose` and
     `compare` start from N(0, I) all the same."""
 
     def __post_init__(self) -> None:

@@ -47,6 +47,8 @@ class Counts(NamedTuple):
     """Sum of the acceptance probabilities of each pair of neighbours, ``(C, K)``, float64."""
     num_swaps: Tensor
     """Proposed swaps of each pair of neighbours, ``(K,)``."""
+    move_rate_sums: Tensor
+    """Sum over sweeps of the mean acceptance probability of each level's moves, ``(K + 1,)``, float64."""
     label: Tensor
     """Which replica stands at each level, ``(C, K + 1)``, so that its way along the ladder can be followed."""
     was_cold: Tensor

@@ -12,13 +12,16 @@ import math
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE
+from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE, STEP_SIZE_GAIN
 from ppl_vaebm.inference.base import Counts, KernelParams, Ladder
 
 # The first levels are b = (k / K)^3. Chosen by us: most of a barrier is near b = 0, where an energy first bites.
 START_POWER = 3.0
 # Rejection rate that every pair is credited with at least, so that the barrier rises everywhere. Chosen by us.
 MIN_REJECTION = 1e-3
+# Share of the way to their new places that the levels go per training update: the rates of one update are noisy. Chosen
+# by us.
+SPACING_GAIN = 0.02
 
 
 def start_ladder(num_levels: int, params: KernelParams, num_steps: int) -> Ladder:
@@ -54,6 +57,7 @@ def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts
         num_sweeps=0,
         swap_rate_sums=torch.zeros(num_chains, num_levels - 1, dtype=torch.float64, device=device),
         num_swaps=torch.zeros(num_levels - 1, dtype=torch.int64, device=device),
+        move_rate_sums=torch.zeros(num_levels, dtype=torch.float64, device=device),
         label=label,
         was_cold=label == num_levels - 1,
         has_been_hot=torch.zeros_like(label, dtype=torch.bool),
@@ -84,6 +88,7 @@ def add_swaps(counts: Counts, lower: Tensor, rate: Tensor, order: Tensor) -> Cou
         num_sweeps=counts.num_sweeps + 1,
         swap_rate_sums=sums,
         num_swaps=num_swaps,
+        move_rate_sums=counts.move_rate_sums,
         label=label,
         was_cold=counts.was_cold.scatter(1, cold, True),
         has_been_hot=has_been_hot.scatter(1, cold, False),
@@ -120,6 +125,24 @@ def respace(ladder: Ladder, rates: Tensor) -> Ladder:
     log_steps = [log_steps[0], *(_interpolate(b, levels[1:], log_steps[1:]) for b in spaced[1:])]
     like = ladder.inverse_temperatures
     return Ladder(like.new_tensor(spaced), like.new_tensor([math.exp(value) for value in log_steps]))
+
+
+def follow_rates(ladder: Ladder, counts: Counts, target_acceptance: float) -> Ladder:
+    """Move a ladder a little towards what its last sweeps ask for, for a density that changes under its chains.
+
+    Args:
+        ladder: the present one.
+        counts: of the last sweeps, two at least, so that every pair was proposed.
+        target_acceptance: of every level's moves but those at b = 0, which are always accepted.
+
+    Returns:
+        Levels that have gone a share of the way of :func:`respace`, and steps that follow their acceptance.
+    """
+    errors = counts.move_rate_sums / max(1, counts.num_sweeps) - target_acceptance
+    steps = (ladder.step_sizes.log() + STEP_SIZE_GAIN * errors.to(ladder.step_sizes)).exp().clamp(max=MAX_STEP_SIZE)
+    steps[0] = ladder.step_sizes[0]
+    spaced = respace(ladder, swap_rates(counts)).inverse_temperatures
+    return Ladder(ladder.inverse_temperatures.lerp(spaced, SPACING_GAIN), steps)
 
 
 def report(counts: Counts, ladder: Ladder) -> dict[str, float | list[float]]:

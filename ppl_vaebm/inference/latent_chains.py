@@ -1,7 +1,8 @@
 """Chains of the first latent under the energy's own term of it: draws of a VAE whose first prior is corrected.
 
 The term's density ``exp(-E_1(z_1)) N(eps_1; 0, I)`` needs neither decoder nor image, so its chains cost next to
-nothing, and they take the slowest noise, which every pixel depends on, nearly to where the VAEBM wants it.
+nothing, and they take the slowest noise, which every pixel depends on, nearly to where the VAEBM wants it. Replica
+exchange joins its modes, which single chains hardly leave: their weights are as right as their shapes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.adaptation import follow_acceptance, warm_up, with_step_size
-from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, init_params
-from ppl_vaebm.inference.langevin import build_mala
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference import tempered
+from ppl_vaebm.inference.adaptation import warm_up
+from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, Ladder, init_params
+from ppl_vaebm.inference.hmc import draw_normal
+from ppl_vaebm.inference.ladder import follow_rates, start_ladder
 from ppl_vaebm.inference.potential import NoisePotential
-from ppl_vaebm.inference.replay import Replay
 from ppl_vaebm.models.vaebm import VAEBM
 
 TARGET_ACCEPTANCE = 0.75
-NUM_TUNING_STEPS = 200
-"""The step size of chains from fresh noise is tuned on their first steps, at most so many. Chosen by us."""
+NUM_LEVELS = 9
+"""For Fashion-MNIST's barrier of 3.7, of which about ``2 barrier + 1`` levels are best. Chosen by us."""
+NUM_SWEEPS = 2
+"""The fewest sweeps after which every pair of neighbours was proposed."""
 FIRST_STEP_SIZE = 0.5
 
 
@@ -41,9 +46,9 @@ class LatentPotential:
         return self.vaebm.energy.latent_term(self.vaebm.vae.first_latent(position.unflatten(1, self.shape)))
 
 
-def build_latent_kernel(vaebm: VAEBM) -> Kernel:
-    """Make the kernel of these chains: MALA in noise space."""
-    return build_mala(LatentPotential(vaebm), target_acceptance=TARGET_ACCEPTANCE)
+def build_latent_kernel(potential: LatentPotential) -> Kernel:
+    """Make the kernel of these chains: replica exchange from N(0, I) up, by steps of MALA in noise space."""
+    return tempered.build(potential, num_levels=NUM_LEVELS, target_acceptance=TARGET_ACCEPTANCE)
 
 
 def num_first(potential: NoisePotential) -> int:
@@ -60,7 +65,7 @@ def move_first_latent(
         potential: of the VAEBM.
         generator: source of the chains' randomness; on the position's device.
         position: all noises, ``(C, D)``, from N(0, I).
-        num_steps: of the chains; the step size is tuned on the first half of them at most.
+        num_steps: sweeps of the chains; the ladder is tuned on the first half of them.
 
     Returns:
         The noises, ``(C, D)``; as they were for an energy without the term, or no steps.
@@ -68,11 +73,10 @@ def move_first_latent(
     if potential.vaebm.energy.latent_net is None or not num_steps:
         return position
     size = num_first(potential)
-    kernel = build_latent_kernel(potential.vaebm)
+    kernel = build_latent_kernel(LatentPotential(potential.vaebm))
     state = kernel.init(position[:, :size])
-    num_tuning = min(NUM_TUNING_STEPS, num_steps // 2)
-    state, params, _ = warm_up(kernel, generator, state, init_params(state.position, FIRST_STEP_SIZE), num_tuning)
-    for _ in range(num_steps - num_tuning):
+    state, params, _ = warm_up(kernel, generator, state, init_params(state.position, FIRST_STEP_SIZE), num_steps // 2)
+    for _ in range(num_steps - num_steps // 2):
         state, _ = kernel.step(generator, state, params)
     return torch.cat([state.position, position[:, size:]], dim=1)
 
@@ -82,43 +86,61 @@ class LatentStore:
 
     Args:
         vaebm: with the energy in training.
-        position: starts, ``(num, d)``, from N(0, I).
+        generator: source of the starts, from N(0, I); on the energy's device.
+        num: chains, each with a replica at every level.
     """
 
-    def __init__(self, vaebm: VAEBM, position: Tensor) -> None:
-        self.kernel = build_latent_kernel(vaebm)
-        self.replay = Replay(position)
-        self.params: KernelParams = init_params(position, FIRST_STEP_SIZE)
+    def __init__(self, vaebm: VAEBM, generator: torch.Generator, num: int) -> None:
+        self.potential = LatentPotential(vaebm)
+        self.kernel = build_latent_kernel(self.potential)
+        like = next(vaebm.energy.parameters())
+        size = self.potential.shape.numel()
+        self.positions = draw_normal(generator, like.new_empty(num, NUM_LEVELS, size))
+        """``(num, NUM_LEVELS, d)``, hottest first."""
+        params = init_params(self.positions[:, -1], FIRST_STEP_SIZE)
+        self.params: KernelParams = params._replace(ladder=start_ladder(NUM_LEVELS, params, 1))
 
-    def advance(
-        self, generator: torch.Generator, num: int, num_steps: int, replay_probability: float = 1.0
-    ) -> tuple[Tensor, list[KernelInfo]]:
-        """Move some of the chains, with a step size that follows their acceptance.
+    def advance(self, generator: torch.Generator, num: int, num_sweeps: int) -> tuple[Tensor, list[KernelInfo]]:
+        """Move some of the chains, with a ladder that follows their acceptance and swaps.
 
         Args:
             generator: source of randomness, on the chains' device.
-            num: chains to move, of those that there are.
-            num_steps: of each.
-            replay_probability: that a chain goes on; otherwise it starts again from N(0, I).
+            num: chains to move, at most those that there are.
+            num_sweeps: of each, :data:`NUM_SWEEPS` at least.
 
         Returns:
-            Where they are, ``(num, d)``, and the reports of their steps.
+            Where they are at b = 1, ``(num, d)``, and the reports of their sweeps.
         """
-        start, slots = self.replay.take(generator, num, replay_probability)
-        state, infos = self.kernel.init(start), []
-        for _ in range(num_steps):
+        slots = torch.randperm(len(self.positions), generator=generator, device=self.positions.device)[:num]
+        start = self.positions[slots]
+        state, infos = self.kernel.init(start[:, -1]), []
+        state = tempered.with_replicas(self.potential, state, start[:, :-1])
+        for _ in range(num_sweeps):
             state, info = self.kernel.step(generator, state, self.params)
             infos.append(info)
-        self.replay.put(slots, state.position)
-        rate = torch.stack([info.acceptance_rate for info in infos]).mean()
-        self.params = follow_acceptance(self.params, float(rate), TARGET_ACCEPTANCE)
+        self.positions[slots] = tempered.all_positions(state)
+        assert state.replicas is not None and self.params.ladder is not None
+        ladder = follow_rates(self.params.ladder, state.replicas.counts, TARGET_ACCEPTANCE)
+        self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)
         return state.position, infos
 
     def state(self) -> dict[str, Any]:
-        """Return positions and step size, for a checkpoint."""
-        return {"positions": self.replay.positions, "step_size": float(self.params.step_size)}
+        """Return positions and ladder, for a checkpoint."""
+        assert self.params.ladder is not None
+        return {"positions": self.positions, **self.params.ladder._asdict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state` returned."""
-        self.replay.positions.copy_(state["positions"])
-        self.params = with_step_size(self.params, state["step_size"])
+        """Take up what :meth:`state` returned.
+
+        Raises:
+            InputError: it is of other chains.
+        """
+        stored = state["positions"]
+        if stored.shape != self.positions.shape:
+            raise InputError(
+                f"expected chains of the first latent of {tuple(self.positions.shape)}, found {tuple(stored.shape)}: "
+                "they are of another model or another version; start the stage again with --overwrite"
+            )
+        self.positions.copy_(stored)
+        ladder = Ladder(*(state[name].to(self.positions) for name in Ladder._fields))
+        self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)

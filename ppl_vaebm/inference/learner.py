@@ -71,6 +71,7 @@ class EnergyLearner:
             store, factor = self.negatives.latents, self.guard.rate_factor
             fit_latent_term(run, self.config, self.train, self.vaebm, store, factor)
             self._hold_latent_term()
+            self.negatives.restart_chains()
             self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
     def step(self, step: int, is_logged: bool) -> tuple[Phase, dict[str, float]]:
@@ -94,7 +95,7 @@ class EnergyLearner:
             phase = self.negatives(x, step, z, seed=seed, is_logged=is_logged)
         loss = phase.loss
         if loop.energy_l2:
-            loss = loss + loop.energy_l2 * (phase.energy_data.square().mean() + phase.energy_negatives.square().mean())
+            loss = loss + loop.energy_l2 * phase.energy_square
         if loop.spectral_penalty:
             loss = loss + loop.spectral_penalty * self.spectral()
         grad_norm = self.optimizer.step(loss, step, self.guard.rate_factor)

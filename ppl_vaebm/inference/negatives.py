@@ -21,7 +21,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.adaptation import follow_acceptance, with_step_size
 from ppl_vaebm.inference.base import KernelInfo, KernelParams, value_only
 from ppl_vaebm.inference.kernels import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import LatentStore, num_first
+from ppl_vaebm.inference.latent_chains import LatentPotential, LatentStore, num_first
 from ppl_vaebm.inference.likelihood import weights_ess
 from ppl_vaebm.inference.log_z import log_mean_exp
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
@@ -46,8 +46,9 @@ class Phase:
     """The objective, ``()``."""
     energy_data: Tensor
     """Energies of the data, ``(n,)``."""
-    energy_negatives: Tensor
-    """Energies of the negatives, for the L2 penalty, ``(m,)``."""
+    energy_square: Tensor
+    """Mean square of the energies that are being learnt, of the data plus of the negatives, nats^2, ``()``: the L2
+    penalty. A held term of the first latent is left out, or the penalty would teach the rest to undo it."""
     energy_model: Tensor
     """Mean energy under h as the negatives estimate it, ``()``; at the optimum it equals the data's."""
     monitors: dict[str, Tensor]
@@ -77,7 +78,9 @@ class NegativePhase:
         self.replay = Replay(reference)
         self.latents: LatentStore | None = None
         if potential.vaebm.energy.latent_net is not None:
-            self.latents = LatentStore(potential.vaebm, reference[:, : num_first(potential)].clone())
+            starts, num = stream(config.seed, "latent-store", device=config.device), config.ebm.latent.store_size
+            self.latents = LatentStore(potential.vaebm, starts, max(num, config.ebm.batch_size))
+        self.held = LatentPotential(potential.vaebm) if config.ebm.latent.steps else None
         self.params: KernelParams = start_params(config.kernel, reference)
 
     def __call__(
@@ -98,12 +101,20 @@ class NegativePhase:
         loop, energy = self.config.ebm, self.potential.vaebm.energy
         generator = stream(self.config.seed if seed is None else seed, "negatives", step, device=self.config.device)
         if loop.objective == "ratio" or (loop.objective == "mle" and step < loop.ratio_steps):
-            return self._ratio(energy(x, z), generator)
+            return self._ratio(energy(x, z), z, generator)
         if self.is_ladder:
             return self._rung(x, z, step, generator, is_logged)
         if loop.negatives == "importance":
-            return self._importance(energy(x, z), generator)
-        return self._mle(energy(x, z), step, generator, is_logged)
+            return self._importance(energy(x, z), z, generator)
+        return self._mle(energy(x, z), z, step, generator, is_logged)
+
+    def restart_chains(self) -> None:
+        """Let all chains begin anew at the first latent's own ones, which have learnt where that belongs."""
+        generator = stream(self.config.seed, "restart", device=self.config.device)
+        for rows in self.replay.positions.split(self.config.ebm.batch_size):
+            fresh = self._restarts(generator, len(rows))
+            assert fresh is not None
+            rows.copy_(fresh)
 
     def weights(self) -> dict[str, nn.Module]:
         """Return the modules of which a checkpoint needs the weights: the ladder's rung below."""
@@ -140,41 +151,54 @@ class NegativePhase:
     def _replay_sites(self) -> list[str]:
         return [f"{name} {tuple(shape)}" for name, shape in self.potential.packing.shapes.items()]
 
-    def _draws_energies(self, generator: torch.Generator) -> Tensor:
-        return self.potential(self.potential.draw_reference(generator, self.config.ebm.num_importance))
+    def _energy_square(self, energy_data: Tensor, z: Latents | None, energy: Tensor, position: Tensor) -> Tensor:
+        if self.held is not None:
+            assert z is not None
+            energy_data = energy_data - self.potential.vaebm.energy.latent_term(z)
+            energy = energy - self.held(position[:, : num_first(self.potential)])
+        return energy_data.square().mean() + energy.square().mean()
 
-    def _ratio(self, energy_data: Tensor, generator: torch.Generator) -> Phase:
-        energy = self._draws_energies(generator)
+    def _draws(self, generator: torch.Generator) -> Tensor:
+        return self.potential.draw_reference(generator, self.config.ebm.num_importance)
+
+    def _ratio(self, energy_data: Tensor, z: Latents | None, generator: torch.Generator) -> Phase:
+        draws = self._draws(generator)
+        energy = self.potential(draws)
         loss = softplus(energy_data).mean() + softplus(-energy).mean()
-        return self._weighted(loss, energy_data, energy)
+        return self._weighted(loss, energy_data, energy, self._energy_square(energy_data, z, energy, draws))
 
-    def _importance(self, energy_data: Tensor, generator: torch.Generator) -> Phase:
-        energy = self._draws_energies(generator)
-        return self._weighted(energy_data.mean() - _weighted_mean(energy, energy), energy_data, energy)
+    def _importance(self, energy_data: Tensor, z: Latents | None, generator: torch.Generator) -> Phase:
+        draws = self._draws(generator)
+        energy = self.potential(draws)
+        loss = energy_data.mean() - _weighted_mean(energy, energy)
+        return self._weighted(loss, energy_data, energy, self._energy_square(energy_data, z, energy, draws))
 
-    def _weighted(self, loss: Tensor, energy_data: Tensor, energy: Tensor) -> Phase:
+    def _weighted(self, loss: Tensor, energy_data: Tensor, energy: Tensor, energy_square: Tensor) -> Phase:
         """Put together a phase whose negatives are draws of the VAE, with weights ``exp(-E)`` under h."""
         # Where few weights count the gap is noise, so the guard is not told of it.
         monitors = {"energy_sd": _largest_sd(energy_data, energy)}
         record = {"weight_ess": weights_ess(-energy.detach())}
-        return Phase(loss, energy_data, energy, _weighted_mean(energy, energy), monitors, record)
+        return Phase(loss, energy_data, energy_square, _weighted_mean(energy, energy), monitors, record)
 
-    def _mle(self, energy_data: Tensor, step: int, generator: torch.Generator, is_logged: bool) -> Phase:
+    def _mle(
+        self, energy_data: Tensor, z: Latents | None, step: int, generator: torch.Generator, is_logged: bool
+    ) -> Phase:
         start, end, infos = self._run_chains(len(energy_data), step, generator)
-        x, z = self._image(end)
-        energy = self.potential.vaebm.energy(x, z)
+        x, z_negative = self._image(end)
+        energy = self.potential.vaebm.energy(x, z_negative)
         loss = energy_data.mean() - energy.mean()
+        energy_square = self._energy_square(energy_data, z, energy, end)
         record = self._chain_record(start, end, infos, step) if is_logged else {}
         monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, infos)
         self._adapt(monitors["acceptance_rate"])
-        return Phase(loss, energy_data, energy, energy.mean(), monitors, record)
+        return Phase(loss, energy_data, energy_square, energy.mean(), monitors, record)
 
     def _rung(self, x: Tensor, z: Latents | None, step: int, generator: torch.Generator, is_logged: bool) -> Phase:
         """Tell data from draws of the rung below, by the logistic regression whose logit is what this rung adds."""
         energy, below = self.potential.vaebm.energy, self.sampled.vaebm.energy
         rung, since = divmod(step, self.config.ebm.rung_steps)
         if rung == 0:  # below the first rung is the VAE
-            return self._ratio(energy(x, z), generator)
+            return self._ratio(energy(x, z), z, generator)
         if since == 0:
             below.load_state_dict(energy.state_dict())
         start, end, infos = self._run_chains(len(x), step, generator)
@@ -190,7 +214,8 @@ class NegativePhase:
         record = record | self._chain_record(start, end, infos, step) if is_logged else {}
         monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, infos)
         self._adapt(monitors["acceptance_rate"])
-        return Phase(loss, energy_data, energy_negative, model, monitors, record)
+        energy_square = self._energy_square(energy_data, z, energy_negative, end)
+        return Phase(loss, energy_data, energy_square, model, monitors, record)
 
     def _run_chains(self, num: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[KernelInfo]]:
         """Move chains of the replay; return where they began, where they are, and the reports of their steps."""

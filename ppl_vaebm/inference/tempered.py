@@ -126,6 +126,12 @@ def with_replicas(potential: Potential, state: KernelState, position: Tensor) ->
     return state._replace(replicas=replicas)
 
 
+def all_positions(state: KernelState) -> Tensor:
+    """Return where all replicas of every chain stand, hottest first: ``(C, K + 1, D)``."""
+    assert state.replicas is not None
+    return torch.cat([state.replicas.position, state.position.unsqueeze(1)], 1)
+
+
 def _flatten(state: KernelState, ladder: Ladder) -> tuple[KernelState, Counts]:
     """Lay the levels of all chains out as rows, ``C * (K + 1)`` of them, level by level within a chain."""
     replicas, num_levels = state.replicas, len(ladder.inverse_temperatures)
@@ -136,7 +142,7 @@ def _flatten(state: KernelState, ladder: Ladder) -> tuple[KernelState, Counts]:
             f"a ladder has a step for every level: expected {replicas.position.shape[1] + 1}, got {num_levels}"
         )
     levels = KernelState(
-        torch.cat([replicas.position, state.position.unsqueeze(1)], 1).flatten(0, 1),
+        all_positions(state).flatten(0, 1),
         torch.cat([replicas.potential, state.potential.unsqueeze(1)], 1).flatten(),
         torch.cat([replicas.grad, state.grad.unsqueeze(1)], 1).flatten(0, 1),
     )
@@ -167,6 +173,7 @@ def _sweep(
     trajectory = _trajectory(potential, levels, momentum, ladder, inverse_mass, num_steps)
     moved, *outcome = metropolis(generator, levels, trajectory.end, trajectory.energy_change)
     energy, rate, is_accepted, is_divergent = (part.reshape(counts.label.shape) for part in (energy, *outcome))
+    counts = counts._replace(move_rate_sums=counts.move_rate_sums + rate.mean(0).double())
     moved, counts, is_new = _swap(generator, moved, counts, ladder.inverse_temperatures.double())
     num_evals = torch.full_like(counts.num_round_trips, num_steps * len(ladder.step_sizes))
     info = KernelInfo(rate[:, -1], is_accepted[:, -1] | is_new, is_divergent.any(1), energy[:, -1], num_evals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,13 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
 from ppl_vaebm.data import load_data
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.adaptation import warm_up
+from ppl_vaebm.inference.base import init_params
 from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
 from ppl_vaebm.inference.guard import Guard
-from ppl_vaebm.inference.latent_chains import LatentPotential, LatentStore, move_first_latent, num_first
+from ppl_vaebm.inference.langevin import build_mala
+from ppl_vaebm.inference.latent_chains import NUM_LEVELS, LatentPotential, LatentStore, move_first_latent, num_first
 from ppl_vaebm.inference.latent_term import NUM_DRAWS, aggregate_posterior, fit_latent_term
 from ppl_vaebm.inference.learner import EnergyLearner
 from ppl_vaebm.inference.negatives import NegativePhase
@@ -116,18 +121,63 @@ def test_without_the_term_or_steps_nothing_moves(generator: torch.Generator) -> 
         potential.vaebm.energy.latent_term({"z_1": fresh})
 
 
-def test_the_store_keeps_its_chains_and_its_step() -> None:
-    start = torch.zeros(20, 1, dtype=torch.float64)
-    store = LatentStore(tilted(), start.clone())
-    rows, infos = store.advance(stream(0, "store"), 5, 3)
-    is_moved = (store.replay.positions != start).flatten()
-    assert int(is_moved.sum()) == 5 and len(infos) == 3
-    assert sorted(rows.flatten().tolist()) == sorted(store.replay.positions[is_moved].flatten().tolist())
+def store_of(vaebm: VAEBM, num: int) -> LatentStore:
+    return LatentStore(vaebm, stream(0, "store"), num)
+
+
+def test_the_store_keeps_its_chains_and_its_ladder() -> None:
+    store, other = store_of(tilted(), 20), store_of(tilted(), 20)
+    start = store.positions.clone()
+    rows, infos = store.advance(stream(0, "advance"), 5, 3)
+    is_moved = (store.positions != start).flatten(1).any(1)
+    assert start.shape == (20, NUM_LEVELS, 1) and int(is_moved.sum()) == 5 and len(infos) == 3
+    assert sorted(rows.flatten().tolist()) == sorted(store.positions[is_moved][:, -1].flatten().tolist())
     assert float(store.params.step_size) > 0.5  # all accept, so it grows
-    other = LatentStore(tilted(), start.clone())
     other.load(store.state())
-    again = [each.advance(stream(1, "store"), 5, 3)[0] for each in (store, other)]
+    again = [each.advance(stream(1, "advance"), 5, 3)[0] for each in (store, other)]
     assert torch.equal(*again)
+    with pytest.raises(InputError, match="start the stage again with --overwrite"):
+        store_of(tilted(), 21).load(store.state())
+
+
+class Wells(Energy):
+    """Two narrow wells of the first latent's own term, a tenth of the mass in the one at -2.5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.place = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.first_latent, self.latent_net = "z_1", nn.Sequential()
+
+    def joint_term(self, x: Tensor, z: object) -> Tensor:
+        return torch.zeros_like(x[:, 0])
+
+    def latent_term(self, z: Mapping[str, Tensor]) -> Tensor:
+        first = z["z_1"].squeeze(-1)
+        wells = torch.stack(
+            [math.log(weight) - ((first - place) / 0.3).square() / 2 for weight, place in ((0.1, -2.5), (0.9, 2.5))]
+        )
+        return -wells.logsumexp(0) - first.square() / 2
+
+
+def test_replica_exchange_gives_the_modes_their_weights() -> None:
+    num = 1_000
+    vaebm = VAEBM(linear_vae(), Wells()).requires_grad_(False)
+    store, generator = store_of(vaebm, num), stream(0, "wells")
+    for _ in range(40):
+        rows, _ = store.advance(generator, num, 5)
+    error = math.sqrt(0.1 * 0.9 / num)
+    potential = noise_potential(vaebm)
+    moved = move_first_latent(potential, generator, potential.draw_reference(generator, num), 400)[:, :1]
+    for draws in (rows, moved):
+        assert abs(float((draws < 0).double().mean()) - 0.1) < 4 * error
+        assert float(draws[draws > 0].std()) == pytest.approx(0.3, rel=4 / math.sqrt(1.8 * num))
+    # Negative control: single chains from N(0, I) stay on the side that they came from, half of them on each.
+    kernel = build_mala(LatentPotential(vaebm))
+    fresh = potential.draw_reference(generator, num)[:, :1]
+    state, params, _ = warm_up(kernel, generator, kernel.init(fresh), init_params(fresh, 0.5), 200)
+    for _ in range(200):
+        state, _ = kernel.step(generator, state, params)
+    assert float((state.position < 0).double().mean()) > 0.3
 
 
 def test_chains_restart_from_the_first_latents_own_chains() -> None:
@@ -143,6 +193,26 @@ def test_chains_restart_from_the_first_latents_own_chains() -> None:
     assert abs(float(sites["eps_z_1"].mean()) + TILT) < 4 / math.sqrt(num)
     assert abs(float(sites["eps_x"].mean())) < 4 / math.sqrt(num)
     assert "latents" in phase.state()
+
+
+@pytest.mark.parametrize("objective", ["mle", "ratio", "importance"])
+def test_the_penalty_leaves_a_held_term_out(objective: str) -> None:
+    x, z = (torch.full((8, 1), 2.0, dtype=torch.float64) for _ in range(2))
+    found = []
+    for latent_steps in (5, 0):
+        loop = EbmConfig(
+            objective="ratio" if objective == "ratio" else "mle",
+            negatives="importance" if objective == "importance" else "chains",
+            num_importance=50,
+            batch_size=8,
+            replay_size=8,
+            latent=LatentTermConfig(steps=latent_steps, store_size=8, num_chains=8),
+        )
+        energy = EnergyConfig(inputs="x-and-z", latent_term=True)
+        phase = NegativePhase(Config(ebm=loop, energy=energy), noise_potential(tilted()))
+        found.append(float(phase(x, 0, {"z_1": z}).energy_square))
+    assert found[0] == pytest.approx(0.0, abs=1e-12)  # all of this energy is the term
+    assert found[1] > (2 * TILT) ** 2  # negative control: what trains with the rest is penalised with it
 
 
 @pytest.mark.parametrize("latent_steps", [0, 60])
@@ -174,7 +244,7 @@ def test_the_aggregate_posterior_is_the_guides_law_over_the_data() -> None:
 
 
 def shifted_config(**options: object) -> Config:
-    latent = LatentTermConfig(**{"steps": 150, "num_transitions": 5, "learning_rate": 1e-2, **options})  # type: ignore[arg-type]
+    latent = LatentTermConfig(**{"steps": 150, "num_sweeps": 5, "learning_rate": 1e-2, **options})  # type: ignore[arg-type]
     energy = EnergyConfig(width=16, num_fourier=0, inputs="x-and-z", latent_term=True)
     return Config(energy=energy, ebm=EbmConfig(objective="mle", replay_size=500, log_every=50, latent=latent))
 
@@ -184,7 +254,7 @@ def learnt(folder: Path, config: Config) -> tuple[VAEBM, LatentStore, Tensor]:
     with global_rng(0):
         vaebm = VAEBM(vae, build_energy(config.energy, torch.Size([1]), vae.model.latent_shapes))
     x = 1.2 + 0.3 * torch.randn(5_000, 1, generator=stream(0, "x"))
-    store = LatentStore(vaebm, torch.randn(500, 1, generator=stream(0, "store")))
+    store = store_of(vaebm, 500)
     fit_latent_term(Run.create(folder), config, Points(x), vaebm, store)
     return vaebm, store, aggregate_posterior(config, Points(x), vaebm)
 
@@ -194,7 +264,7 @@ def test_chains_of_the_learnt_term_have_the_aggregate_posteriors_moments(tmp_pat
     potential = noise_potential(vaebm.requires_grad_(False))
     generator = stream(0, "check")
     found = move_first_latent(potential, generator, potential.draw_reference(generator, 4_000), 200)[:, 0]
-    for draws in (found, store.replay.positions[:, 0]):  # fresh chains, and those of training
+    for draws in (found, store.positions[:, -1, 0]):  # fresh chains, and those of training
         assert float(draws.mean()) == pytest.approx(float(z.mean()), abs=0.1)
         assert float(draws.std()) == pytest.approx(float(z.std()), rel=0.12)
     assert abs(float(z.mean())) > 0.5  # negative control: the prior has mean 0
@@ -211,7 +281,8 @@ def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path) -> None:
 def tiny_images(**latent: int) -> Config:
     tree = yaml.safe_load(IMAGES)
     tree["energy"] |= {"inputs": "x-and-z", "latent_term": True, "width": 8}
-    tree["ebm"] |= {"latent": {"steps": 3, "batch_size": 8, "num_transitions": 2, **latent}}
+    part = {"steps": 3, "batch_size": 8, "num_chains": 4, "store_size": 8, "num_sweeps": 2, **latent}
+    tree["ebm"] |= {"latent": part}
     return from_dict(tree, "a test")
 
 
@@ -241,10 +312,10 @@ def test_the_rest_of_stage_2_leaves_the_term_as_it_is(tmp_path: Path) -> None:
     [
         (lambda: EnergyConfig(latent_term=True), "energy.latent-term"),
         (lambda: Config(ebm=EbmConfig(latent=LatentTermConfig(steps=5))), "ebm.latent.steps"),
-        (lambda: EbmConfig(replay_size=256, latent=LatentTermConfig(steps=5, batch_size=257)), "ebm.replay-size"),
         (lambda: LatentTermConfig(steps=-1), "ebm.latent.steps"),
         (lambda: LatentTermConfig(batch_size=0), "ebm.latent.batch-size"),
-        (lambda: LatentTermConfig(replay_probability=1.5), "ebm.latent.replay-probability"),
+        (lambda: LatentTermConfig(num_sweeps=1), "ebm.latent.num-sweeps"),
+        (lambda: LatentTermConfig(num_chains=65, store_size=64), "ebm.latent.num-chains"),
     ],
 )
 def test_options_that_cannot_work_are_refused(make: object, expected: str) -> None:

@@ -33,10 +33,6 @@ def replicas_of(state: KernelState) -> Replicas:
     return state.replicas
 
 
-def all_levels(state: KernelState) -> Tensor:
-    return torch.cat([replicas_of(state).position, state.position.unsqueeze(1)], 1)
-
-
 def level_z(num_chains: int = 4000, num_sweeps: int = 60) -> Tensor:
     """Compare each level's share in the middle and mean square with exact draws, in standard errors."""
     kernel = tempered.build(MODES.potential, num_levels=4)
@@ -49,7 +45,7 @@ def level_z(num_chains: int = 4000, num_sweeps: int = 60) -> Tensor:
     def functionals(position: Tensor) -> Tensor:
         return torch.cat([(position.abs() < 1).double(), position.square(), position], -1)
 
-    ours, truth = functionals(all_levels(state)), functionals(exact)
+    ours, truth = functionals(tempered.all_positions(state)), functionals(exact)
     variances = ours.var(0) / len(ours) + truth.var(0) / len(truth)
     return (ours.mean(0) - truth.mean(0)) / variances.sqrt()
 
@@ -148,7 +144,7 @@ def test_a_start_without_density_is_left() -> None:
     for _ in range(30):
         state, info = kernel.step(generator, state, params_with(LADDER))
         num_divergent += int(info.is_divergent.sum())
-    assert (all_levels(state) < 2).all() and state.potential.isfinite().all()
+    assert (tempered.all_positions(state) < 2).all() and state.potential.isfinite().all()
     assert num_divergent > 50
 
 
