@@ -255,6 +255,38 @@ def test_moved_levels_take_steps_from_between_those_of_their_neighbours() -> Non
     assert h == pytest.approx([math.pi / 2, 1.2, 1.2, 0.4])
 
 
+def counts_of(swaps: list[float], moves: list[float]) -> Counts:
+    counts = ladder.new_counts(1, 4, torch.device("cpu"))
+    rates = torch.tensor([swaps], dtype=torch.float64)
+    sums = 2 * torch.tensor(moves, dtype=torch.float64)
+    return counts._replace(
+        num_sweeps=2, swap_rate_sums=rates, num_swaps=torch.ones(3, dtype=torch.int64), move_rate_sums=sums
+    )
+
+
+def test_a_ladder_follows_its_rates() -> None:
+    still = ladder.follow_rates(LADDER, counts_of([0.7] * 3, [1.0, 0.75, 0.75, 0.75]), 0.75)
+    torch.testing.assert_close(still, LADDER)
+    moved = ladder.follow_rates(LADDER, counts_of([0.1, 0.9, 0.9], [1.0, 0.95, 0.75, 0.35]), 0.75)
+    gains = (moved.step_sizes / LADDER.step_sizes).log() / ladder.STEP_SIZE_GAIN
+    torch.testing.assert_close(gains, torch.tensor([0.0, 0.2, 0.0, -0.4], dtype=torch.float64), atol=1e-9, rtol=0)
+    whole = ladder.respace(LADDER, torch.tensor([0.1, 0.9, 0.9], dtype=torch.float64)).inverse_temperatures
+    way = (moved.inverse_temperatures - LADDER.inverse_temperatures)[1:-1]
+    torch.testing.assert_close(way, ladder.SPACING_GAIN * (whole - LADDER.inverse_temperatures)[1:-1])
+    assert (way < 0).all()  # most is rejected near b = 0, so that is where they go
+
+
+def test_sweeps_count_what_every_level_accepts() -> None:
+    kernel = tempered.build(MODES.potential, num_levels=4)
+    state, generator = kernel.init(torch.zeros(50, 1, dtype=torch.float64)), stream(8, "counts")
+    for _ in range(3):
+        state, info = kernel.step(generator, state, params_with(LADDER))
+    rates = replicas_of(state).counts.move_rate_sums / 3
+    assert rates.shape == (4,) and float(rates[0]) == pytest.approx(1.0)  # b = 0 has nothing to refuse
+    assert 0 < float(rates[-1]) < 1 and bool(info.acceptance_rate.mean() < 1)
+
+
+
 def test_another_step_size_scales_the_ladder_with_it() -> None:
     scaled = with_step_size(params_with(LADDER), 0.6)
     assert scaled.ladder is not None and float(scaled.step_size) == pytest.approx(0.6)
