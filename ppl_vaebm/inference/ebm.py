@@ -158,8 +158,8 @@ def fit_ebm(
             print(words(guard))
             break
         try:
-            if saved is None:
-                learner.learn_latent_term(run)
+            if saved is None and config.ebm.latent.steps:
+                _learn_latent_term(run, config, data, learner)
             _attempt(run, config, data, learner)
             break
         except DivergedError as error:
@@ -169,6 +169,13 @@ def fit_ebm(
             if not guard.is_stopped:
                 print(words(guard))
     return VAEBM(vae, learner.average.module)
+
+
+def _learn_latent_term(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:
+    """Do stage 2's first part, and write it down as the checkpoint of step 0."""
+    learner.learn_latent_term(run)
+    potential = noise_potential(VAEBM(learner.vaebm.vae, learner.average.module))
+    _save(run, config, learner, _validate(run, config, potential, data.validation, 0))
 
 
 def _attempt(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:

@@ -58,7 +58,7 @@ class EnergyLearner:
             self._load(saved)
 
     def learn_latent_term(self, run: Run) -> None:
-        """Do what comes before the first step: learn the first latent's own term, if there are steps for it.
+        """Learn the first latent's own term, before the first step, and let all chains begin where it puts them.
 
         Args:
             run: whose metrics are written.
@@ -66,13 +66,12 @@ class EnergyLearner:
         Raises:
             DivergedError: the energies stopped being finite.
         """
-        if self.config.ebm.latent.steps:
-            assert self.negatives.latents is not None
-            store, factor = self.negatives.latents, self.guard.rate_factor
-            fit_latent_term(run, self.config, self.train, self.vaebm, store, factor)
-            self._hold_latent_term()
-            self.negatives.restart_chains()
-            self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
+        assert self.negatives.latents is not None
+        store, factor = self.negatives.latents, self.guard.rate_factor
+        fit_latent_term(run, self.config, self.train, self.vaebm, store, factor)
+        self._hold_latent_term()
+        self.negatives.restart_chains()
+        self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
     def step(self, step: int, is_logged: bool) -> tuple[Phase, dict[str, float]]:
         """Update the energy once.

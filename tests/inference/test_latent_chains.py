@@ -13,9 +13,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from ppl_vaebm import checkpoint
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
 from ppl_vaebm.data import load_data
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference import ebm
 from ppl_vaebm.inference.adaptation import warm_up
 from ppl_vaebm.inference.base import init_params
 from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
@@ -302,6 +304,26 @@ def test_the_rest_of_stage_2_leaves_the_term_as_it_is(tmp_path: Path) -> None:
     assert fitted.energy.latent_net is not None
     for old, new in zip(term, fitted.energy.latent_net.parameters(), strict=True):
         torch.testing.assert_close(old, new, rtol=0, atol=0)
+
+
+def test_a_fit_cut_off_after_the_first_part_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_images()
+    data = load_data(config.data, config.seed)
+    vae = new_vae(config, data).eval()
+    whole = fit_ebm(Run.create(tmp_path / "whole"), config, data, vae)
+    run = Run.create(tmp_path / "cut")
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ebm, "_attempt", cut)
+        fit_ebm(run, config, data, vae)
+    assert checkpoint.available(run.checkpoints("ebm")) == [0]
+    monkeypatch.setattr(EnergyLearner, "learn_latent_term", cut)  # it is not learnt again
+    resumed = fit_ebm(run, config, data, vae, resume=checkpoint.load(run.checkpoints("ebm"), "last"))
+    for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 # --- refusals --------------------------------------------------------------------------------------

@@ -286,7 +286,6 @@ def test_sweeps_count_what_every_level_accepts() -> None:
     assert 0 < float(rates[-1]) < 1 and bool(info.acceptance_rate.mean() < 1)
 
 
-
 def test_another_step_size_scales_the_ladder_with_it() -> None:
     scaled = with_step_size(params_with(LADDER), 0.6)
     assert scaled.ladder is not None and float(scaled.step_size) == pytest.approx(0.6)
