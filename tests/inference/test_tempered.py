@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference import diagnostics, kernels, ladder, langevin, targets, targets_modes, tempered
-from ppl_vaebm.inference.adaptation import warm_up, with_step_size
+from ppl_vaebm.inference.adaptation import STEP_SIZE_GAIN, warm_up, with_step_size
 from ppl_vaebm.inference.base import Counts, KernelParams, KernelState, Ladder, Replicas, init_params, value_and_grad
 from ppl_vaebm.inference.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
@@ -268,7 +268,7 @@ def test_a_ladder_follows_its_rates() -> None:
     still = ladder.follow_rates(LADDER, counts_of([0.7] * 3, [1.0, 0.75, 0.75, 0.75]), 0.75)
     torch.testing.assert_close(still, LADDER)
     moved = ladder.follow_rates(LADDER, counts_of([0.1, 0.9, 0.9], [1.0, 0.95, 0.75, 0.35]), 0.75)
-    gains = (moved.step_sizes / LADDER.step_sizes).log() / ladder.STEP_SIZE_GAIN
+    gains = (moved.step_sizes / LADDER.step_sizes).log() / STEP_SIZE_GAIN
     torch.testing.assert_close(gains, torch.tensor([0.0, 0.2, 0.0, -0.4], dtype=torch.float64), atol=1e-9, rtol=0)
     whole = ladder.respace(LADDER, torch.tensor([0.1, 0.9, 0.9], dtype=torch.float64)).inverse_temperatures
     way = (moved.inverse_temperatures - LADDER.inverse_temperatures)[1:-1]
