@@ -350,12 +350,14 @@ class LatentTermConfig:
     """Data points per step."""
     num_chains: int = 128
     """Chains that a step moves, by replica exchange."""
-    store_size: int = 1024
-    """Chains that there are."""
+    store_size: int = 256
+    """Chains that there are. The more, the later they follow the term from one mode to another."""
     num_sweeps: int = 4
     """Sweeps of the chains per step, two at least."""
     learning_rate: float = 2e-3
     """Adam's, at the start of a cosine that ends at a hundredth of it."""
+    ema_decay: float = 0.998
+    """Of the average of the weights that is the result."""
     energy_l2: float = 1e-5
     """Weight of mean E^2 over data and negatives."""
 
@@ -366,6 +368,7 @@ class LatentTermConfig:
         for name in ("steps", "energy_l2"):
             _require(getattr(self, name) >= 0, f"ebm.latent.{name.replace('_', '-')}", "0 or more", getattr(self, name))
         _require(self.num_sweeps >= 2, "ebm.latent.num-sweeps", "2 or more", self.num_sweeps)
+        _require(0 <= self.ema_decay < 1, "ebm.latent.ema-decay", "in [0, 1)", self.ema_decay)
         expected = f"at most ebm.latent.store-size ({self.store_size})"
         _require(self.num_chains <= self.store_size, "ebm.latent.num-chains", expected, self.num_chains)
 

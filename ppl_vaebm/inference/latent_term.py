@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.inference.latent_chains import LatentStore
-from ppl_vaebm.inference.training import DivergedError
+from ppl_vaebm.inference.training import AveragedWeights, DivergedError
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.run import Run
@@ -52,6 +52,7 @@ def fit_latent_term(
     rate = rate_factor * loop.learning_rate
     optimizer = torch.optim.Adam(net.parameters(), rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps, FINAL_RATE * rate)
+    average = AveragedWeights(net, loop.ema_decay)
     z = aggregate_posterior(config, train, vaebm)
     name, start = next(iter(vaebm.vae.model.latent_shapes)), time.perf_counter()
     for step in tqdm(range(loop.steps), "stage ebm, first latent", disable=None, mininterval=1):
@@ -70,6 +71,7 @@ def fit_latent_term(
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
+        average.update(net)
         if (step + 1) % config.ebm.log_every == 0:
             run.log(
                 {
@@ -83,6 +85,8 @@ def fit_latent_term(
                     "eps_mean_square": float(noise.square().mean()),
                 }
             )
+    # Modes gain and lose weight by turns while chains catch up with them; the average has the weights in between.
+    net.load_state_dict(average.module.state_dict())
 
 
 def aggregate_posterior(config: Config, split: Split, vaebm: VAEBM) -> Tensor:

@@ -275,6 +275,19 @@ def test_chains_of_the_learnt_term_have_the_aggregate_posteriors_moments(tmp_pat
     assert all(record["stage"] == "ebm-latent" and math.isfinite(record["energy_gap"]) for record in records)
 
 
+def test_the_result_is_the_average_of_its_weights(tmp_path: Path) -> None:
+    ends = [
+        torch.cat([part.detach().flatten() for part in learnt(tmp_path / str(decay), config)[0].energy.parameters()])
+        for decay, config in ((decay, shifted_config(steps=1, ema_decay=decay)) for decay in (0.0, 0.9))
+    ]
+    with global_rng(0):
+        energy = build_energy(shifted_config().energy, torch.Size([1]), linear_vae().model.latent_shapes)
+    first = torch.cat([part.detach().flatten() for part in energy.parameters()])
+    # After one step the average keeps a tenth of the start, if it averages at all.
+    torch.testing.assert_close(ends[1] - first, 0.9 * (ends[0] - first))
+    assert float((ends[0] - first).abs().max()) > 1e-3
+
+
 def test_a_loss_that_is_not_finite_ends_it(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="first latent's term"):
         learnt(tmp_path, shifted_config(learning_rate=1e30))
@@ -337,6 +350,7 @@ def test_a_fit_cut_off_after_the_first_part_goes_on_from_there(tmp_path: Path, m
         (lambda: LatentTermConfig(steps=-1), "ebm.latent.steps"),
         (lambda: LatentTermConfig(batch_size=0), "ebm.latent.batch-size"),
         (lambda: LatentTermConfig(num_sweeps=1), "ebm.latent.num-sweeps"),
+        (lambda: LatentTermConfig(ema_decay=1.0), "ebm.latent.ema-decay"),
         (lambda: LatentTermConfig(num_chains=65, store_size=64), "ebm.latent.num-chains"),
     ],
 )
