@@ -587,8 +587,7 @@ class SamplingConfig:
     """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
     latent_steps: int = 300
     """Before them, with energy.latent-term: sweeps of replica exchange on that term alone, which decode nothing; the
-    first half of them tunes it. `diagnose` and
-    `compare` start from N(0, I) all the same."""
+    first half of them tunes it. `diagnose` and `compare` start from N(0, I) all the same."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
