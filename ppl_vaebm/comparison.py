@@ -20,6 +20,7 @@ from ppl_vaebm.inference.convergence import FloatArray
 from ppl_vaebm.inference.functionals import noise_functionals
 from ppl_vaebm.inference.jax_bridge import JaxKernelName, run_jax
 from ppl_vaebm.inference.kernels import DEFAULT_STEP_SIZES, build_kernel, start_params
+from ppl_vaebm.inference.latent_exchange import with_exchange
 from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.pyro_kernel import PyroKernelName, run_pyro
@@ -137,6 +138,8 @@ def run_kernel(
 ) -> Chains:
     """Run one kernel, ours or another library's, within a budget.
 
+    Where the energy has a term of the first latent alone, our kernels exchange it with chains of that term.
+
     Args:
         name: of the kernel, one of :data:`KERNELS`.
         potential: of the VAEBM.
@@ -169,7 +172,7 @@ def run_kernel(
     else:
         config = _own_config(name, config)
         chains = run_chains(
-            build_kernel(config, potential),
+            with_exchange(build_kernel(config, potential), potential),
             stream(seed, "chains", name, device=start.device),
             start,
             start_params(config, start),

@@ -586,8 +586,9 @@ class SamplingConfig:
     num_steps: int = 200
     """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
     latent_steps: int = 300
-    """Before them, with energy.latent-term: sweeps of replica exchange on that term alone, which decode nothing; the
-    first half of them tunes it. `diagnose` and `compare` start from N(0, I) all the same."""
+    """Before them, with energy.latent-term: sweeps of replica exchange on that term alone, which decode nothing. These
+    chains then stand behind the others, which exchange the first latent with them every few steps; 0 does without.
+    `diagnose` and `compare` start from N(0, I), and exchange all the same."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""

@@ -178,7 +178,8 @@ def chain_sections(samples: Samples, kernel: str) -> dict[str, Section]:
 
     Returns:
         For the VAE and for every length cost and speed, the mean square of every noise, which is 1 on average under the
-        VAE, and the mean energy; and for the chains also their step size, acceptance and divergent moves until then.
+        VAE, and the mean energy; for the chains also their step size, acceptance and divergent moves until then, and
+        how often they exchanged the first latent, over the longest chains.
     """
     family = f"[chains of {kernel}], {len(samples.after[VAE_STEPS].energy)} samples"
     return {
@@ -202,6 +203,9 @@ def _chain_section(samples: Samples, count: int) -> Section:
             "evaluations per image": num_evals / num_run,
             "evaluations per second": num_evals / seconds,
         }
+        rates = [block.report["exchange_rate"] for block in blocks if "exchange_rate" in block.report]
+        if rates:
+            section["acceptance of exchanges, longest chains"] = float(torch.tensor(rates).mean())
     section |= {f"mean square of {noise}": mean_cell(value) for noise, value in drawn.mean_squares.items()}
     section["mean energy (nats)"] = mean_cell(drawn.energy)
     return section

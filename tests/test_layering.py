@@ -94,6 +94,7 @@ LAYERS = {
         "inference.calibration",
         "inference.replay",
         "inference.latent_chains",
+        "inference.latent_exchange",
         "inference.likelihood",
         "inference.convergence",
         "inference.containers",

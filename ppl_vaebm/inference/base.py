@@ -70,6 +70,21 @@ class KernelState(NamedTuple):
     """The gradient of Phi there, ``(C, D)``; ``None`` after a gradient-free kernel moved."""
     replicas: Replicas | None = None
     """The hotter chains of a tempered kernel; no other has any."""
+    partners: Partners | None = None
+    """The chains of the first latent that an exchanging kernel keeps; no other has any."""
+
+
+class Partners(NamedTuple):
+    """What stands behind every chain of a kernel that exchanges its first latent (``latent_exchange``)."""
+
+    state: KernelState
+    """Chains of the first latent's own term, ``(C, d)``, with their replicas."""
+    rate_sum: Tensor
+    """Sum of the acceptance probabilities of every chain's exchanges, ``(C,)``, float64."""
+    num_exchanges: int
+    """Exchanges proposed to every chain."""
+    num_steps: int
+    """Steps since the last of them."""
 
 
 class KernelInfo(NamedTuple):
@@ -119,6 +134,8 @@ class KernelParams(NamedTuple):
     """Levels of a tempered kernel; no other has any."""
     reference: Reference | None = None
     """What HMC by splitting splits off; ``None`` is N(0, I)."""
+    partners: KernelParams | None = None
+    """Those of the chains that an exchanging kernel keeps; no other has any."""
 
 
 WarmUp = Callable[[torch.Generator, KernelState, KernelParams, int], tuple[KernelState, KernelParams, int]]

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import tempered
 from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, Ladder, init_params
+from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, KernelState, Ladder, init_params
 from ppl_vaebm.inference.hmc import draw_normal
 from ppl_vaebm.inference.ladder import follow_rates, start_ladder
 from ppl_vaebm.inference.potential import NoisePotential
@@ -54,29 +54,39 @@ def num_first(potential: NoisePotential) -> int:
     return next(iter(potential.packing.sizes.values()))
 
 
-def move_first_latent(
-    potential: NoisePotential, generator: torch.Generator, position: Tensor, num_steps: int
-) -> Tensor:
-    """Move the first latent's noise by chains of its own, and leave the rest.
+def run_first_latent(
+    potential: NoisePotential,
+    generator: torch.Generator,
+    position: Tensor,
+    num_steps: int,
+    params: KernelParams | None = None,
+) -> tuple[KernelState, KernelParams]:
+    """Run chains of the first latent.
 
     Args:
-        potential: of the VAEBM.
+        potential: of the VAEBM, whose energy has the term.
         generator: source of the chains' randomness; on the position's device.
-        position: all noises, ``(C, D)``, from N(0, I).
-        num_steps: sweeps of the chains; the ladder is tuned on the first half of them.
+        position: all noises, ``(C, D)``, of which the first latent's are the start, from N(0, I).
+        num_steps: sweeps of the chains.
+        params: of an earlier run; if not given they are tuned on the first half of the sweeps.
 
     Returns:
-        The noises, ``(C, D)``; as they were for an energy without the term, or no steps.
+        The chains and their parameters.
     """
-    if potential.vaebm.energy.latent_net is None or not num_steps:
-        return position
-    size = num_first(potential)
     kernel = build_latent_kernel(LatentPotential(potential.vaebm))
-    state = kernel.init(position[:, :size])
-    state, params, _ = warm_up(kernel, generator, state, init_params(state.position, FIRST_STEP_SIZE), num_steps // 2)
-    for _ in range(num_steps - num_steps // 2):
+    state = kernel.init(position[:, : num_first(potential)])
+    num_warmup = 0 if params else num_steps // 2
+    if params is None:
+        start = init_params(state.position, FIRST_STEP_SIZE)
+        state, params, _ = warm_up(kernel, generator, state, start, num_warmup)
+    for _ in range(num_steps - num_warmup):
         state, _ = kernel.step(generator, state, params)
-    return torch.cat([state.position, position[:, size:]], dim=1)
+    return state, params
+
+
+def with_first(position: Tensor, first: Tensor) -> Tensor:
+    """Replace the first latent's noise: ``(C, D)`` and ``(C, d)`` to ``(C, D)``."""
+    return torch.cat([first, position[:, first.shape[1] :]], dim=1)
 
 
 class LatentStore:
@@ -98,7 +108,7 @@ class LatentStore:
         params = init_params(self.positions[:, -1], FIRST_STEP_SIZE)
         self.params: KernelParams = params._replace(ladder=start_ladder(NUM_LEVELS, params, 1))
 
-    def advance(self, generator: torch.Generator, num: int, num_sweeps: int) -> tuple[Tensor, list[KernelInfo]]:
+    def advance(self, generator: torch.Generator, num: int, num_sweeps: int) -> tuple[Tensor, Tensor, list[KernelInfo]]:
         """Move some of the chains, with a ladder that follows their acceptance and swaps.
 
         Args:
@@ -107,7 +117,7 @@ class LatentStore:
             num_sweeps: of each, two at least, so that every pair of neighbours is proposed.
 
         Returns:
-            Where they are at b = 1, ``(num, d)``, and the reports of their sweeps.
+            Where they are at b = 1, ``(num, d)``, their slots ``(num,)``, and the reports of their sweeps.
         """
         slots = torch.randperm(len(self.positions), generator=generator, device=self.positions.device)[:num]
         start = self.positions[slots]
@@ -120,7 +130,16 @@ class LatentStore:
         assert state.replicas is not None and self.params.ladder is not None
         ladder = follow_rates(self.params.ladder, state.replicas.counts, TARGET_ACCEPTANCE)
         self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)
-        return state.position, infos
+        return state.position, slots, infos
+
+    def put(self, slots: Tensor, first: Tensor) -> None:
+        """Place chains anew at b = 1, which have exchanged their places with others.
+
+        Args:
+            slots: as :meth:`advance` gave them, ``(num,)``.
+            first: where the chains are now, ``(num, d)``.
+        """
+        self.positions[slots, -1] = first
 
     def state(self) -> dict[str, Any]:
         """Return positions and ladder, for a checkpoint."""

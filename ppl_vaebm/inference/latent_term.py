@@ -59,7 +59,7 @@ def fit_latent_term(
         generator = stream(config.seed, "latent-term", step, device=config.device)
         rows = z[torch.randint(len(z), (loop.batch_size,), generator=generator, device=z.device)]
         net.requires_grad_(False)
-        noise, infos = store.advance(generator, loop.num_chains, loop.num_sweeps)
+        noise, _, infos = store.advance(generator, loop.num_chains, loop.num_sweeps)
         net.requires_grad_(True)
         data = vaebm.energy.latent_term({name: rows})
         model = vaebm.energy.latent_term(vaebm.vae.first_latent(noise.unflatten(1, rows.shape[1:])))

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from torch.nn.functional import softplus
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.adaptation import follow_acceptance, with_step_size
-from ppl_vaebm.inference.base import KernelInfo, KernelParams, value_only
+from ppl_vaebm.inference.base import KernelInfo, KernelParams, init_without_grad, value_only
 from ppl_vaebm.inference.kernels import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import LatentPotential, LatentStore, num_first
+from ppl_vaebm.inference.latent_chains import LatentPotential, LatentStore, num_first, with_first
+from ppl_vaebm.inference.latent_exchange import exchange
 from ppl_vaebm.inference.likelihood import weights_ess
 from ppl_vaebm.inference.log_z import log_mean_exp
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
@@ -29,8 +30,8 @@ from ppl_vaebm.inference.replay import Replay
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 
-RESTART_STEPS = 10
-"""Steps that chains of the first latent make before others restart from them. Chosen by us."""
+PARTNER_SWEEPS = 10
+"""Sweeps that chains of the first latent make before others exchange with them, or restart from them. Chosen by us."""
 WEIGHT_ESS_EVERY = 50
 """Steps between looks at draws of the VAE where the negatives are chains: they cost a batch of their own. Chosen by
 us."""
@@ -55,6 +56,18 @@ class Phase:
     """What the guard watches, ``()`` each."""
     record: dict[str, float]
     """What to log beside the monitors; empty unless asked for."""
+
+
+class _Moved(NamedTuple):
+    """What the chains of one step did."""
+
+    start: Tensor
+    """Where they began, ``(n, D)``."""
+    end: Tensor
+    """Where they are, ``(n, D)``."""
+    infos: list[KernelInfo]
+    exchange_rate: Tensor | None
+    """Acceptance of the first latent's exchange, ``(n,)``; ``None`` without one."""
 
 
 class NegativePhase:
@@ -112,7 +125,7 @@ class NegativePhase:
         """Let all chains begin anew at the first latent's own ones, which have learnt where that belongs."""
         generator = stream(self.config.seed, "restart", device=self.config.device)
         for rows in self.replay.positions.split(self.config.ebm.batch_size):
-            fresh = self._restarts(generator, len(rows))
+            fresh = self._restarts(generator, self._partners(generator, len(rows)))
             assert fresh is not None
             rows.copy_(fresh)
 
@@ -183,13 +196,13 @@ class NegativePhase:
     def _mle(
         self, energy_data: Tensor, z: Latents | None, step: int, generator: torch.Generator, is_logged: bool
     ) -> Phase:
-        start, end, infos = self._run_chains(len(energy_data), step, generator)
-        x, z_negative = self._image(end)
+        moved = self._run_chains(len(energy_data), step, generator)
+        x, z_negative = self._image(moved.end)
         energy = self.potential.vaebm.energy(x, z_negative)
         loss = energy_data.mean() - energy.mean()
-        energy_square = self._energy_square(energy_data, z, energy, end)
-        record = self._chain_record(start, end, infos, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, infos)
+        energy_square = self._energy_square(energy_data, z, energy, moved.end)
+        record = self._chain_record(moved, step) if is_logged else {}
+        monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, moved.infos)
         self._adapt(monitors["acceptance_rate"])
         return Phase(loss, energy_data, energy_square, energy.mean(), monitors, record)
 
@@ -201,8 +214,8 @@ class NegativePhase:
             return self._ratio(energy(x, z), z, generator)
         if since == 0:
             below.load_state_dict(energy.state_dict())
-        start, end, infos = self._run_chains(len(x), step, generator)
-        x_negative, z_negative = self._image(end)
+        moved = self._run_chains(len(x), step, generator)
+        x_negative, z_negative = self._image(moved.end)
         with torch.no_grad():
             below_data, below_negative = below(x, z), below(x_negative, z_negative)
         energy_data, energy_negative = energy(x, z), energy(x_negative, z_negative)
@@ -211,34 +224,57 @@ class NegativePhase:
         model = _weighted_mean(energy_negative, rise)
         log_z = log_mean_exp(-rise.detach())
         record = {"rung": rung + 1, "rung_log_z": log_z.value, "rung_ess": log_z.ess}
-        record = record | self._chain_record(start, end, infos, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, infos)
+        record = record | self._chain_record(moved, step) if is_logged else {}
+        monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, moved.infos)
         self._adapt(monitors["acceptance_rate"])
-        energy_square = self._energy_square(energy_data, z, energy_negative, end)
+        energy_square = self._energy_square(energy_data, z, energy_negative, moved.end)
         return Phase(loss, energy_data, energy_square, model, monitors, record)
 
-    def _run_chains(self, num: int, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor, list[KernelInfo]]:
-        """Move chains of the replay; return where they began, where they are, and the reports of their steps."""
+    def _run_chains(self, num: int, step: int, generator: torch.Generator) -> _Moved:
+        """Move chains of the replay."""
+        partners = self._partners(generator, num)
         start, slots = self.replay.take(
-            generator, num, replay_probability(self.config.ebm, step), self._restarts(generator, num)
+            generator, num, replay_probability(self.config.ebm, step), self._restarts(generator, partners)
         )
         infos = []
         with _frozen(self.sampled.vaebm.energy):
-            state = self.kernel.init(start)
+            exchanged, exchange_rate = self._exchanged(generator, start, partners)
+            state = self.kernel.init(exchanged)
             for _ in range(self.config.ebm.num_transitions):
                 state, info = self.kernel.step(generator, state, self.params)
                 infos.append(info)
         self.replay.put(slots, state.position)
-        return start, state.position, infos
+        return _Moved(start, state.position, infos, exchange_rate)
 
-    def _restarts(self, generator: torch.Generator, num: int) -> Tensor | None:
-        """Draw where chains restart from: the first latent from its own chains, where it has such."""
+    def _partners(self, generator: torch.Generator, num: int) -> tuple[Tensor, Tensor] | None:
+        """Move chains of the first latent, where it has such; return where they are, and their slots."""
         if self.latents is None:
             return None
         with _frozen(self.potential.vaebm.energy):
-            first, _ = self.latents.advance(generator, num, RESTART_STEPS)
-        reference = self.potential.draw_reference(generator, num)
-        return torch.cat([first, reference[:, first.shape[1] :]], dim=1)
+            first, slots, _ = self.latents.advance(generator, num, PARTNER_SWEEPS)
+        return first, slots
+
+    def _restarts(self, generator: torch.Generator, partners: tuple[Tensor, Tensor] | None) -> Tensor | None:
+        """Draw where chains restart from: the first latent from its own chains, where it has such."""
+        if partners is None:
+            return None
+        first, _ = partners
+        return with_first(self.potential.draw_reference(generator, len(first)), first)
+
+    def _exchanged(
+        self, generator: torch.Generator, start: Tensor, partners: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Exchange the first latent with chains of its own term, where that is held and so has a density to keep.
+
+        Return where the chains are then, and the acceptance rates ``(n,)``, if there was anything to accept.
+        """
+        if self.held is None or self.latents is None or partners is None:
+            return start, None
+        first, slots = partners
+        state, other = init_without_grad(self.sampled)(start), init_without_grad(self.held)(first)
+        found = exchange(generator, self.sampled, self.held, state, other)
+        self.latents.put(slots, found.other.position)
+        return found.state.position, found.acceptance_rate
 
     def _image(self, position: Tensor) -> tuple[Tensor, Latents]:
         """Return the x whose energy the loss takes, and its latents, without a gradient."""
@@ -261,7 +297,8 @@ class NegativePhase:
         is_image = x.dim() == 4
         return monitors | ({"saturation": (x.abs() > 1).float().mean()} if is_image else {})
 
-    def _chain_record(self, start: Tensor, end: Tensor, infos: list[KernelInfo], step: int) -> dict[str, float]:
+    def _chain_record(self, moved: _Moved, step: int) -> dict[str, float]:
+        start, end, infos = moved.start, moved.end, moved.infos
         mean_squares = self.potential.packing.mean_square(end)
         record = {
             "num_divergent": int(torch.stack([info.is_divergent for info in infos]).sum()),
@@ -270,6 +307,8 @@ class NegativePhase:
             "rms_move": float((end - start).square().mean().sqrt()),
             **{f"eps_mean_square/{name}": float(value.mean()) for name, value in mean_squares.items()},
         }
+        if moved.exchange_rate is not None:
+            record["exchange_rate"] = float(moved.exchange_rate.mean())
         if step % WEIGHT_ESS_EVERY:
             return record
         generator = stream(self.config.seed, "weight_ess", step, device=self.config.device)

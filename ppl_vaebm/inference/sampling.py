@@ -12,9 +12,10 @@ from torch.nn.functional import pad
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import KernelParams
+from ppl_vaebm.inference.base import Kernel, KernelParams, KernelState
 from ppl_vaebm.inference.kernels import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import move_first_latent
+from ppl_vaebm.inference.latent_chains import run_first_latent, with_first
+from ppl_vaebm.inference.latent_exchange import with_exchange, with_partners
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import ACCELERATOR_FACTOR
 from ppl_vaebm.rng import stream
@@ -39,7 +40,7 @@ class ChainSamples(NamedTuple):
 
 
 def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int, latent_steps: int = 0) -> KernelParams:
-    """Tune a kernel's step size on a pilot block, which is then thrown away.
+    """Tune a kernel's step size on a pilot block, which is then thrown away; the first latent's ladder too.
 
     Args:
         potential: of the VAEBM.
@@ -50,14 +51,16 @@ def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int, lat
     Returns:
         Parameters.
     """
-    kernel = build_kernel(config, potential)
+    kernel, partners = build_kernel(config, potential), None
     generator = stream(seed, "pilot", device=_device(potential))
-    fresh = potential.draw_reference(generator, max(2, _block(potential) // 10))
-    position = move_first_latent(potential, generator, fresh, latent_steps)
+    position = potential.draw_reference(generator, max(2, _block(potential) // 10))
+    if _exchanges(potential, latent_steps):
+        first, partners = run_first_latent(potential, generator, position, latent_steps)
+        position = with_first(position, first.position)
     params = start_params(config, position)
-    if kernel.target_acceptance is None:
-        return params
-    return warm_up(kernel, generator, kernel.init(position), params, NUM_PILOT_STEPS)[1]
+    if kernel.target_acceptance is not None:
+        params = warm_up(kernel, generator, kernel.init(position), params, NUM_PILOT_STEPS)[1]
+    return params._replace(partners=partners)
 
 
 class ChainBlock(NamedTuple):
@@ -76,6 +79,8 @@ class ChainBlock(NamedTuple):
     size: int
     """Chains that ran, those that nobody asked for included."""
     step_size: float
+    report: dict[str, float | list[float]]
+    """What the kernel says of the whole run: of a tempered one its ladder, of an exchanging one ``exchange_rate``."""
 
 
 def chain_blocks(
@@ -96,13 +101,16 @@ def chain_blocks(
         num: samples.
         steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
         seed: of everything.
-        latent_steps: of the first latent's own chains before, see :func:`move_first_latent`.
+        latent_steps: sweeps of the first latent's own chains before, which then stand behind the others
+            (:func:`with_exchange`); 0, and for an energy without that term, does without.
         on_step: called after every step of a block.
 
     Yields:
         Blocks, ``num_blocks(potential, num)`` of them.
     """
     kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed, latent_steps)
+    if params.partners is not None:
+        kernel = with_exchange(kernel, potential)
     size = _block(potential)
     for block in range(num_blocks(potential, num)):
         start = time.perf_counter()
@@ -110,7 +118,7 @@ def chain_blocks(
         fresh = potential.draw_reference(generator, size)
         positions = {0: fresh[: num - block * size]} if 0 in steps else {}
         evals, seconds = dict.fromkeys(positions, 0.0), dict.fromkeys(positions, time.perf_counter() - start)
-        state = kernel.init(move_first_latent(potential, generator, fresh, latent_steps))
+        state = _start(kernel, potential, generator, fresh, latent_steps, params)
         acceptance, divergent, num_evals = [], [], 0.0
         for step in range(1, max(steps) + 1):
             state, info = kernel.step(generator, state, params)
@@ -122,7 +130,9 @@ def chain_blocks(
                 positions[step] = state.position[: num - block * size]
                 evals[step], seconds[step] = num_evals, time.perf_counter() - start
         rates = torch.tensor(acceptance, dtype=torch.float64)
-        yield ChainBlock(positions, rates, torch.tensor(divergent), evals, seconds, size, float(params.step_size))
+        report = kernel.report(state, params) if kernel.report else {}
+        step_size = float(params.step_size)
+        yield ChainBlock(positions, rates, torch.tensor(divergent), evals, seconds, size, step_size, dict(report))
 
 
 def num_blocks(potential: NoisePotential, num: int) -> int:
@@ -141,7 +151,7 @@ def sample_by_chains(
         num: samples.
         steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
         seed: of everything.
-        latent_steps: of the first latent's own chains before, see :func:`move_first_latent`.
+        latent_steps: as in :func:`chain_blocks`.
 
     Returns:
         The positions after each number of steps.
@@ -162,6 +172,25 @@ def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:
     # A last block that is not full is filled up, for products of matrices round otherwise with fewer rows.
     blocks = [pad(rows, (0, 0, 0, size - len(rows))) for rows in position.split(size)]
     return torch.cat([potential.decode(rows).cpu() for rows in blocks])[: len(position)]
+
+
+def _exchanges(potential: NoisePotential, latent_steps: int) -> bool:
+    return potential.vaebm.energy.latent_net is not None and latent_steps > 0
+
+
+def _start(
+    kernel: Kernel,
+    potential: NoisePotential,
+    generator: torch.Generator,
+    fresh: Tensor,
+    latent_steps: int,
+    params: KernelParams,
+) -> KernelState:
+    """Place a block's chains: the first latent where its own chains take it, the rest fresh."""
+    if params.partners is None:
+        return kernel.init(fresh)
+    first, _ = run_first_latent(potential, generator, fresh, latent_steps, params.partners)
+    return with_partners(kernel.init(with_first(fresh, first.position)), first)
 
 
 def _block(potential: NoisePotential) -> int:

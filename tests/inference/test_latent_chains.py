@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,15 +18,23 @@ from ppl_vaebm.data import load_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import ebm
 from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import init_params
+from ppl_vaebm.inference.base import KernelParams, init_params
 from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
 from ppl_vaebm.inference.guard import Guard
 from ppl_vaebm.inference.langevin import build_mala
-from ppl_vaebm.inference.latent_chains import NUM_LEVELS, LatentPotential, LatentStore, move_first_latent, num_first
+from ppl_vaebm.inference.latent_chains import (
+    NUM_LEVELS,
+    LatentPotential,
+    LatentStore,
+    num_first,
+    run_first_latent,
+    with_first,
+)
+from ppl_vaebm.inference.latent_exchange import STEPS_PER_EXCHANGE
 from ppl_vaebm.inference.latent_term import NUM_DRAWS, aggregate_posterior, fit_latent_term
 from ppl_vaebm.inference.learner import EnergyLearner
 from ppl_vaebm.inference.negatives import NegativePhase
-from ppl_vaebm.inference.potential import noise_potential
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.inference.training import DivergedError
@@ -37,6 +44,7 @@ from ppl_vaebm.options import from_dict
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.run import Run
 from ppl_vaebm.splits import Points
+from tests.inference.wells import Wells
 from tests.small_models import (
     FEW,
     NVAES,
@@ -103,22 +111,34 @@ def test_phi_is_the_term_at_the_first_latent() -> None:
     torch.testing.assert_close(LatentPotential(vaebm)(position), 0.5 * TILT * position[:, 0])
 
 
-def test_its_chains_have_the_terms_density_and_leave_the_rest(generator: torch.Generator) -> None:
-    potential, num = noise_potential(tilted()), 4_000
+def run(
+    potential: NoisePotential, num: int, num_steps: int, params: KernelParams | None = None
+) -> tuple[Tensor, KernelParams]:
+    generator = stream(0, "first latent")
     fresh = potential.draw_reference(generator, num)
-    moved = move_first_latent(potential, generator, fresh, 60)
-    assert torch.equal(moved[:, 1:], fresh[:, 1:]) and num_first(potential) == 1
-    assert abs(float(moved[:, 0].mean()) + TILT) < 4 / math.sqrt(num)
-    assert float(moved[:, 0].var()) == pytest.approx(1.0, rel=4 * math.sqrt(2 / num))
-    assert abs(float(fresh[:, 0].mean()) + TILT) > 20 / math.sqrt(num)  # negative control: where they began
+    state, params = run_first_latent(potential, generator, fresh, num_steps, params)
+    return state.position, params
 
 
-def test_without_the_term_or_steps_nothing_moves(generator: torch.Generator) -> None:
+def test_its_chains_have_the_terms_density() -> None:
+    potential, num = noise_potential(tilted()), 4_000
+    first, params = run(potential, num, 60)
+    again, kept = run(potential, num, 20, params)
+    assert kept is params
+    for found in (first, again):
+        assert abs(float(found.mean()) + TILT) < 4 / math.sqrt(num)
+        assert float(found.var()) == pytest.approx(1.0, rel=4 * math.sqrt(2 / num))
+    start, _ = run(potential, num, 0)
+    assert abs(float(start.mean()) + TILT) > 20 / math.sqrt(num)  # negative control: where they began
+
+
+def test_the_rest_of_the_noise_stays_as_it_is(generator: torch.Generator) -> None:
     potential = noise_potential(tilted())
     fresh = potential.draw_reference(generator, 3)
-    assert move_first_latent(potential, generator, fresh, 0) is fresh
+    moved = with_first(fresh, fresh[:, :1] + 1)
+    assert num_first(potential) == 1
+    torch.testing.assert_close(moved - fresh, torch.tensor([[1.0, 0.0]] * 3, dtype=torch.float64))
     potential.vaebm.energy.latent_net = None
-    assert move_first_latent(potential, generator, fresh, 10) is fresh
     with pytest.raises(ValueError, match="set energy.latent-term"):
         potential.vaebm.energy.latent_term({"z_1": fresh})
 
@@ -130,35 +150,21 @@ def store_of(vaebm: VAEBM, num: int) -> LatentStore:
 def test_the_store_keeps_its_chains_and_its_ladder() -> None:
     store, other = store_of(tilted(), 20), store_of(tilted(), 20)
     start = store.positions.clone()
-    rows, infos = store.advance(stream(0, "advance"), 5, 3)
+    rows, slots, infos = store.advance(stream(0, "advance"), 5, 3)
     is_moved = (store.positions != start).flatten(1).any(1)
     assert start.shape == (20, NUM_LEVELS, 1) and int(is_moved.sum()) == 5 and len(infos) == 3
     assert sorted(rows.flatten().tolist()) == sorted(store.positions[is_moved][:, -1].flatten().tolist())
+    torch.testing.assert_close(rows, store.positions[slots, -1], rtol=0, atol=0)
     assert float(store.params.step_size) > 0.5  # all accept, so it grows
     other.load(store.state())
     again = [each.advance(stream(1, "advance"), 5, 3)[0] for each in (store, other)]
     assert torch.equal(*again)
+    store.put(slots, rows + 1)
+    is_put = torch.zeros_like(start)
+    is_put[slots, -1] = 1
+    torch.testing.assert_close(store.positions - other.positions, is_put)
     with pytest.raises(InputError, match="start the stage again with --overwrite"):
         store_of(tilted(), 21).load(store.state())
-
-
-class Wells(Energy):
-    """Two narrow wells of the first latent's own term, a tenth of the mass in the one at -2.5."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.place = nn.Parameter(torch.zeros((), dtype=torch.float64))
-        self.first_latent, self.latent_net = "z_1", nn.Sequential()
-
-    def joint_term(self, x: Tensor, z: object) -> Tensor:
-        return torch.zeros_like(x[:, 0])
-
-    def latent_term(self, z: Mapping[str, Tensor]) -> Tensor:
-        first = z["z_1"].squeeze(-1)
-        wells = torch.stack(
-            [math.log(weight) - ((first - place) / 0.3).square() / 2 for weight, place in ((0.1, -2.5), (0.9, 2.5))]
-        )
-        return -wells.logsumexp(0) - first.square() / 2
 
 
 def test_replica_exchange_gives_the_modes_their_weights() -> None:
@@ -166,11 +172,10 @@ def test_replica_exchange_gives_the_modes_their_weights() -> None:
     vaebm = VAEBM(linear_vae(), Wells()).requires_grad_(False)
     store, generator = store_of(vaebm, num), stream(0, "wells")
     for _ in range(40):
-        rows, _ = store.advance(generator, num, 5)
+        rows, _, _ = store.advance(generator, num, 5)
     error = math.sqrt(0.1 * 0.9 / num)
     potential = noise_potential(vaebm)
-    moved = move_first_latent(potential, generator, potential.draw_reference(generator, num), 400)[:, :1]
-    for draws in (rows, moved):
+    for draws in (rows, run(potential, num, 400)[0]):
         assert abs(float((draws < 0).double().mean()) - 0.1) < 4 * error
         assert float(draws[draws > 0].std()) == pytest.approx(0.3, rel=4 / math.sqrt(1.8 * num))
     # Negative control: single chains from N(0, I) stay on the side that they came from, half of them on each.
@@ -222,12 +227,14 @@ def test_samples_may_start_from_them(latent_steps: int) -> None:
     num, config = 2_000, KernelConfig("mala", step_size=1e-6, target_acceptance=None)
     potential = noise_potential(tilted())
     potential.vaebm.energy.joint_term = lambda x, z: 0.0 * x[:, 0]  # type: ignore[method-assign]
-    chains = sample_by_chains(potential, replace(config), num=num, steps=[0, 1], seed=0, latent_steps=latent_steps)
-    start, end = (chains.positions[count][:, 0].mean() for count in (0, 1))
+    steps = [0, 1, STEPS_PER_EXCHANGE]
+    chains = sample_by_chains(potential, replace(config), num=num, steps=steps, seed=0, latent_steps=latent_steps)
+    start, end, _ = (chains.positions[count][:, 0].mean() for count in steps)
     assert abs(float(start)) < 4 / math.sqrt(num)
     if latent_steps:
         assert abs(float(end) + TILT) < 4 / math.sqrt(num)
-    assert chains.num_evals == 1  # those steps evaluate no energy of x
+    # The first latent's own sweeps evaluate no energy of x, an exchange evaluates one.
+    assert chains.num_evals == STEPS_PER_EXCHANGE + (1 if latent_steps else 0)
 
 
 # --- learning the term -----------------------------------------------------------------------------
@@ -264,8 +271,7 @@ def learnt(folder: Path, config: Config) -> tuple[VAEBM, LatentStore, Tensor]:
 def test_chains_of_the_learnt_term_have_the_aggregate_posteriors_moments(tmp_path: Path) -> None:
     vaebm, store, z = learnt(tmp_path, shifted_config())
     potential = noise_potential(vaebm.requires_grad_(False))
-    generator = stream(0, "check")
-    found = move_first_latent(potential, generator, potential.draw_reference(generator, 4_000), 200)[:, 0]
+    found = run(potential, 4_000, 200)[0][:, 0]
     for draws in (found, store.positions[:, -1, 0]):  # fresh chains, and those of training
         assert float(draws.mean()) == pytest.approx(float(z.mean()), abs=0.1)
         assert float(draws.std()) == pytest.approx(float(z.std()), rel=0.12)
