@@ -443,6 +443,9 @@ class EbmConfig:
     min_acceptance: float | None = None
     """Limit of the chains' Metropolis acceptance, for langevin that which its steps would have had. If not given, 0.4
     for langevin, whose step does not follow the energy, and 0.01 for the others."""
+    min_exchange: float = 0.1
+    """Limit of the acceptance with which chains exchange their first latent, where its term is held. Below it the rest
+    of the energy has grown beyond what those chains can follow."""
     max_saturation: float = 0.9
     """Limit of the share of the negatives' pixels beyond [-1, 1]."""
     max_rollbacks: int = 3
@@ -485,6 +488,7 @@ class EbmConfig:
             _require(getattr(self, name) > 0, flag, "positive", getattr(self, name))
         rate = self.min_acceptance
         _require(rate is None or 0 <= rate < 1, "ebm.min-acceptance", "in [0, 1)", rate)
+        _require(0 <= self.min_exchange < 1, "ebm.min-exchange", "in [0, 1)", self.min_exchange)
         _require(self.max_rollbacks >= 0, "ebm.max-rollbacks", "0 or more", self.max_rollbacks)
         _require(0 < self.rollback_factor < 1, "ebm.rollback-factor", "in (0, 1)", self.rollback_factor)
         _require(0 < self.tune_rejection < 1, "ebm.tune-rejection", "in (0, 1)", self.tune_rejection)

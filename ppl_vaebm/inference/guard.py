@@ -49,6 +49,7 @@ LIMITS = (
     Limit("grad_norm", "the norm of the gradient", "max_grad_norm"),
     Limit("saturation", "the share of the negatives' pixels beyond [-1, 1]", "max_saturation"),
     Limit("acceptance_rate", "the chains' acceptance", "min_acceptance", is_lower=True),
+    Limit("exchange_rate", "the acceptance of the first latent's exchanges", "min_exchange", is_lower=True),
 )
 
 

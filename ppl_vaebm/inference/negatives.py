@@ -202,7 +202,7 @@ class NegativePhase:
         loss = energy_data.mean() - energy.mean()
         energy_square = self._energy_square(energy_data, z, energy, moved.end)
         record = self._chain_record(moved, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, moved.infos)
+        monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, moved)
         self._adapt(monitors["acceptance_rate"])
         return Phase(loss, energy_data, energy_square, energy.mean(), monitors, record)
 
@@ -225,7 +225,7 @@ class NegativePhase:
         log_z = log_mean_exp(-rise.detach())
         record = {"rung": rung + 1, "rung_log_z": log_z.value, "rung_ess": log_z.ess}
         record = record | self._chain_record(moved, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, moved.infos)
+        monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, moved)
         self._adapt(monitors["acceptance_rate"])
         energy_square = self._energy_square(energy_data, z, energy_negative, moved.end)
         return Phase(loss, energy_data, energy_square, model, monitors, record)
@@ -287,13 +287,15 @@ class NegativePhase:
             return decoded.mean(), z
 
     def _chain_monitors(
-        self, energy_data: Tensor, energy: Tensor, model: Tensor, x: Tensor, infos: list[KernelInfo]
+        self, energy_data: Tensor, energy: Tensor, model: Tensor, x: Tensor, moved: _Moved
     ) -> dict[str, Tensor]:
         monitors = {
             "energy_gap": (energy_data.mean() - model).detach(),
             "energy_sd": _largest_sd(energy_data, energy),
-            "acceptance_rate": torch.stack([info.acceptance_rate for info in infos]).mean(),
+            "acceptance_rate": torch.stack([info.acceptance_rate for info in moved.infos]).mean(),
         }
+        if moved.exchange_rate is not None:
+            monitors["exchange_rate"] = moved.exchange_rate.mean()
         is_image = x.dim() == 4
         return monitors | ({"saturation": (x.abs() > 1).float().mean()} if is_image else {})
 
@@ -307,8 +309,6 @@ class NegativePhase:
             "rms_move": float((end - start).square().mean().sqrt()),
             **{f"eps_mean_square/{name}": float(value.mean()) for name, value in mean_squares.items()},
         }
-        if moved.exchange_rate is not None:
-            record["exchange_rate"] = float(moved.exchange_rate.mean())
         if step % WEIGHT_ESS_EVERY:
             return record
         generator = stream(self.config.seed, "weight_ess", step, device=self.config.device)

@@ -195,7 +195,7 @@ def test_negatives_exchange_with_the_held_terms_chains(latent_steps: int) -> Non
     is_left = (negatives.replay.positions[:, 0] < 0).double().mean()
     if latent_steps:
         assert_under_h(negatives.replay.positions)
-        assert 0.3 < found.record["exchange_rate"] < 0.9
+        assert 0.3 < float(found.monitors["exchange_rate"]) < 0.9
     else:  # negative control: a term in training has no density to keep, and the chains stay where they were
         assert float(is_left) > 0.95
-        assert "exchange_rate" not in found.record
+        assert "exchange_rate" not in found.monitors
