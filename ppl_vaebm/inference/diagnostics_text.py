@@ -73,8 +73,8 @@ def run_lines(idata: InferenceData) -> list[str]:
         idata: of :func:`~ppl_vaebm.inference.containers.to_inference_data`.
 
     Returns:
-        Lines on kernel, step size, acceptance, divergences, BFMI, cost, and a tempered kernel's swaps; then one that
-        starts with ``note:`` for everything that whoever uses the chains has to know.
+        Lines on kernel, step size, acceptance, divergences, BFMI, cost, a tempered kernel's swaps, and exchanges of the
+        first latent; then one that starts with ``note:`` for everything that whoever uses the chains has to know.
     """
     attrs, acceptance = idata["posterior"].attrs, stat(idata, "acceptance_rate").mean(axis=1)
     num_chains, num_draws = stat(idata, "lp").shape
@@ -85,19 +85,23 @@ def run_lines(idata: InferenceData) -> list[str]:
         f"{num_chains} chains of {num_draws} draws: {attrs['num_evals']} evaluations, {attrs['seconds']:.3g} s; "
         f"warm-up: {attrs['warmup_evals']} evaluations, {attrs['warmup_seconds']:.3g} s",
     ]
-    return [*lines, *_tempering_lines(idata), *(f"note: {note}" for note in notes(idata))]
+    lines += _tempering_lines(idata)
+    if "exchange_rate" in attrs:
+        lines.append(f"exchanges of the first latent with chains of its own accepted {attrs['exchange_rate']:.2f}")
+        lines += [f"those chains: {line}" for line in _tempering_lines(idata, "first_latent_")]
+    return [*lines, *(f"note: {note}" for note in notes(idata))]
 
 
-def _tempering_lines(idata: InferenceData) -> list[str]:
-    """Say how a tempered kernel's replicas moved along their ladder; nothing for other kernels."""
-    rates, attrs = attribute_list(idata, "swap_rates"), idata["posterior"].attrs
+def _tempering_lines(idata: InferenceData, prefix: str = "") -> list[str]:
+    """Say how replicas moved along their ladder, which the attributes of that prefix tell; nothing without any."""
+    rates, attrs = attribute_list(idata, f"{prefix}swap_rates"), idata["posterior"].attrs
     if not rates:
         return []
-    levels = ", ".join(f"{level:.3g}" for level in attribute_list(idata, "inverse_temperatures"))
+    levels = ", ".join(f"{level:.3g}" for level in attribute_list(idata, f"{prefix}inverse_temperatures"))
     line = f"inverse temperatures {levels}; swaps of neighbours accepted {min(rates):.2f} to {max(rates):.2f}"
-    if "num_round_trips" in attrs:
-        per_sweep = attrs.get("round_trips_per_1000_sweeps", float("nan"))
-        line += f"; round trips between the ends {attrs['num_round_trips']:.0f}, per 1000 sweeps {per_sweep:.3g}"
+    if f"{prefix}num_round_trips" in attrs:
+        num, per_sweep = attrs[f"{prefix}num_round_trips"], attrs[f"{prefix}round_trips_per_1000_sweeps"]
+        line += f"; round trips between the ends {num:.0f}, per 1000 sweeps {per_sweep:.3g}"
     return [line]
 
 

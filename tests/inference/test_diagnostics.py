@@ -317,6 +317,15 @@ def test_what_a_kernel_reports_survives_the_file(tmp_path: Path) -> None:
         )
 
 
+def test_exchanges_of_the_first_latent_are_told_with_their_ladder() -> None:
+    ladder: dict[str, list[float]] = {"swap_rates": [0.25, 0.75], "inverse_temperatures": [0.0, 0.5, 1.0]}
+    report = {f"first_latent_{name}": values for name, values in ladder.items()}
+    idata = with_attrs(make_chains({"x": normals(4, 20)}), exchange_rate=0.6543, **report)
+    told = diagnostics_text.run_lines(idata)
+    assert "exchanges of the first latent with chains of its own accepted 0.65" in told
+    assert "those chains: inverse temperatures 0, 0.5, 1; swaps of neighbours accepted 0.25 to 0.75" in told
+
+
 def test_a_prefix_is_what_the_run_would_have_been(tmp_path: Path) -> None:
     chains = dataclasses.replace(
         make_chains({"x": normals(4, 50), "y": normals(4, 50, 2)}), elapsed=torch.linspace(0.04, 2, 50).double()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ppl_vaebm.comparison import Budget, run_kernel
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
 from ppl_vaebm.inference.adaptation import warm_up
 from ppl_vaebm.inference.base import Kernel, KernelState, init_with_grad
@@ -160,6 +161,18 @@ def test_samples_exchange_with_the_chains_that_they_started_from() -> None:
     (block,) = chain_blocks(slanted(), KernelConfig("mala"), num=500, steps=[0, 200], seed=0, latent_steps=200)
     assert_under_h(block.positions[200])
     assert 0.3 < float(block.report["exchange_rate"]) < 0.9  # type: ignore[arg-type]
+
+
+def test_compared_kernels_exchange_too_and_report_it() -> None:
+    potential, budget = slanted(), Budget(num_chains=200, num_warmup=40, num_evals=300)
+    start = torch.tensor([[-PLACE, 0.0]], dtype=torch.float64).repeat(200, 1)
+    chains = run_kernel("mala", potential, KernelConfig("mala"), start, budget, seed=0)
+    assert 0.3 < float(chains.attrs["exchange_rate"]) < 0.9  # type: ignore[arg-type]
+    # Of 250 steps every fifth has one evaluation more.
+    assert chains.num_evals / 200 == pytest.approx(300, abs=1)
+    assert chains.stats["n_steps"].double().mean() == pytest.approx(1.2, abs=0.01)
+    is_left = (chains.position[:, 0] < 0).double().mean()
+    assert 0.2 < float(is_left) < 0.8  # all of them began there
 
 
 # --- in training -----------------------------------------------------------------------------------
