@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vaebm.comparison import Budget, run_kernel
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
@@ -192,9 +192,7 @@ def phase(latent_steps: int, num: int) -> NegativePhase:
         energy=EnergyConfig(inputs="x-and-z", latent_term=True),
         kernel=TrainingKernelConfig("mala", step_size=0.3, target_acceptance=None),
     )
-    potential = slanted()
-    potential.vaebm.energy.place = nn.Parameter(torch.zeros((), dtype=torch.float64))
-    return NegativePhase(config, potential)
+    return NegativePhase(config, slanted())
 
 
 @pytest.mark.parametrize("latent_steps", [5, 0])
