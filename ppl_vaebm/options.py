@@ -65,7 +65,7 @@ def parse_known(cls: type[Parsed], argv: Sequence[str], prog: str) -> Parsed:
 
 @contextlib.contextmanager
 def _refusals(prog: str) -> Iterator[None]:
-    """Turn the parser's exit on a mistake into an :class:`InputError`."""
+    """Turn the parser's exit on a mistake into an :class:`InputError`, and what the outermost dataclass refuses."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -74,6 +74,8 @@ def _refusals(prog: str) -> Iterator[None]:
         if not stop.code:
             raise
         raise InputError(f"{prog}: {_unboxed(stderr.getvalue())}") from None
+    except ValueError as error:  # the parser words those of nested dataclasses only
+        raise InputError(f"{prog}: {error}") from None
 
 
 def _unboxed(box: str) -> str:

@@ -171,6 +171,8 @@ def test_a_checkpoint_of_a_version_with_fewer_options_is_read(run: Path) -> None
         ([*MLE, "--ebm.max-energy-gap", "0"], ["ebm.max-energy-gap", "positive"]),
         ([*MLE, "--ebm.min-acceptance", "1"], ["ebm.min-acceptance"]),
         ([*MLE, "--ebm.min-exchange", "1"], ["ebm.min-exchange"]),
+        ([*MLE, "--threads", "-1"], ["fit: threads", "0 or more"]),
+        ([*MLE, "--ebm.latent.steps", "3"], ["ebm.latent.steps", "0 without energy.latent-term"]),
         ([*MLE, "--ebm.max-rollbacks", "-1"], ["ebm.max-rollbacks"]),
         ([*MLE, "--ebm.tune-rejection", "0"], ["ebm.tune-rejection"]),
         (["--stage", "ebm", "--overwrite", "--objective", "ladder", "--ebm.rung-steps", "0"], ["ebm.rung-steps"]),
