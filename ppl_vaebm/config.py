@@ -169,11 +169,15 @@ class ModelConfig:
     """Random Fourier features of x for the fully connected encoder; 0 gives it x."""
     channels: int = 16
     """Channels of the convolutional nets at full resolution, which is that of the patches where those are given."""
+    stem_depth: int = 0
+    """Hidden layers, of model.width units, between the first latent and the convolutional nets, in the decoder and in
+    the encoder. They cost a draw little, and the first grid is no longer linear in the latent."""
     patch: int = 1
     """Side of the squares of pixels that the convolutional nets take as one place with more channels. At 2 a draw and
     its gradient cost about a quarter."""
-    x_scale: Literal["global", "local"] = "global"
-    """Standard deviation of x given z: one number, or a function of z for every coordinate."""
+    x_scale: Literal["global", "sample", "local"] = "global"
+    """Standard deviation of x given z: one number (global), or functions of z, one for all coordinates (sample) or one
+    for every coordinate (local)."""
     init_x_scale: float = 0.08
     """Its starting value."""
     min_x_scale: float = 0.03
@@ -185,6 +189,7 @@ class ModelConfig:
         _require(bool(self.latents) and min(self.latents) > 0, "model.latents", "positive sizes", self.latents)
         for name in ("width", "depth", "channels"):
             _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
+        _require(self.stem_depth >= 0, "model.stem-depth", "0 or more", self.stem_depth)
         _require(self.patch in (1, 2, 4), "model.patch", "1, 2 or 4", self.patch)
         _require(self.num_fourier >= 0, "model.num-fourier", "0 or more", self.num_fourier)
         _require(self.min_x_scale > 0, "model.min-x-scale", "positive", self.min_x_scale)
@@ -320,6 +325,9 @@ class EnergyConfig:
     latent_term: bool = False
     """x-and-z: add a fully connected net's energy of the first latent alone (the correction of its prior), which can be
     learnt and sampled without an image; see ebm.latent."""
+    latent_balance: bool = False
+    """With a term of the first latent: add another, fitted after all else, that keeps the rest of the energy from
+    changing what the first one says of the first latent; see ebm.latent.balance-steps."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
@@ -332,6 +340,9 @@ class EnergyConfig:
         _require(self.stem_stride == 1 or self.layout == "halving", "energy.stem-stride", expected, self.stem_stride)
         _require(
             self.inputs == "x-and-z" or not self.latent_term, "energy.latent-term", "off with energy.inputs x", "on"
+        )
+        _require(
+            self.latent_term or not self.latent_balance, "energy.latent-balance", "off without energy.latent-term", "on"
         )
         for name in ("weight_norm", "data_init"):
             is_free = not (self.spectral_norm and getattr(self, name))
@@ -360,10 +371,13 @@ class LatentTermConfig:
     """Of the average of the weights that is the result."""
     energy_l2: float = 1e-5
     """Weight of mean E^2 over data and negatives."""
+    balance_steps: int = 400
+    """With energy.latent-balance: optimiser steps of that term, after all others. Each decodes as many draws as there
+    are chains."""
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
-        for name in ("batch_size", "num_chains", "store_size", "learning_rate"):
+        for name in ("batch_size", "num_chains", "store_size", "learning_rate", "balance_steps"):
             _require(getattr(self, name) > 0, f"ebm.latent.{name.replace('_', '-')}", "positive", getattr(self, name))
         for name in ("steps", "energy_l2"):
             _require(getattr(self, name) >= 0, f"ebm.latent.{name.replace('_', '-')}", "0 or more", getattr(self, name))
@@ -629,6 +643,9 @@ class Config:
         _require(not (scores_levels and self.data.noise_sd), "data.noise-sd", expected, self.data.noise_sd)
         has_term = self.energy.latent_term or not self.ebm.latent.steps
         _require(has_term, "ebm.latent.steps", "0 without energy.latent-term", self.ebm.latent.steps)
+        holds_term = self.ebm.latent.steps > 0 or not self.energy.latent_balance
+        expected = "positive with energy.latent-balance, which keeps what a held term says"
+        _require(holds_term, "ebm.latent.steps", expected, self.ebm.latent.steps)
 
 
 def _require_loop(section: str, loop: SviConfig | EbmConfig) -> None:

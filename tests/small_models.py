@@ -34,6 +34,11 @@ def nvae_options(**options: Any) -> dict[str, Any]:
 
 
 VECTORS = {
+    "vector, 2 groups, a scale for every sample": Shipped(
+        (2,), {"latents": (2, 3), "x_scale": "sample", "width": 16, "depth": 2}
+    ),
+}
+VECTORS |= {
     f"vector, {len(latents)} groups, {x_scale} scale, {num_fourier} features": Shipped(
         (2,), {"latents": latents, "x_scale": x_scale, "num_fourier": num_fourier, "width": 16, "depth": 2}
     )
@@ -55,6 +60,9 @@ PATCHED = {
     )
     for shape, patch in [((1, 8, 8), 2), ((3, 16, 16), 4)]
 }
+PATCHED["image (1, 8, 8), nets beside the stem, a scale for every sample"] = Shipped(
+    (1, 8, 8), {"latents": (5, 2), "x_scale": "sample", "channels": 4, "patch": 2, "stem_depth": 2, "width": 8}
+)
 NVAES = {
     "nvae, 2 scales of 2 groups, normal": Shipped((3, 8, 8), nvae_options(num_scales=2, groups_per_scale=2)),
     "nvae, one group, normal": Shipped((1, 8, 8), nvae_options(groups_per_scale=1)),

@@ -193,6 +193,8 @@ def _attempt(run: Run, config: Config, data: Data, learner: EnergyLearner) -> No
             record = _record(phase, learner, step, time.perf_counter() - start)
             run.log(record | monitors | phase.record)
             progress.set_postfix(gap=f"{record['energy_gap']:.3f}", refresh=False)
+        if is_last:
+            learner.balance_latent(run)
         is_checkpoint = done % loop.checkpoint_every == 0 or is_last
         if is_checkpoint or done % loop.validate_every == 0:
             gain = _validate(run, config, averaged_potential, data.validation, done)

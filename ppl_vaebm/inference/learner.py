@@ -12,12 +12,13 @@ from ppl_vaebm.checkpoint import Checkpoint
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, KeyedSampler
 from ppl_vaebm.inference.guard import STAGE, Guard
+from ppl_vaebm.inference.latent_balance import fit_latent_balance
 from ppl_vaebm.inference.latent_term import fit_latent_term
 from ppl_vaebm.inference.negatives import Latents, NegativePhase, Phase
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer
 from ppl_vaebm.models.energy import initialise_from_data
-from ppl_vaebm.models.spectral import SpectralPenalty, spectral_layers
+from ppl_vaebm.models.spectral import SpectralPenalty
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for, stream
@@ -72,6 +73,23 @@ class EnergyLearner:
         self._hold_latent_term()
         self.negatives.restart_chains()
         self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
+
+    def balance_latent(self, run: Run) -> None:
+        """Fit the balance of the averaged energy's joint term, after the last step; without one do nothing.
+
+        Args:
+            run: whose metrics are written.
+
+        Raises:
+            DivergedError: the joint term's range is too large.
+        """
+        energy = self.average.module
+        if energy.balance_net is None:
+            return
+        assert self.negatives.latents is not None and self.energy.balance_net is not None
+        potential = noise_potential(VAEBM(self.vaebm.vae, energy))
+        fit_latent_balance(run, self.config, potential, self.negatives.latents, self.num_done)
+        self.energy.balance_net.load_state_dict(energy.balance_net.state_dict())
 
     def step(self, step: int, is_logged: bool) -> tuple[Phase, dict[str, float]]:
         """Update the energy once.
@@ -138,10 +156,12 @@ class EnergyLearner:
         if self.config.ebm.latent.steps:
             assert self.energy.latent_net is not None
             self.energy.latent_net.requires_grad_(False)
+        if self.energy.balance_net is not None:
+            self.energy.balance_net.requires_grad_(False)  # 0 while the joint term is learnt
 
     def _penalised_layers(self) -> list[nn.Linear | nn.Conv2d]:
         if self.config.ebm.spectral_head:
-            return spectral_layers(self.energy, has_linear=True)
+            return self.energy.layers()
         return self.energy.hidden_layers()
 
     def _initialise_from_data(self) -> None:

@@ -28,8 +28,8 @@ IMAGE_OPTIONS = ("layout", "stem_stride", "block", "weight_norm")
 class Energy(nn.Module):
     """What every energy has: a call with x and the latents, and no batch statistics.
 
-    It is the sum of a joint term, of x and, for an energy of x and z, all latents, and of a term of the first latent
-    alone where it is configured with one.
+    It is the sum of a joint term, of x and, for an energy of x and z, all latents, and of terms of the first latent
+    alone where it is configured with them: its own one, and the balance of the joint term, 0 until it is fitted.
     """
 
     is_initialised: Tensor | None
@@ -37,11 +37,14 @@ class Energy(nn.Module):
     without it."""
     latent_net: nn.Sequential | None
     """The net of the first latent's own term, if the energy has one."""
+    balance_net: nn.Sequential | None
+    """The net of the joint term's balance, if the energy has one."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("is_initialised", None)
         self.latent_net = None
+        self.balance_net = None
 
     def joint_term(self, x: Tensor, z: Mapping[str, Tensor] | None) -> Tensor:
         """Evaluate all but the first latent's own term; see :meth:`forward`."""
@@ -61,11 +64,23 @@ class Energy(nn.Module):
         """
         if self.latent_net is None:
             raise ValueError("this energy has no term of the first latent alone: set energy.latent-term")
-        first = z[self.first_latent].flatten(1)
-        # In the weights' precision, as the heads of image energies.
-        with nullcontext() if first.is_meta else torch.autocast(first.device.type, enabled=False):
-            out: Tensor = self.latent_net(first.to(next(self.latent_net.parameters()).dtype))
-        return out.squeeze(-1)
+        return self._of_first_latent(self.latent_net, z)
+
+    def balance_term(self, z: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate the balance of the joint term.
+
+        Args:
+            z: the latents, of which the first one counts, ``(n, *shape)``.
+
+        Returns:
+            ``(n,)``, nats.
+
+        Raises:
+            ValueError: the energy has no such term.
+        """
+        if self.balance_net is None:
+            raise ValueError("this energy has no balance of its joint term: set energy.latent-balance")
+        return self._of_first_latent(self.balance_net, z)
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         """Evaluate the energy.
@@ -81,7 +96,11 @@ class Energy(nn.Module):
             ValueError: an energy of x and z was called without z.
         """
         energy = self.joint_term(x, z)
-        return energy if self.latent_net is None else energy + self.latent_term(_given(z))
+        if self.latent_net is not None:
+            energy = energy + self.latent_term(_given(z))
+        if self.balance_net is not None:
+            energy = energy + self.balance_term(_given(z))
+        return energy
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, in which these networks do not differ; see :func:`bound_spectral_norm` for the norms."""
@@ -93,21 +112,37 @@ class Energy(nn.Module):
         """Return the layer that gives the joint term, if there is one."""
         return None
 
+    def layers(self) -> list[nn.Linear | nn.Conv2d]:
+        """List the layers that are trained together, in the network's order: all but those of the balance."""
+        apart = set(self.balance_net or ())
+        return [layer for layer in spectral_layers(self, has_linear=True) if layer not in apart]
+
     def hidden_layers(self) -> list[nn.Linear | nn.Conv2d]:
-        """List the layers that give no energy, in the network's order; initialisation and norms are theirs."""
+        """List those of them that give no energy; initialisation and norms are theirs."""
         last = [self.last_layer(), *(() if self.latent_net is None else (self.latent_net[-1],))]
-        return [layer for layer in spectral_layers(self, has_linear=True) if all(layer is not each for each in last)]
+        return [layer for layer in self.layers() if all(layer is not each for each in last)]
 
     def _complete(self, config: EnergyConfig, latent_shapes: Mapping[str, torch.Size]) -> None:
         """Add the first latent's own term, and set up what concerns all hidden layers, once the others are there."""
         if config.latent_term:
             self.first_latent, shape = next(iter(latent_shapes.items()))
             self.latent_net = mlp(shape.numel(), config.width, config.depth, 1, nn.SiLU)
+        if config.latent_balance:
+            self.balance_net = mlp(shape.numel(), config.width, config.depth, 1, nn.SiLU)
+            for parameter in self.balance_net[-1].parameters():
+                nn.init.zeros_(parameter)
         if config.data_init:
             self.register_buffer("is_initialised", torch.zeros((), dtype=torch.bool))
         if config.spectral_norm:
             for layer in self.hidden_layers():
                 bound_spectral_norm(layer)
+
+    def _of_first_latent(self, net: nn.Sequential, z: Mapping[str, Tensor]) -> Tensor:
+        first = z[self.first_latent].flatten(1)
+        # In the weights' precision, as the heads of image energies.
+        with nullcontext() if first.is_meta else torch.autocast(first.device.type, enabled=False):
+            out: Tensor = net(first.to(next(net.parameters()).dtype))
+        return out.squeeze(-1)
 
 
 def _given(z: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:

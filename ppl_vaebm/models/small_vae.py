@@ -129,7 +129,7 @@ class ImageGenerator(Generator):
         shapes = [torch.Size([config.latents[0]])]
         shapes += [torch.Size([n, side << i, side << i]) for i, n in enumerate(config.latents[1:], 1)]
         self.latent_shapes = {f"z_{i}": shape for i, shape in enumerate(shapes, 1)}
-        self.stem = nn.Linear(config.latents[0], self.base.numel())
+        self.stem = Stem(config.latents[0], config, self.base.numel())
         self.ups = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "up") for i in range(num_ups))
         self.priors = nn.ModuleList(nn.Conv2d(widths[i], 2 * n, 1) for i, n in enumerate(config.latents[1:], 1))
         self.combiners = nn.ModuleList(nn.Conv2d(n, widths[i], 1) for i, n in enumerate(config.latents[1:], 1))
@@ -172,7 +172,7 @@ class ImageGuide(RelativeGuide):
         self.patch = config.patch
         self.stem = nn.Conv2d(generator.event_shape[0] * self.patch**2, widths[0], 3, padding=1)
         self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
-        self.vector_head = nn.Linear(generator.base.numel(), 2 * config.latents[0])
+        self.vector_head = Stem(generator.base.numel(), config, 2 * config.latents[0])
         self.grid_heads = nn.ModuleDict(
             {
                 f"z_{i + 1}": nn.Conv2d(2 * widths[num_downs - i], 2 * size, 3, padding=1)
@@ -195,6 +195,26 @@ class ImageGuide(RelativeGuide):
         else:
             out = self.grid_heads[name](torch.cat([features, state], dim=1))
         return out
+
+
+class Stem(nn.Linear):
+    """The map between the first latent and the first grid, in either direction: linear, with a net beside it.
+
+    Args:
+        num_in: size of the input.
+        config: depth and width of the net; with a depth of 0 there is none.
+        num_out: size of the output.
+    """
+
+    def __init__(self, num_in: int, config: ModelConfig, num_out: int) -> None:
+        super().__init__(num_in, num_out)
+        depth = config.stem_depth
+        self.beside = mlp(num_in, config.width, depth, num_out, nn.SiLU) if depth else None
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map ``(n, num_in)`` to ``(n, num_out)``."""
+        out = super().forward(u)
+        return out if self.beside is None else out + self.beside(u)
 
 
 def num_grids(event_shape: torch.Size, patch: int) -> int:

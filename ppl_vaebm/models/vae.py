@@ -163,26 +163,31 @@ def _sample(name: str, prior: Prior, state: Tensor, temperature: float) -> Tenso
 class XScale(nn.Module):
     """Standard deviation of x given z: one trained number, or the exponential of the decoder's own output.
 
+    With one for every x, that output is averaged over all coordinates.
+
     Args:
-        config: floor and starting value.
+        config: kind, floor and starting value.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.min_scale = config.min_x_scale
-        self.is_local = config.x_scale == "local"
+        self.kind = config.x_scale
         self.raw = nn.Parameter(torch.tensor(math.log(config.init_x_scale - config.min_x_scale)))
 
     @property
     def num_outputs(self) -> int:
         """Decoder outputs per value of x."""
-        return 2 if self.is_local else 1
+        return 1 if self.kind == "global" else 2
 
     def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Split the decoder's output along axis 1 into the mean and standard deviation of x, of one shape."""
-        loc, raw = out.chunk(2, dim=1) if self.is_local else (out, None)
-        log_excess = self.raw if raw is None else self.raw + soft_clamp(raw)
-        return loc, (self.min_scale + log_excess.exp()).expand_as(loc)
+        if self.kind == "global":
+            return out, (self.min_scale + self.raw.exp()).expand_as(out)
+        loc, raw = out.chunk(2, dim=1)
+        if self.kind == "sample":
+            raw = raw.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
+        return loc, (self.min_scale + (self.raw + soft_clamp(raw)).exp()).expand_as(loc)
 
 
 class Guide(PyroModule):

@@ -20,7 +20,8 @@ from torch.distributions import kl_divergence
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.models.build import build_vae
-from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.small_vae import Stem
+from ppl_vaebm.models.vae import HierarchicalVAE, XScale
 from ppl_vaebm.rng import global_rng
 from tests.small_models import (
     FEW,
@@ -163,6 +164,21 @@ def test_the_scale_of_x_starts_where_the_configuration_says(name: str, seed: int
         assert scale.flatten().tolist() == pytest.approx([0.08] * scale.numel())
 
 
+def test_the_scale_of_a_sample_is_one_function_of_z_for_all_of_its_coordinates(seed: int) -> None:
+    with global_rng(seed):
+        scales = {kind: XScale(ModelConfig(x_scale=kind)) for kind in ("global", "sample", "local")}
+        out = torch.randn(3, 4, 5, 5)
+    assert {kind: scale.num_outputs for kind, scale in scales.items()} == {"global": 1, "sample": 2, "local": 2}
+    (_, fixed), (loc, scale), (_, local) = (scales[kind](out) for kind in ("global", "sample", "local"))
+    assert loc.shape == scale.shape == (3, 2, 5, 5)
+    assert fixed.unique().tolist() == pytest.approx([0.08])
+    raw = [float(row.mean()) for row in out[:, 2:]]
+    expected = [0.03 + 0.05 * math.exp(5 * math.tanh(one / 5)) for one in raw]
+    for row, value, by_place in zip(scale, expected, local, strict=True):
+        assert row.unique().tolist() == pytest.approx([value])
+        assert len(by_place.unique()) == 50
+
+
 def test_raw_outputs_are_bounded_smoothly(seed: int) -> None:
     vae = shipped_vae("vector, 2 groups, local scale, 0 features")
 
@@ -184,6 +200,21 @@ def test_raw_outputs_are_bounded_smoothly(seed: int) -> None:
     # The guide's shift and ratio are relative to the prior; a shift is not bounded.
     assert posterior.scale.unique().tolist() == pytest.approx([float(prior.scale.max()) * math.exp(5)])
     assert posterior.loc.unique().tolist() == pytest.approx([5 + float(prior.scale.max()) * 1e9])
+
+
+def test_a_stem_is_its_linear_map_plus_the_net_beside_it(seed: int) -> None:
+    with global_rng(seed):
+        stem = Stem(3, ModelConfig(width=7, stem_depth=2), 4)
+        plain = Stem(3, ModelConfig(stem_depth=0), 4)
+        u = torch.randn(6, 3)
+    linear = u @ stem.weight.T + stem.bias
+    assert stem.beside is not None
+    torch.testing.assert_close(stem(u), linear + stem.beside(u))
+    hidden = nn.functional.silu(stem.beside[2](nn.functional.silu(stem.beside[0](u))))
+    assert hidden.shape == (6, 7)
+    torch.testing.assert_close(stem.beside(u), stem.beside[4](hidden))
+    assert dict(plain.named_parameters()).keys() == {"weight", "bias"}  # checkpoints of before have no more
+    torch.testing.assert_close(plain(u), u @ plain.weight.T + plain.bias)
 
 
 @pytest.mark.parametrize("name", FEW)
