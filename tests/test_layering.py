@@ -118,6 +118,7 @@ LAYERS = {
         "inference.training",
         "inference.svi",
         "inference.latent_term",
+        "inference.latent_balance",
         "inference.negatives",
         "inference.guard",
         "inference.learner",

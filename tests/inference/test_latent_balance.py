@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -54,31 +55,46 @@ class Slanted(Energy):
         return self.slope * x[:, 0]
 
 
-def fitted(folder: Path, slope: float = SLOPE, num_steps: int = 600) -> tuple[NoisePotential, LatentStore]:
+class Fitted(NamedTuple):
+    """A balance, and what it was fitted with."""
+
+    potential: NoisePotential
+    store: LatentStore
+    records: list[dict[str, Any]]
+
+
+def fit(folder: Path, slope: float = SLOPE, num_steps: int = 600) -> Fitted:
     vaebm = VAEBM(linear_vae(), Slanted(slope).double()).requires_grad_(False)
     potential = noise_potential(vaebm)
     store = LatentStore(vaebm, stream(0, "store"), 256)
     store.advance(stream(0, "start"), 256, 50)
     latent = LatentTermConfig(steps=1, balance_steps=num_steps)
     energy = EnergyConfig(inputs="x-and-z", latent_term=True, latent_balance=True)
-    fit_latent_balance(Run.create(folder), Config(energy=energy, ebm=EbmConfig(latent=latent)), potential, store, 0)
-    return potential, store
+    run = Run.create(folder)
+    fit_latent_balance(run, Config(energy=energy, ebm=EbmConfig(latent=latent)), potential, store, 0)
+    return Fitted(potential, store, [json.loads(line) for line in run.metrics_file.read_text().splitlines()])
 
 
-def test_it_is_the_log_mean_of_the_joint_terms_factor_given_the_first_latent(tmp_path: Path) -> None:
-    potential, _ = fitted(tmp_path)
-    energy = potential.vaebm.energy
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return fit(tmp_path_factory.mktemp("balance"))
+
+
+def test_it_is_the_log_mean_of_the_joint_terms_factor_given_the_first_latent(fitted: Fitted) -> None:
+    energy = fitted.potential.vaebm.energy
     z = torch.linspace(-TILT - 1.5, -TILT + 1.5, 7, dtype=torch.float64)[:, None]
     expected = -SLOPE * A * z[:, 0] + (SLOPE * S) ** 2 / 2
     assert float((energy.balance_term({"z_1": z}) - expected).abs().max()) < 0.15  # 3.6 nats from end to end
     assert not any(parameter.requires_grad for parameter in energy.parameters())
-    records = [json.loads(line) for line in Run(tmp_path).metrics_file.read_text().splitlines()]
-    assert records[-1]["stage"] == "ebm-balance" and records[-1]["step"] == 600
-    assert records[-1]["mean_ratio"] == pytest.approx(1, abs=0.25)
+    last = fitted.records[-1]
+    assert last["stage"] == "ebm-balance" and last["step"] == 600
+    assert last["mean_ratio"] == pytest.approx(1, abs=0.25)
 
 
-def test_with_it_the_first_latent_keeps_the_density_of_its_own_term(tmp_path: Path) -> None:
-    potential, store = fitted(tmp_path)
+def test_with_it_the_first_latent_keeps_the_density_of_its_own_term(
+    fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    potential, store, _ = fitted
     num, generator = 40_000, stream(1, "draws")
     fresh = potential.draw_reference(generator, num)
     first = fresh[:, : num_first(potential)] - TILT  # exact draws of the term's density
@@ -90,13 +106,13 @@ def test_with_it_the_first_latent_keeps_the_density_of_its_own_term(tmp_path: Pa
         return float((weights * first[:, 0]).sum())
 
     assert mean_under_h() == pytest.approx(-TILT, abs=0.06)
-    energy.balance_net = None  # negative control: J alone moves it
+    monkeypatch.setattr(energy, "balance_net", None)  # negative control: J alone moves it
     assert mean_under_h() == pytest.approx(-TILT - SLOPE * A, abs=0.1)
 
 
 def test_a_range_beyond_floating_point_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="joint term's balance"):
-        fitted(tmp_path, slope=math.inf)
+        fit(tmp_path, slope=math.inf)
 
 
 def balanced_images(**energy: bool) -> Config:
