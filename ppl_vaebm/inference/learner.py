@@ -157,7 +157,7 @@ class EnergyLearner:
             assert self.energy.latent_net is not None
             self.energy.latent_net.requires_grad_(False)
         if self.energy.balance_net is not None:
-            self.energy.balance_net.requires_grad_(False)  # 0 while the joint term is learnt
+            self.energy.balance_net.requires_grad_(False)  # fitted by itself, after the joint term
 
     def _penalised_layers(self) -> list[nn.Linear | nn.Conv2d]:
         if self.config.ebm.spectral_head:

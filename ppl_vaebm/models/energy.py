@@ -47,7 +47,7 @@ class Energy(nn.Module):
         self.balance_net = None
 
     def joint_term(self, x: Tensor, z: Mapping[str, Tensor] | None) -> Tensor:
-        """Evaluate all but the first latent's own term; see :meth:`forward`."""
+        """Evaluate all but the terms of the first latent alone; see :meth:`forward`."""
         raise NotImplementedError
 
     def latent_term(self, z: Mapping[str, Tensor]) -> Tensor:
@@ -123,7 +123,7 @@ class Energy(nn.Module):
         return [layer for layer in self.layers() if all(layer is not each for each in last)]
 
     def _complete(self, config: EnergyConfig, latent_shapes: Mapping[str, torch.Size]) -> None:
-        """Add the first latent's own term, and set up what concerns all hidden layers, once the others are there."""
+        """Add the terms of the first latent alone, and set up what concerns hidden layers, once the others are there."""
         if config.latent_term:
             self.first_latent, shape = next(iter(latent_shapes.items()))
             self.latent_net = mlp(shape.numel(), config.width, config.depth, 1, nn.SiLU)
