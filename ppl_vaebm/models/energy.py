@@ -123,7 +123,7 @@ class Energy(nn.Module):
         return [layer for layer in self.layers() if all(layer is not each for each in last)]
 
     def _complete(self, config: EnergyConfig, latent_shapes: Mapping[str, torch.Size]) -> None:
-        """Add the terms of the first latent alone, and set up what concerns hidden layers, once the others are there."""
+        """Add the terms of the first latent alone; set up what concerns hidden layers, when the others are there."""
         if config.latent_term:
             self.first_latent, shape = next(iter(latent_shapes.items()))
             self.latent_net = mlp(shape.numel(), config.width, config.depth, 1, nn.SiLU)
