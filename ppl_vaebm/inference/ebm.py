@@ -156,6 +156,7 @@ def fit_ebm(
         learner = EnergyLearner(config, data, new_vaebm(config, vae), guard, saved)
         if guard.is_stopped:
             print(words(guard))
+            _finish_stopped(run, config, data, learner)
             break
         try:
             if saved is None and config.ebm.latent.steps:
@@ -201,6 +202,14 @@ def _attempt(run: Run, config: Config, data: Data, learner: EnergyLearner) -> No
             progress.write(f"step {done}: validation gain {gain.nats:.3f} nats, log Z {gain.log_z.value:.3f}")
         if is_checkpoint:
             _save(run, config, learner, gain)
+
+
+def _finish_stopped(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:
+    """Do what would have followed the last step, for a result that the guard chose: the balance, if it is missing."""
+    if learner.lacks_balance:
+        learner.balance_latent(run)
+        potential = noise_potential(VAEBM(learner.vaebm.vae, learner.average.module))
+        _save(run, config, learner, _validate(run, config, potential, data.validation, learner.num_done))
 
 
 def _record(phase: Phase, learner: EnergyLearner, step: int, seconds: float) -> dict[str, float | int | str]:

@@ -74,6 +74,12 @@ class EnergyLearner:
         self.negatives.restart_chains()
         self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
+    @property
+    def lacks_balance(self) -> bool:
+        """Whether the energy is configured with a balance of its joint term that is not fitted yet."""
+        net = self.average.module.balance_net
+        return net is not None and not any(bool(each.any()) for each in net[-1].parameters())
+
     def balance_latent(self, run: Run) -> None:
         """Fit the balance of the averaged energy's joint term, after the last step; without one do nothing.
 

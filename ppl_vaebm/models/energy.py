@@ -67,17 +67,7 @@ class Energy(nn.Module):
         return self._of_first_latent(self.latent_net, z)
 
     def balance_term(self, z: Mapping[str, Tensor]) -> Tensor:
-        """Evaluate the balance of the joint term.
-
-        Args:
-            z: the latents, of which the first one counts, ``(n, *shape)``.
-
-        Returns:
-            ``(n,)``, nats.
-
-        Raises:
-            ValueError: the energy has no such term.
-        """
+        """Evaluate the balance of the joint term, as :meth:`latent_term` its own."""
         if self.balance_net is None:
             raise ValueError("this energy has no balance of its joint term: set energy.latent-balance")
         return self._of_first_latent(self.balance_net, z)

@@ -142,6 +142,22 @@ def test_it_is_fitted_last_and_changes_nothing_else(tmp_path: Path) -> None:
             torch.testing.assert_close(value, energy.balance_net.state_dict()[name], rtol=0, atol=0)
 
 
+def test_a_result_that_the_guard_chose_is_balanced_too(tmp_path: Path) -> None:
+    config = balanced_images(latent_balance=True)
+    config = replace(config, ebm=replace(config.ebm, max_rollbacks=0, max_energy_gap=1e-9))
+    data = load_data(config.data, config.seed)
+    vae, run = new_vae(config, data).eval(), Run.create(tmp_path)
+    fit_ebm(run, config, data, vae)
+    saved = checkpoint.load(run.checkpoints("ebm"), "last")
+    assert saved.step == 0 and saved.state["guard"]["is_stopped"]
+    assert float(saved.weights["energy_average"]["balance_net.4.bias"].abs()) > 0
+    # There is nothing to resume, and nothing is written but the last event in another place.
+    records = [run.metrics("ebm-balance"), sorted(run.metrics("ebm"), key=str)]
+    again = fit_ebm(run, config, data, vae, saved).energy
+    assert [run.metrics("ebm-balance"), sorted(run.metrics("ebm"), key=str)] == records
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in saved.weights["energy_average"].items())
+
+
 def test_the_energy_is_the_sum_of_its_terms(seed: int) -> None:
     config = EnergyConfig(width=8, inputs="x-and-z", latent_term=True, latent_balance=True)
     shapes = {"z_1": torch.Size([3]), "z_2": torch.Size([2])}
