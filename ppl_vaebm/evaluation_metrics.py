@@ -22,6 +22,7 @@ from ppl_vaebm.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
+    precision_recall_error,
 )
 from ppl_vaebm.pixels import check_images, quantised_as
 from ppl_vaebm.rng import stream
@@ -158,7 +159,9 @@ def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[Row
 def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Cell]:
     # Both are in random order, so the first ones are a fair choice.
     num = min(len(found.features), len(reference.features))
-    precision, recall = precision_recall(reference.features[:num], found.features[:num])
+    pair = (reference.features[:num], found.features[:num])
+    shares = zip(precision_recall(*pair), precision_recall_error(*pair), strict=True)
+    precision, recall = (estimate_cell(Estimate(value, error)) for value, error in shares)
     kernel = kernel_distance(found.features, reference.features, stream(seed, "kernel distance"))
     score = inception_score(found.logits, NUM_SPLITS)
     distance = frechet_distance(found.features, reference.features)

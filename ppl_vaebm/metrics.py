@@ -22,7 +22,13 @@ from ppl_vaebm.metrics_modes import (
     class_coverage,
     mode_statistics,
 )
-from ppl_vaebm.metrics_neighbours import Neighbours, PrecisionRecall, nearest_neighbours, precision_recall
+from ppl_vaebm.metrics_neighbours import (
+    Neighbours,
+    PrecisionRecall,
+    nearest_neighbours,
+    precision_recall,
+    precision_recall_error,
+)
 
 __all__ = [
     "HIGH_QUALITY_NUM_STD",
@@ -42,6 +48,7 @@ __all__ = [
     "mode_statistics",
     "nearest_neighbours",
     "precision_recall",
+    "precision_recall_error",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,6 +15,12 @@ from ppl_vaebm.metrics_inputs import checked, checked_pair
 # Distances at once: 8 MB of float64. Chosen by us: precision and recall of 10,000 and 10,000 samples with 64 features
 # take 6.8 s on one thread so, 9.2 s with ten times as many and 11.3 s with a hundred times.
 BLOCK_SIZE = 1_000_000
+
+NUM_GROUPS = 10
+"""Groups of a jackknife. Chosen by us: of 10,000 draws of a VAE, whose recall over 12 seeds had a standard deviation of
+0.029, it found 0.022 to 0.032."""
+NO_BALL = -1.0
+"""Squared radius that holds nothing."""
 
 
 class PrecisionRecall(NamedTuple):
@@ -43,12 +50,7 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
     Raises:
         InputError: sets of different sizes, no more than k members, different widths, or numbers that are not finite.
     """
-    real, generated = checked_pair(real, generated, "precision and recall", num_neighbours + 1)
-    if len(real) != len(generated):
-        raise InputError(
-            f"precision and recall need as many real as generated samples, for a ball shrinks as its set grows, got "
-            f"{len(real)} and {len(generated)}; leave out the surplus"
-        )
+    real, generated = _checked_sets(real, generated, num_neighbours + 1)
     real_radius, generated_radius = (_squared_radii(x, num_neighbours) for x in (real, generated))
     is_in_real = torch.zeros(len(generated), dtype=torch.bool, device=generated.device)
     is_in_generated = is_in_real.clone()
@@ -56,6 +58,51 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
         is_in_generated[rows] = (squares <= generated_radius).any(1)
         is_in_real |= (squares <= real_radius[rows].unsqueeze(1)).any(0)
     return PrecisionRecall(float(is_in_real.double().mean()), float(is_in_generated.double().mean()))
+
+
+def precision_recall_error(
+    real: Tensor, generated: Tensor, num_neighbours: int = 3, num_groups: int = NUM_GROUPS
+) -> PrecisionRecall:
+    """Estimate the standard errors of precision and recall, by a jackknife that leaves out a group of both sets.
+
+    It holds where a few outliers decide, whose balls hold much of the other set: then the error is large, falls slowly
+    as the sets grow, and is a multiple of that of a share of independent points. Elsewhere it is up to twice too large,
+    as jackknives are (Efron and Stein 1981). Both sets count as random, so of two sets of samples that are measured
+    against the same data the difference has less error than their two errors say.
+
+    Args:
+        real: features of data in random order, ``(n, d)``.
+        generated: features of as many samples in random order, ``(n, d)``.
+        num_neighbours: k.
+        num_groups: groups left out, one at a time (Shao and Wu 1989); more take longer, and even out the estimate.
+
+    Returns:
+        The standard errors.
+
+    Raises:
+        InputError: as :func:`precision_recall`; fewer than two groups; fewer members than groups, or no more than k
+            without a group.
+    """
+    if num_groups < 2:
+        raise InputError(f"a jackknife needs at least 2 groups, got {num_groups}; {NUM_GROUPS} is a good number")
+    # Every group has a member, and without the largest one a member and its k neighbours are left.
+    at_least = max(num_groups, math.ceil((num_neighbours + 1) * num_groups / (num_groups - 1)))
+    real, generated = _checked_sets(real, generated, at_least)
+    real_radius, generated_radius = (
+        _squared_radii_without_group(x, num_neighbours, num_groups) for x in (real, generated)
+    )
+    is_in_real = torch.zeros_like(generated_radius, dtype=torch.bool)
+    is_in_generated = is_in_real.clone()
+    for rows, squares in _squared_distances(real, generated):
+        for group in range(num_groups):
+            is_in_generated[group, rows] = (squares <= generated_radius[group]).any(1)
+            is_in_real[group] |= (squares <= real_radius[group, rows].unsqueeze(1)).any(0)
+    is_left = generated_radius != NO_BALL
+    shares = [
+        torch.stack([row[left].double().mean() for row, left in zip(inside, is_left, strict=True)])
+        for inside in (is_in_real, is_in_generated)
+    ]
+    return PrecisionRecall(*(math.sqrt((num_groups - 1) * float(share.var(correction=0))) for share in shares))
 
 
 class Neighbours(NamedTuple):
@@ -87,6 +134,16 @@ def nearest_neighbours(x: Tensor, reference: Tensor, num_neighbours: int = 1) ->
     return Neighbours(torch.cat([values for values, _ in found]).sqrt(), torch.cat([index for _, index in found]))
 
 
+def _checked_sets(real: Tensor, generated: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
+    real, generated = checked_pair(real, generated, "precision and recall", at_least)
+    if len(real) != len(generated):
+        raise InputError(
+            f"precision and recall need as many real as generated samples, for a ball shrinks as its set grows, got "
+            f"{len(real)} and {len(generated)}; leave out the surplus"
+        )
+    return real, generated
+
+
 def _squared_radii(x: Tensor, num_neighbours: int) -> Tensor:
     """Return the squared way from each row to its k-th nearest other row, ``(n,)``."""
     radii = []
@@ -94,6 +151,27 @@ def _squared_radii(x: Tensor, num_neighbours: int) -> Tensor:
         squares[torch.arange(len(squares)), torch.arange(rows.start, rows.stop)] = torch.inf
         radii.append(squares.kthvalue(num_neighbours, dim=1).values)
     return torch.cat(radii)
+
+
+def _squared_radii_without_group(x: Tensor, num_neighbours: int, num_groups: int) -> Tensor:
+    """Return for each group left out the squared radii of the others' balls, ``(groups, n)``; its own have none.
+
+    Row i is in group ``i % num_groups``.
+    """
+    radii = torch.full((num_groups, len(x)), NO_BALL, dtype=x.dtype, device=x.device)
+    members = torch.arange(len(x), device=x.device) % num_groups
+    for rows, squares in _squared_distances(x, x):
+        squares[torch.arange(len(squares)), torch.arange(rows.start, rows.stop)] = torch.inf
+        # The nearest k of every group hold the nearest k of any union of groups.
+        nearest = [
+            columns.topk(min(num_neighbours, columns.shape[1]), largest=False).values
+            for columns in (squares[:, group::num_groups] for group in range(num_groups))
+        ]
+        for group in range(num_groups):
+            others = torch.cat(nearest[:group] + nearest[group + 1 :], dim=1)
+            is_left = members[rows] != group
+            radii[group, rows] = others.kthvalue(num_neighbours, dim=1).values.where(is_left, NO_BALL)
+    return radii
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:

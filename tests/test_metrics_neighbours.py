@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm import metrics_neighbours
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.metrics import PrecisionRecall, nearest_neighbours, precision_recall
+from ppl_vaebm.metrics import PrecisionRecall, nearest_neighbours, precision_recall, precision_recall_error
 from ppl_vaebm.rng import stream
 
 
@@ -92,6 +92,59 @@ def test_large_offsets_leave_the_answer_alone() -> None:
 def test_precision_and_recall_refuse_what_they_cannot_compare(real: Tensor, generated: Tensor, because: str) -> None:
     with pytest.raises(InputError, match=because):
         precision_recall(real, generated)
+
+
+@pytest.mark.parametrize("num_groups", [2, 5, 43])
+def test_the_jackknife_is_that_of_the_metric_without_each_group(
+    num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, generated = draws(43, "real").double(), draws(43, "samples", scale=1.2).double() + 0.5
+    group = torch.arange(43) % num_groups
+    without = torch.tensor(
+        [precision_recall(real[group != g], generated[group != g]) for g in range(num_groups)], dtype=torch.float64
+    )
+    expected = ((num_groups - 1) * without.var(0, correction=0)).sqrt()
+    assert (expected > 0).all()
+    monkeypatch.setattr(metrics_neighbours, "BLOCK_SIZE", 7 * 43 + 1)
+    found = precision_recall_error(real, generated, num_groups=num_groups)
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=1e-6, atol=0)
+
+
+def spread_and_error(sets: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    found = torch.tensor([precision_recall(*pair) for pair in sets])
+    error = torch.tensor([precision_recall_error(*pair) for pair in sets])
+    return found.std(0), error.square().mean(0).sqrt()
+
+
+def test_the_jackknife_has_the_spread_of_fresh_sets_where_outliers_decide() -> None:
+    def with_outliers(repeat: int) -> Tensor:
+        is_far = torch.rand(200, 1, generator=stream(0, "far", repeat)) < 0.01
+        return torch.where(is_far, 8.0, 0.5) * draws(200, "samples", repeat)
+
+    sets = [(draws(200, "real", repeat), with_outliers(repeat)) for repeat in range(150)]
+    spread, error = spread_and_error(sets)
+    # A standard deviation of 150 has an error of 6 %.
+    assert 0.8 < float(error[1] / spread[1]) < 1.25
+    # That of a share of independent points is a third of it: two outliers, more or less, hold all that is recalled.
+    recall = torch.tensor([precision_recall(*pair).recall for pair in sets]).mean()
+    assert float((recall * (1 - recall) / 200).sqrt() / spread[1]) < 0.4
+
+
+def test_the_jackknife_is_on_the_large_side_of_even_sets() -> None:
+    sets = [(draws(200, "real", repeat), draws(200, "samples", repeat)) for repeat in range(100)]
+    spread, error = spread_and_error(sets)
+    assert (error > spread).all() and (error < 2 * spread).all()
+
+
+@pytest.mark.parametrize(
+    ("num", "num_groups", "because"),
+    [(9, 10, "n >= 10"), (7, 2, "n >= 8"), (20, 1, "at least 2 groups, got 1")],
+)
+def test_the_jackknife_refuses_what_leaves_too_little(num: int, num_groups: int, because: str) -> None:
+    with pytest.raises(InputError, match=because):
+        precision_recall_error(draws(num, "real"), draws(num, "samples"), num_groups=num_groups)
+    with pytest.raises(InputError, match="as many real as generated"):
+        precision_recall_error(draws(30, "real"), draws(31, "samples"))
 
 
 def test_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:

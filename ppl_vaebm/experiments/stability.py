@@ -204,9 +204,11 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
         distance_axes.plot(updates, [each["frechet_distance"] for each in measured], ".-", linewidth=0.8, label=name)
     for bound in (-limit, limit):
         gap_axes.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
-    gap_axes.set_yscale("symlog", linthresh=1.0)
+    gap_axes.set_yscale("symlog", linthresh=limit)
     gap_axes.set_title("energy gap, data minus chains (nats); dashed: its limit", fontsize=TITLE_POINTS)
     distance_axes.set_yscale("log")
+    distance_axes.yaxis.set_major_formatter("{x:g}")
+    distance_axes.yaxis.set_minor_formatter("{x:g}")
     distance_axes.set_title(f"Frechet distance of {NUM_STEPS} steps, by checkpoint", fontsize=TITLE_POINTS)
     for ax in axes[0]:
         ax.set_xlabel("updates made, those that were taken back included", fontsize=TITLE_POINTS)
