@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ppl_vaebm.evaluation_base import Effort, Measured, Part
 
 DESCRIPTION = """Measure a fitted VAEBM: its normalised log-likelihood on test data; of points the modes; of images
-Frechet and kernel distance, Inception Score, precision and recall, at the run's chain length and at ten times that, and
-the training images nearest to its draws; whether training data are likelier than test data; with --ood, whether other
-images are less so. Of stage svi alone: the ELBO and a tighter bound, KL of every latent group, and metrics of the VAE's
-draws. Prints tables and writes evaluate.json part by part, and the report; parts that are not measured again keep their
-numbers as long as the weights are the same."""
+Frechet and kernel distance, Inception Score, precision, recall, density and coverage, at the run's chain length and at
+ten times that, and the training images nearest to its draws; whether training data are likelier than test data; with
+--ood, whether other images are less so. Of stage svi alone: the ELBO and a tighter bound, KL of every latent group, and
+metrics of the VAE's draws. Prints tables and writes evaluate.json part by part, and the report; parts that are not
+measured again keep their numbers as long as the weights are the same."""
 
 MIN_PARTICLES = 16
 NUM_SAMPLES = {"images": 2_000, "points": 10_000}

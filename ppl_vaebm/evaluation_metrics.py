@@ -17,6 +17,7 @@ from ppl_vaebm.features import FeatureNet, Outputs, network_outputs
 from ppl_vaebm.metrics import (
     Estimate,
     class_coverage,
+    density_coverage,
     frechet_bias,
     frechet_distance,
     inception_score,
@@ -36,7 +37,7 @@ NUM_SPLITS = 10
 FRECHET = "Frechet distance"
 STACKED, NUM_STACKED = "stacked-mnist", 1_000
 """The data set whose classes are counted, and how many it has."""
-METRICS = (FRECHET, "KID", "Inception Score", "precision", "recall")
+METRICS = (FRECHET, "KID", "Inception Score", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Cell]:
     kernel = kernel_distance(found.features, reference.features, stream(seed, "kernel distance"))
     score = inception_score(found.logits, NUM_SPLITS)
     distance = frechet_distance(found.features, reference.features)
-    values = (distance, estimate_cell(kernel), estimate_cell(score), precision, recall)
+    values = (distance, estimate_cell(kernel), estimate_cell(score), precision, recall, *density_coverage(*pair))
     return dict(zip(METRICS, values, strict=True))
 
 
@@ -214,7 +215,7 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
             f"by {found.low:.4g} to {found.high:.4g}: take at least {2 * num_features}"
         )
     if num > num_reference:
-        section["precision and recall"] = (
+        section["precision and recall, density and coverage"] = (
             f"of the first {num_reference} samples, for there are no more training images, and sets of one size are due"
         )
     return {f"about these metrics [{judge.net.name}]": section}

@@ -34,8 +34,8 @@ def samples_pictures(arrays: Arrays) -> list[Picture]:
     net, num, kernel = (arrays[name].item() for name in ("net", "num", "kernel"))
     note = (
         "Good: far below the VAE, near the held-out data, and no worse at the longer lengths: then the density has "
-        "improved, and not a sampler of one length. Frechet and kernel distance fall, precision and recall rise as "
-        "samples become more like the data."
+        "improved, and not a sampler of one length. Frechet and kernel distance fall, precision and coverage rise as "
+        "samples become more like the data; recall does so only if the VAE has no outliers, whose balls hold much."
     )
     return [picture(f"{num} samples in the eyes of {net}, by steps of {kernel}", _metrics(arrays), note)]
 
@@ -44,9 +44,11 @@ def _metrics(arrays: Arrays) -> Figure:
     figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=2.9)
     metrics, steps = arrays["metrics"].tolist(), arrays["steps"]
     num_data = len(arrays["rows"]) - len(steps)
-    panels = {"Frechet distance": ["Frechet distance"], "KID": ["KID"], "precision, recall": ["precision", "recall"]}
+    # Runs that were measured before coverage was have none.
+    shares = [metric for metric in ("precision", "recall", "coverage") if metric in metrics]
+    panels = {"Frechet distance": ["Frechet distance"], "KID": ["KID"], ", ".join(shares): shares}
     for ax, (title, shown) in zip(axes, panels.items(), strict=True):
-        for color, metric in zip(("C0", "C1"), shown, strict=False):
+        for color, metric in zip(("C0", "C1", "C2"), shown, strict=False):
             value, error = (arrays[key][:, metrics.index(metric)] for key in ("value", "error"))
             _over_steps(ax, steps, value[num_data:], error[num_data:], metric, color)
             # Both rows stand before those of the chains: the held-out data's, and the VAE's, which is at no step.

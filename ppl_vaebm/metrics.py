@@ -23,8 +23,10 @@ from ppl_vaebm.metrics_modes import (
     mode_statistics,
 )
 from ppl_vaebm.metrics_neighbours import (
+    DensityCoverage,
     Neighbours,
     PrecisionRecall,
+    density_coverage,
     nearest_neighbours,
     precision_recall,
     precision_recall_error,
@@ -33,6 +35,7 @@ from ppl_vaebm.metrics_neighbours import (
 __all__ = [
     "HIGH_QUALITY_NUM_STD",
     "ClassCoverage",
+    "DensityCoverage",
     "Estimate",
     "FrechetBias",
     "ModeStatistics",
@@ -41,6 +44,7 @@ __all__ = [
     "auroc",
     "auroc_estimate",
     "class_coverage",
+    "density_coverage",
     "frechet_bias",
     "frechet_distance",
     "inception_score",

@@ -1,4 +1,4 @@
-"""Nearest neighbours in feature or pixel space: precision and recall, and the training images nearest to a sample."""
+"""Neighbours among features or pixels: precision, recall, density, coverage, and the images nearest to a sample."""
 
 from __future__ import annotations
 
@@ -103,6 +103,46 @@ def precision_recall_error(
         for inside in (is_in_real, is_in_generated)
     ]
     return PrecisionRecall(*(math.sqrt((num_groups - 1) * float(share.var(correction=0))) for share in shares))
+
+
+class DensityCoverage(NamedTuple):
+    """How generated samples fill the balls about data, whatever outliers the samples have."""
+
+    density: float
+    """Mean number of the data's balls that a generated sample lies in, over k: how realistic samples are. 1 on average
+    if they are of the data's law, and more if they crowd where data are dense."""
+    coverage: float
+    """Share of the data's balls with a generated sample, in [0, 1]: how much of the data is covered."""
+
+
+def density_coverage(real: Tensor, generated: Tensor, num_neighbours: int = 5) -> DensityCoverage:
+    """Compute density and coverage (Naeem et al. 2020, arXiv:2002.09797, section 3).
+
+    Only data have balls, each as wide as the way to the k-th nearest other member. Recall, whose balls are about
+    generated samples, counts all that one outlier's wide ball holds, and can fall as outliers vanish; coverage does not
+    see how far samples are from each other. Of n data and m samples of one law the coverage is
+    ``1 - prod_i (n - i) / (n + m - i)`` on average, i from 1 to k: 0.969 if both are many, n = m, and k = 5.
+
+    Args:
+        real: features of data, ``(n, d)``.
+        generated: features of samples, ``(m, d)``, m >= 1.
+        num_neighbours: k; 5 by custom.
+
+    Returns:
+        Density and coverage.
+
+    Raises:
+        InputError: no more than k data, no samples, different widths, or numbers that are not finite.
+    """
+    real = checked(real, "a density and coverage", num_neighbours + 1)
+    real, generated = checked_pair(real, generated, "a density and coverage", 1)
+    num_held, num_covered = 0, 0
+    radius = _squared_radii(real, num_neighbours)
+    for rows, squares in _squared_distances(real, generated):
+        is_inside = squares <= radius[rows].unsqueeze(1)
+        num_held += int(is_inside.sum())
+        num_covered += int(is_inside.any(1).sum())
+    return DensityCoverage(num_held / (num_neighbours * len(generated)), num_covered / len(real))
 
 
 class Neighbours(NamedTuple):

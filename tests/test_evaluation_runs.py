@@ -51,7 +51,7 @@ def test_every_part_is_measured_and_pictured(tmp_path: Path, quick: None, monkey
     section = evaluation_section(loaded.run)
     assert section is not None and len(section.pictures) == len(PICTURES)
     assert all("Good: " in picture.note for picture in section.pictures)
-    assert any(table.caption == "pixels, 30 samples" and len(table.header) == 7 for table in section.tables)
+    assert any(table.caption == "pixels, 30 samples" and len(table.header) == 9 for table in section.tables)
     assert section.notes == [f"{part}: seed 0, weights ab" for part in WITHOUT_NORMALISER]
 
 

@@ -62,6 +62,9 @@ def test_draws_of_the_datas_law_are_as_good_as_data_and_others_are_not(judge: Ju
     for metric in ("precision", "recall"):
         assert min(found[metric][name] for name in names[:3]) > 0.6
     assert found["recall"]["dark"] < 0.1
+    # One class of the two is covered.
+    assert min(found["coverage"][name] for name in names[:3]) > 0.8 > 0.6 > found["coverage"]["dark"] > 0.2
+    assert min(found["density"][name] for name in names[:3]) > 0.6
     # One class is left of two.
     assert found["Inception Score"]["alike"] > 1.15 > found["Inception Score"]["dark"]
 
@@ -168,7 +171,7 @@ def test_every_length_stands_beside_the_vae(measured: tuple[LoadedRun, Samples],
     assert ratios == {
         name: pytest.approx(value / distances["VAE"]) for name, value in distances.items() if name != "VAE"
     }
-    assert arrays["steps"].tolist() == [0, 2, 4] and arrays["value"].shape == arrays["error"].shape == (5, 5)
+    assert arrays["steps"].tolist() == [0, 2, 4] and arrays["value"].shape == arrays["error"].shape == (5, 7)
     assert arrays["value"][:, 0].tolist() == list(distances.values())
     vae, short, long = (sections[f"{name} [chains of mala], 60 samples"] for name in ("VAE", "2 steps", "4 steps"))
     assert "acceptance" not in vae and short["evaluations per image"] == 2 and long["evaluations per image"] == 4
@@ -190,4 +193,4 @@ def test_samples_without_a_network_have_no_metrics(measured: tuple[LoadedRun, Sa
 def test_arrays_keep_what_has_no_error_apart(judge: Judge) -> None:
     arrays = metric_arrays(metric_rows(judge, {}, 60), net="pixels")
     assert arrays["metrics"].tolist() == list(METRICS) and arrays["net"].item() == "pixels"
-    assert [bool(math.isnan(error)) for error in arrays["error"][0]] == [True, False, False, False, False]
+    assert [bool(math.isnan(error)) for error in arrays["error"][0]] == [True, False, False, False, False, True, True]

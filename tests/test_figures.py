@@ -239,10 +239,10 @@ def test_bars_are_the_groups_in_order() -> None:
 
 
 def metric_arrays() -> figures_evaluation.Arrays:
-    value = np.array([[1.0, 0.1, 4.0, 0.9, 0.9], [2.0, 0.2, 4.0, 0.8, 0.8], [50.0, 9.0, 2.0, 0.3, 0.6]])
-    value = np.concatenate([value, [[20.0, 3.0, 3.0, 0.5, 0.7], [10.0, 2.0, 3.5, 0.6, 0.75]]])
-    error = np.where(np.arange(5) == 1, 0.05, np.nan) * np.ones((5, 1))
-    metrics = np.array(["Frechet distance", "KID", "Inception Score", "precision", "recall"])
+    value = np.array([[1.0, 0.1, 4.0, 0.9, 0.9, 0.9], [2.0, 0.2, 4.0, 0.8, 0.8, 0.9], [50.0, 9.0, 2.0, 0.3, 0.6, 0.2]])
+    value = np.concatenate([value, [[20.0, 3.0, 3.0, 0.5, 0.7, 0.6], [10.0, 2.0, 3.5, 0.6, 0.75, 0.7]]])
+    error = np.where(np.arange(6) == 1, 0.05, np.nan) * np.ones((5, 1))
+    metrics = np.array(["Frechet distance", "KID", "Inception Score", "precision", "recall", "coverage"])
     rows = np.array(["training data", "held-out data", "VAE", "short", "long"])
     labels = {"net": np.array("cnn"), "num": np.array(60), "kernel": np.array("mala")}
     return {"value": value, "error": error, "metrics": metrics, "rows": rows, "steps": np.array([0, 20, 200]), **labels}
@@ -260,11 +260,15 @@ def test_metrics_stand_over_chain_length_with_the_vae_and_the_data_across() -> N
     assert frechet.get_xscale() == "log" and len(kid.containers) == 1
     legend = shares.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["held-out data", "VAE", "precision", "recall"]
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["held-out data", "VAE", "precision", "recall", "coverage"]
     for ax in figure.axes:
         assert ax.get_xlabel() == "steps from fresh noise" and ax.get_ylabel()
     (drawn,) = figures_evaluation.samples_pictures(metric_arrays())
     assert drawn.title == "60 samples in the eyes of cnn, by steps of mala"
+    before_coverage = metric_arrays()
+    before_coverage |= {name: before_coverage[name][..., :5] for name in ("value", "error", "metrics")}
+    assert figures_evaluation._metrics(before_coverage).axes[2].get_title() == "precision, recall"
     without_chains = {name: values for name, values in metric_arrays().items() if name != "steps"}
     assert figures_evaluation.samples_pictures(without_chains) == []
 

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ppl_vaebm import metrics_neighbours
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.metrics import PrecisionRecall, nearest_neighbours, precision_recall, precision_recall_error
+from ppl_vaebm.metrics import (
+    PrecisionRecall,
+    density_coverage,
+    nearest_neighbours,
+    precision_recall,
+    precision_recall_error,
+)
 from ppl_vaebm.rng import stream
 
 
@@ -145,6 +151,53 @@ def test_the_jackknife_refuses_what_leaves_too_little(num: int, num_groups: int,
         precision_recall_error(draws(num, "real"), draws(num, "samples"), num_groups=num_groups)
     with pytest.raises(InputError, match="as many real as generated"):
         precision_recall_error(draws(30, "real"), draws(31, "samples"))
+
+
+# --- density and coverage ------------------------------------------------------------------------
+
+
+def test_density_and_coverage_on_a_line_are_worked_out_by_hand() -> None:
+    real = column(0, 1, 2, 3)  # balls for k = 1: [-1, 1], [0, 2], [1, 3], [2, 4]
+    # 0.5 lies in two of them, 1.0 in three for a ball has its edge, and 9 in none.
+    assert density_coverage(real, column(0.5, 1.0, 9.0), 1) == (5 / 3, 3 / 4)
+    # For k = 2 the balls are [-2, 2], [0, 2], [1, 3] and [1, 5].
+    assert density_coverage(real, column(4.0), 2) == (1 / 2, 1 / 4)
+    assert density_coverage(real, real + 100, 1) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("num_real", "num_generated", "k"), [(40, 40, 5), (30, 60, 3), (60, 10, 1)])
+def test_sets_of_one_law_have_the_density_and_coverage_of_the_closed_form(
+    num_real: int, num_generated: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics_neighbours, "BLOCK_SIZE", 7 * num_generated)
+    found = torch.tensor(
+        [
+            density_coverage(draws(num_real, "real", repeat), draws(num_generated, "samples", repeat), k)
+            for repeat in range(400)
+        ]
+    )
+    no_sample = math.prod((num_real - i) / (num_real + num_generated - i) for i in range(1, k + 1))
+    expected = torch.tensor([1.0, 1 - no_sample])
+    z = (found.mean(0) - expected) / (found.std(0) / math.sqrt(len(found)))
+    assert (z.abs() < 4).all()
+
+
+def test_outliers_make_recall_and_not_coverage() -> None:
+    real, narrow = draws(300, "real"), draws(300, "samples", scale=0.4)
+    # Far away on every axis, so that each of their balls holds all that is beyond the samples on its side.
+    outlying = torch.cat([narrow[16:], 30 * torch.eye(8), -30 * torch.eye(8)])
+    assert precision_recall(real, outlying).recall > 0.9 > 0.2 > precision_recall(real, narrow).recall
+    gap = density_coverage(real, outlying).coverage - density_coverage(real, narrow).coverage
+    assert abs(gap) < 0.03
+
+
+def test_density_and_coverage_refuse_what_they_cannot_compare() -> None:
+    with pytest.raises(InputError, match="a density and coverage needs .* n >= 6, got shape \\(5, 8\\)"):
+        density_coverage(draws(5, "real"), draws(9, "samples"))
+    with pytest.raises(InputError, match="n >= 1, got shape \\(0, 8\\)"):
+        density_coverage(draws(9, "real"), draws(0, "samples"))
+    with pytest.raises(InputError, match="one width, got 8 and 3"):
+        density_coverage(draws(9, "real"), draws(9, "samples")[:, :3])
 
 
 def test_neighbours_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
