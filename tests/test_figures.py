@@ -266,8 +266,9 @@ def test_metrics_stand_over_chain_length_with_the_vae_and_the_data_across() -> N
         assert ax.get_xlabel() == "steps from fresh noise" and ax.get_ylabel()
     (drawn,) = figures_evaluation.samples_pictures(metric_arrays())
     assert drawn.title == "60 samples in the eyes of cnn, by steps of mala"
-    before_coverage = metric_arrays()
-    before_coverage |= {name: before_coverage[name][..., :5] for name in ("value", "error", "metrics")}
+    before_coverage = dict(metric_arrays())
+    for name in ("value", "error", "metrics"):
+        before_coverage[name] = before_coverage[name][..., :5]
     assert figures_evaluation._metrics(before_coverage).axes[2].get_title() == "precision, recall"
     without_chains = {name: values for name, values in metric_arrays().items() if name != "steps"}
     assert figures_evaluation.samples_pictures(without_chains) == []
