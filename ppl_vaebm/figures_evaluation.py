@@ -44,10 +44,14 @@ def _metrics(arrays: Arrays) -> Figure:
     figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=2.9)
     metrics, steps = arrays["metrics"].tolist(), arrays["steps"]
     num_data = len(arrays["rows"]) - len(steps)
+    lengths = steps[steps > 0].tolist()
     # Runs that were measured before coverage was have none.
     shares = [metric for metric in ("precision", "recall", "coverage") if metric in metrics]
     panels = {"Frechet distance": ["Frechet distance"], "KID": ["KID"], ", ".join(shares): shares}
     for ax, (title, shown) in zip(axes, panels.items(), strict=True):
+        ax.set_xscale("log")
+        # Before anything is drawn, for Matplotlib finds no limits about a single length.
+        ax.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
         for color, metric in zip(("C0", "C1", "C2"), shown, strict=False):
             value, error = (arrays[key][:, metrics.index(metric)] for key in ("value", "error"))
             _over_steps(ax, steps, value[num_data:], error[num_data:], metric, color)
@@ -55,6 +59,8 @@ def _metrics(arrays: Arrays) -> Figure:
             for row, (label, style) in ((num_data - 1, ("held-out data", "--")), (num_data, ("VAE", ":"))):
                 name = label if metric == shown[0] else "_nolegend_"
                 ax.axhline(value[row], color=color, linestyle=style, linewidth=1.0, label=name)
+        ax.set_xticks(lengths, [str(count) for count in lengths])
+        ax.minorticks_off()
         ax.set_title(title, fontsize=TITLE_POINTS)
         ax.set_xlabel("steps from fresh noise", fontsize=8)
         ax.set_ylabel(title, fontsize=8)
@@ -69,9 +75,6 @@ def _over_steps(ax: Axes, steps: NDArray[Any], value: FloatArray, error: FloatAr
     is_chain = steps > 0
     bars = error[is_chain] if np.isfinite(error[is_chain]).all() else None
     ax.errorbar(steps[is_chain], value[is_chain], bars, color=color, marker=".", linewidth=1, label=label)
-    ax.set_xscale("log")
-    ax.set_xticks(steps[is_chain], [str(count) for count in steps[is_chain]])
-    ax.minorticks_off()
 
 
 def ood_pictures(arrays: Arrays) -> list[Picture]:

@@ -241,7 +241,7 @@ def test_bars_are_the_groups_in_order() -> None:
 def metric_arrays() -> figures_evaluation.Arrays:
     value = np.array([[1.0, 0.1, 4.0, 0.9, 0.9, 0.9], [2.0, 0.2, 4.0, 0.8, 0.8, 0.9], [50.0, 9.0, 2.0, 0.3, 0.6, 0.2]])
     value = np.concatenate([value, [[20.0, 3.0, 3.0, 0.5, 0.7, 0.6], [10.0, 2.0, 3.5, 0.6, 0.75, 0.7]]])
-    error = np.where(np.arange(6) == 1, 0.05, np.nan) * np.ones((5, 1))
+    error = np.where(np.isin(np.arange(6), (1, 3, 4)), 0.05, np.nan) * np.ones((5, 1))
     metrics = np.array(["Frechet distance", "KID", "Inception Score", "precision", "recall", "coverage"])
     rows = np.array(["training data", "held-out data", "VAE", "short", "long"])
     labels = {"net": np.array("cnn"), "num": np.array(60), "kernel": np.array("mala")}
@@ -270,6 +270,9 @@ def test_metrics_stand_over_chain_length_with_the_vae_and_the_data_across() -> N
     for name in ("value", "error", "metrics"):
         before_coverage[name] = before_coverage[name][..., :5]
     assert figures_evaluation._metrics(before_coverage).axes[2].get_title() == "precision, recall"
+    single = {**metric_arrays(), "steps": np.array([0, 100])}
+    single |= {name: np.asarray(single[name])[:4] for name in ("value", "error", "rows")}
+    assert len(figures_evaluation.samples_pictures(single)) == 1  # with no warning, which is an error here
     without_chains = {name: values for name, values in metric_arrays().items() if name != "steps"}
     assert figures_evaluation.samples_pictures(without_chains) == []
 
