@@ -200,6 +200,8 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
     """Draw the energy gap and the Frechet distance of both attempts against the updates made, as a PNG file."""
     figure, axes = axes_grid(1, 2)
     gap_axes, distance_axes = axes[0]
+    # Before anything is drawn, so that the margins are those of this scale, which gives much room to what is allowed.
+    gap_axes.set_yscale("symlog", linthresh=limit, linscale=10)
     for name, result in attempts.items():
         gaps = [float(record["energy_gap"]) for record in result.records if "energy_gap" in record]
         gap_axes.plot(range(1, len(gaps) + 1), gaps, linewidth=0.8, label=name)
@@ -208,9 +210,8 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
         distance_axes.plot(updates, [each["frechet_distance"] for each in measured], ".-", linewidth=0.8, label=name)
     for bound in (-limit, limit):
         gap_axes.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
-    # A third of the height shows what is within the limit.
-    gap_axes.set_yscale("symlog", linthresh=limit, linscale=5)
     gap_axes.set_yticks([*(-(10.0**power) for power in range(20, 2, -6)), -limit, 0, limit])
+    gap_axes.minorticks_off()
     gap_axes.set_title("energy gap, data minus chains (nats); dashed: its limit", fontsize=TITLE_POINTS)
     distance_axes.set_yscale("log")
     distance_axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -219,7 +220,7 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
     distance_axes.set_title(f"Frechet distance of {NUM_STEPS} steps, by checkpoint", fontsize=TITLE_POINTS)
     for ax in axes[0]:
         ax.set_xlabel("updates made, those that were taken back included", fontsize=TITLE_POINTS)
-        ax.legend(fontsize=TITLE_POINTS)
+        ax.legend(fontsize=TITLE_POINTS, loc="lower left" if ax is gap_axes else "upper left")
     return png_of(figure)
 
 
