@@ -18,7 +18,7 @@ BLOCK_SIZE = 1_000_000
 
 NUM_GROUPS = 10
 """Groups of a jackknife. Chosen by us: of 10,000 draws of a VAE, whose recall over 12 seeds had a standard deviation of
-0.029, it found 0.022 to 0.032."""
+0.029, it found 0.022, 0.024, 0.030 and 0.032 from one set each."""
 NO_BALL = -1.0
 """Squared radius that holds nothing."""
 
@@ -66,9 +66,10 @@ def precision_recall_error(
     """Estimate the standard errors of precision and recall, by a jackknife that leaves out a group of both sets.
 
     It holds where a few outliers decide, whose balls hold much of the other set: then the error is large, falls slowly
-    as the sets grow, and is a multiple of that of a share of independent points. Elsewhere it is up to twice too large,
-    as jackknives are (Efron and Stein 1981). Both sets count as random, so of two sets of samples that are measured
-    against the same data the difference has less error than their two errors say.
+    as the sets grow, and is a multiple of that of a share of independent points. Elsewhere it is too large, as
+    jackknives are (Efron and Stein 1981): in trials with Gaussian sets of 200 and 600 by a factor of 1.4 to 2.3. Both
+    sets count as random, so of two sets of samples that are measured against the same data the difference has less
+    error than their two errors say.
 
     Args:
         real: features of data in random order, ``(n, d)``.
