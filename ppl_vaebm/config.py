@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -507,14 +507,21 @@ class EbmConfig:
         _require(0 < self.rollback_factor < 1, "ebm.rollback-factor", "in (0, 1)", self.rollback_factor)
         _require(0 < self.tune_rejection < 1, "ebm.tune-rejection", "in (0, 1)", self.tune_rejection)
         _require(self.tune_steps > 0, "ebm.tune-steps", "positive", self.tune_steps)
-        has_chains = self.objective == "ladder" or (self.objective == "mle" and self.negatives == "chains")
-        _require(has_chains or not self.tune, "ebm.tune", "off where no chains are run", self.tune)
+        _require(self.has_chains or not self.tune, "ebm.tune", "off where no chains are run", self.tune)
+        # Its trials are on an energy that the ratio has trained, which does not reach the first latent's term.
+        expected = "off with ebm.latent.steps, whose term is learnt after the step would be found"
+        _require(not (self.tune and self.latent.steps), "ebm.tune", expected, self.tune)
         _require(
             self.replay_size >= self.batch_size,
             "ebm.replay-size",
             f"at least ebm.batch-size ({self.batch_size})",
             self.replay_size,
         )
+
+    @property
+    def has_chains(self) -> bool:
+        """Whether the objective takes its negatives from chains; the ladder does whatever ``negatives`` says."""
+        return self.objective == "ladder" or (self.objective == "mle" and self.negatives == "chains")
 
 
 @dataclass(frozen=True)
@@ -637,6 +644,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work."""
+        _require_finite(self)
         _require(self.threads >= 0, "threads", "0 or more", self.threads)
         scores_levels = self.model.kind == "nvae" and self.model.nvae.decoder != "normal"
         expected = "0 with a decoder that scores levels"
@@ -646,6 +654,16 @@ class Config:
         holds_term = self.ebm.latent.steps > 0 or not self.energy.latent_balance
         expected = "positive with energy.latent-balance, which keeps what a held term says"
         _require(holds_term, "ebm.latent.steps", expected, self.ebm.latent.steps)
+
+
+def _require_finite(section: Any, prefix: str = "") -> None:
+    """Check all numbers, of sections too: a checkpoint's configuration is JSON, which has no word for others."""
+    for each in fields(section):
+        flag, value = f"{prefix}{each.name.replace('_', '-')}", getattr(section, each.name)
+        if is_dataclass(value):
+            _require_finite(value, f"{flag}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            _require(not isinstance(number, float) or math.isfinite(number), flag, "finite", value)
 
 
 def _require_loop(section: str, loop: SviConfig | EbmConfig) -> None:

@@ -17,6 +17,7 @@ from ppl_vaebm.features_classifier import Classifier, load_or_train
 from ppl_vaebm.features_digits import StackedDigits, load_or_train_digits
 from ppl_vaebm.features_inception import load_inception
 from ppl_vaebm.pixels import check_images, quantised, quantised_as
+from ppl_vaebm.run import FEATURES_FILE
 
 __all__ = [
     "Classifier",
@@ -69,7 +70,7 @@ def feature_net(
             f"expected the weights of a classifier in {path}, found no file; name another, or leave the option out to "
             "train one"
         )
-    path = path or cache_folder / "features.safetensors"
+    path = path or cache_folder / FEATURES_FILE
     if data.name == "stacked-mnist":
         return load_or_train_digits(path, data, seed).to(device)
     return load_or_train(path, data, seed).to(device)

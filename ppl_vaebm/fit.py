@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-import yaml
 
 from ppl_vaebm import cli
 from ppl_vaebm.config import Config
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.options import load_yaml, parse, parse_known, recipe_names, recipe_path, to_dict, tokens
+from ppl_vaebm.options import as_yaml, load_yaml, parse, parse_known, recipe_names, recipe_path, tokens
 
 DESCRIPTION = """Fit a VAEBM. Stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options come from the run's config.yaml if it has one, else from the data set's own recipe; then from the recipe
@@ -123,9 +122,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def _announce(stage: str, folder: Path, config: Config) -> str:
     """Print the resolved configuration, and return it as it is written."""
-    resolved: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    resolved = as_yaml(config)
     print(f"run: {folder}\nstage: {stage}\n{resolved}", end="")
-    if stage == "ebm" and (config.ebm.objective == "ratio" or config.ebm.negatives == "importance"):
+    if stage == "ebm" and not config.ebm.has_chains:
         unused = "kernel, ebm.negatives and" if config.ebm.objective == "ratio" else "kernel and"
         print(f"note: this stage learns from draws of the VAE and runs no chains; {unused} ebm.replay-* are not used")
     return resolved

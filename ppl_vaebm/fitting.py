@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from ppl_vaebm.checkpoint import Checkpoint
 from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, KeyedSampler, load_data
@@ -23,11 +21,11 @@ from ppl_vaebm.inference.svi import fit_svi
 from ppl_vaebm.inference.tuning import Trial, chosen, table, trained_copy, tune, with_trial
 from ppl_vaebm.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.options import to_dict
+from ppl_vaebm.options import as_yaml
 from ppl_vaebm.processes import Process
 from ppl_vaebm.report import write_report
 from ppl_vaebm.run import Run
-from ppl_vaebm.tensorboard import Board, check_installed, open_board
+from ppl_vaebm.tensorboard import StageBoards, check_installed, open_board
 
 MAX_NAMED = 5
 """Skipped images that are named."""
@@ -81,19 +79,13 @@ def fit_stage(
             clear(run, request.stage)
         write_atomic(run.config_file, resolved)
     with _board(run, request, config.tensorboard and process.is_first, resume) as board:
-        run = run if board is None else replace(run, mirror=board.log)
+        run = run if board is None else replace(run, mirror=board)
         if vae is None:
             _fit_svi(run, config, data, resume, board, process)
         else:
             fit_ebm(run, config, data, vae, resume)
     if process.is_first:
         print(f"report: {write_report(run)}")
-
-
-def as_yaml(config: Config) -> str:
-    """Write a configuration in the form of a run's own file."""
-    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
-    return text
 
 
 def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
@@ -136,7 +128,7 @@ def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint |
 
 
 @contextmanager
-def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | None) -> Iterator[Board | None]:
+def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | None) -> Iterator[StageBoards | None]:
     if not is_wanted:
         yield None
         return
@@ -145,7 +137,7 @@ def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | Non
 
 
 def _fit_svi(
-    run: Run, config: Config, data: Data, resume: Checkpoint | None, board: Board | None, process: Process
+    run: Run, config: Config, data: Data, resume: Checkpoint | None, board: StageBoards | None, process: Process
 ) -> None:
     """Run stage 1's loop, and leave its pictures."""
     show = None if board is None else partial(show_gallery, run, config, data, board)

@@ -17,6 +17,7 @@ from ppl_vaebm.config import Config
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.devices import check_device
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference import guard, latent_balance, latent_term
 from ppl_vaebm.inference.ebm import has_discrete_x, new_vaebm
 from ppl_vaebm.inference.norms import set_statistics
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
@@ -31,6 +32,10 @@ BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "e
 FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
 # What the rest of a stage depends on too.
 RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
+
+
+EBM_STAGES = (guard.STAGE, latent_term.STAGE, latent_balance.STAGE)
+"""Stages under which stage ebm and its parts write their records."""
 
 
 @dataclass(frozen=True)
@@ -250,16 +255,19 @@ def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
     Raises:
         InputError: a line of the record of metrics is not a JSON object; nothing was removed.
     """
-    stages = ("svi", "ebm") if stage == "svi" else ("ebm",)
+    stages = ("svi", *EBM_STAGES) if stage == "svi" else EBM_STAGES
     for void in stages:
-        run.rewind_metrics(void, 0)
+        run.rewind_metrics(void, -1)  # validations of step 0 too
     for void in stages:
         shutil.rmtree(run.checkpoints(void), ignore_errors=True)
         shutil.rmtree(run.tensorboard_dir / void, ignore_errors=True)
     for file in run.samples_dir.glob("*"):
         if stage == "svi" or not file.name.startswith("svi_"):  # stage 1's pictures, which stay true
             file.unlink()
-    for file in (run.chains_file, run.positions_file, run.evaluation_file, run.comparison_file):
+    files = [run.chains_file, run.positions_file, run.evaluation_file, run.comparison_file]
+    if stage == "svi":
+        files.append(run.features_file)  # of the old data's classes, which may be others now
+    for file in files:
         file.unlink(missing_ok=True)
     shutil.rmtree(run.comparison_dir, ignore_errors=True)
 

@@ -25,6 +25,12 @@ RECIPES = Path(__file__).parent / "experiments"
 Parsed = TypeVar("Parsed")
 
 
+def as_yaml(config: Config) -> str:
+    """Write a configuration in the form of a run's own file."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
+
+
 def parse(cls: type[Parsed], argv: Sequence[str], prog: str, description: str | None = None) -> Parsed:
     """Parse command-line tokens into a dataclass.
 

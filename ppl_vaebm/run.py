@@ -7,10 +7,10 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
@@ -19,6 +19,17 @@ from ppl_vaebm.files import write_atomic
 
 # JSON has no word for these numbers; the record holds them as these strings.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+FEATURES_FILE = "features.safetensors"
+
+
+class Mirror(Protocol):
+    """What follows the record of metrics as it grows and shrinks."""
+
+    def log(self, record: Mapping[str, float | int | str]) -> None:
+        """Take in a record, which is in the file already."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a stage logged after a step, as :meth:`Run.rewind_metrics` has."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class Run:
 
     path: Path
     """The folder."""
-    mirror: Callable[[Mapping[str, float | int | str]], None] | None = field(default=None, compare=False, repr=False)
-    """Is given every record of metrics too, once it is in the file."""
+    mirror: Mirror | None = field(default=None, compare=False, repr=False)
+    """Is told all that happens to the record of metrics, once it is in the file."""
 
     @staticmethod
     def open(path: Path | str) -> Run:
@@ -122,6 +133,11 @@ class Run:
         return self.path / "evaluate.json"
 
     @property
+    def features_file(self) -> Path:
+        """The weights of the classifier of its data whose features ``evaluate`` reads."""
+        return self.path / FEATURES_FILE
+
+    @property
     def comparison_file(self) -> Path:
         """The table of ``compare``, a line for each kernel."""
         return self.path / "compare.csv"
@@ -156,7 +172,7 @@ class Run:
             _cut_torn_line(file)
             file.write(line.encode())
         if self.mirror is not None:
-            self.mirror(record)
+            self.mirror.log(record)
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
         """Read the record of metrics.
@@ -190,6 +206,8 @@ class Run:
         ]
         if self.metrics_file.exists():
             write_atomic(self.metrics_file, b"".join(kept))
+        if self.mirror is not None:
+            self.mirror.rewind(stage, step)
 
     def save_npz(self, name: str, /, **arrays: np.ndarray) -> Path:
         """Write arrays of samples to ``samples/<name>.npz``, in one step.

@@ -28,7 +28,7 @@ def check_installed() -> None:
 
 
 class Board:
-    """Event files of one stage; a context manager that closes them.
+    """Event files in one folder; a context manager that closes them.
 
     Args:
         folder: of the event files; made if missing.
@@ -41,10 +41,19 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         check_installed()
+        self.folder = folder
+        self._open(first_step)
+
+    def _open(self, first_step: int) -> None:
         # Here, for the package is optional and slow to import.
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
+        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1 if first_step else 0)
+
+    def rewind(self, step: int) -> None:
+        """Forget what is later than a step; 0 or less forgets all."""
+        self.close()
+        self._open(max(0, step))
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
         """Write one record of metrics as scalars, each under its own name.
@@ -84,11 +93,55 @@ class Board:
         self.close()
 
 
-def open_board(run: Run, stage: str, first_step: int = 0) -> Board:
+class StageBoards:
+    """The event files of a stage and of its parts, each in a folder of its own, for the steps of each begin at 0.
+
+    A part is a stage whose name begins with the stage's and a hyphen. A context manager that closes the files.
+
+    Args:
+        run: the run.
+        stage: its stage.
+        first_step: steps of the stage that are done.
+
+    Raises:
+        InputError: the package tensorboard is missing.
+    """
+
+    def __init__(self, run: Run, stage: str, first_step: int = 0) -> None:
+        self.run, self.stage = run, stage
+        self._boards = {stage: Board(run.tensorboard_dir / stage, first_step)}
+
+    def log(self, record: Mapping[str, float | int | str]) -> None:
+        """Write one record of metrics into its stage's files; one of another stage's is left out."""
+        stage = str(record.get("stage"))
+        if stage.startswith(f"{self.stage}-") and stage not in self._boards:
+            self._boards[stage] = Board(self.run.tensorboard_dir / stage)
+        if stage in self._boards:
+            self._boards[stage].log(record)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forget what a stage logged after a step."""
+        if stage in self._boards:
+            self._boards[stage].rewind(step)
+
+    def images(self, grids: Mapping[str, NDArray[np.uint8]], step: int) -> None:
+        """Write pictures of the stage, as :meth:`Board.images` does."""
+        self._boards[self.stage].images(grids, step)
+
+    def __enter__(self) -> StageBoards:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for board in self._boards.values():
+            board.close()
+
+
+def open_board(run: Run, stage: str, first_step: int = 0) -> StageBoards:
     """Open the event files of a stage.
 
-    Every stage has a folder, for the steps of each begin at 0. Where the stage ran without TensorBoard so far, what it
-    logged is copied.
+    Where the stage ran without TensorBoard so far, what it and its parts logged is copied.
 
     Args:
         run: the run.
@@ -96,15 +149,14 @@ def open_board(run: Run, stage: str, first_step: int = 0) -> Board:
         first_step: steps already done.
 
     Returns:
-        The open files; give :meth:`Board.log` to :class:`~ppl_vaebm.run.Run` as its mirror.
+        The open files, which :class:`~ppl_vaebm.run.Run` takes as its mirror.
 
     Raises:
         InputError: the package tensorboard is missing.
     """
-    folder = run.tensorboard_dir / stage
-    is_new = not folder.exists()
-    board = Board(folder, first_step)
-    for record in run.metrics(stage) if is_new and first_step else ():
-        if record.get("step", 0) <= first_step:
-            board.log(record)
-    return board
+    is_new = not (run.tensorboard_dir / stage).exists()
+    boards = StageBoards(run, stage, first_step)
+    for record in run.metrics() if is_new and first_step else ():
+        if record.get("stage") != stage or record.get("step", 0) <= first_step:
+            boards.log(record)
+    return boards

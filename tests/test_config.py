@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import yaml
 
-from ppl_vaebm.config import Config, DataConfig, EbmConfig, EnergyConfig, KernelConfig, ModelConfig, SviConfig
+from ppl_vaebm.config import (
+    Config,
+    DataConfig,
+    EbmConfig,
+    EnergyConfig,
+    KernelConfig,
+    LatentTermConfig,
+    ModelConfig,
+    SviConfig,
+)
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.options import (
     differences,
@@ -154,6 +163,14 @@ def test_a_misspelt_key_comes_with_a_suggestion() -> None:
         (KernelConfig, {"members": ("chees",)}, r"chees, tempered or another mixture, got \('chees',\)"),
         (KernelConfig, {"members": ("mixture",)}, r"kernel.members must be .*, got \('mixture',\)"),
         (Config, {"threads": -1}, "threads must be 0 or more, got -1"),
+        (Config, {"ebm": EbmConfig(grad_clip=math.inf)}, "ebm.grad-clip must be finite, got inf"),
+        (Config, {"ebm": EbmConfig(max_energy_gap=math.inf)}, "ebm.max-energy-gap must be finite, got inf"),
+        (Config, {"svi": SviConfig(free_bits=math.inf)}, "svi.free-bits must be finite, got inf"),
+        (
+            EbmConfig,
+            {"objective": "mle", "tune": True, "latent": LatentTermConfig(steps=3)},
+            "ebm.tune must be off with ebm.latent.steps, .*, got True",
+        ),
     ],
 )
 def test_a_bad_value_is_refused_at_construction(cls: Any, options: dict[str, Any], message: str) -> None:

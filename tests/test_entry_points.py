@@ -338,9 +338,15 @@ def test_a_stage_that_starts_again_leaves_nothing_of_the_old_one(tmp_path: Path,
         file.write_text("of the old energy")
     fit.main(["--stage", "ebm", "--run", str(run), "--resume"])
     assert all(file.is_file() for file in old)
+    for stage in ("ebm", "ebm-latent", "ebm-balance"):  # the last two from a fit with the first latent's term
+        Run(run).log({"stage": stage, "step": 0, "old": 1})
+    (run / "features.safetensors").touch()
     fit.main(["--stage", "ebm", "--run", str(run), "--overwrite"])
     assert not any(file.exists() for file in old)
+    assert not any("old" in record for record in Run(run).metrics())
+    assert (run / "features.safetensors").exists()  # of the data, which stay
     fit.main(["--stage", "svi", "--run", str(run), "--overwrite"])
+    assert not (run / "features.safetensors").exists()
     assert {record["stage"] for record in Run(run).metrics()} == {"svi"}
     assert not (run / "checkpoints" / "ebm").exists()
 
@@ -351,6 +357,7 @@ def test_options_that_an_objective_ignores_are_named(points: Path, capsys: pytes
         (["--objective", "ratio"], "kernel, ebm.negatives and ebm.replay-* are not used"),
         (["--objective", "mle", "--negatives", "importance"], "kernel and ebm.replay-* are not used"),
         (["--objective", "mle"], ""),
+        (["--objective", "ladder", "--negatives", "importance"], ""),
     ):
         fit.main([*command, *options])
         out = capsys.readouterr().out

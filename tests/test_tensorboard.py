@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def logged(run: Run, stage: str) -> dict[str, list[tuple[int, Any]]]:
     found: dict[str, list[tuple[int, Any]]] = {}
     for record in run.metrics(stage):
         for name, value in record.items():
-            if name not in ("stage", "step"):
+            if name not in ("stage", "step", "event"):
                 found.setdefault(name, []).append((record["step"], pytest.approx(value, rel=1e-6, nan_ok=True)))
     return found
 
@@ -42,7 +43,7 @@ def fit(run: Run, first: int, last: int, scale: float = 1.0) -> None:
     """Log some steps as a stage does."""
     run.rewind_metrics("svi", first)
     with open_board(run, "svi", first) as board:
-        mirrored = replace(run, mirror=board.log)
+        mirrored = replace(run, mirror=board)
         for step in range(first + 1, last + 1):
             mirrored.log({"stage": "svi", "step": step, "loss": scale * step, "kl_nats/z_1": 0.5, "num_skipped": 2})
 
@@ -51,7 +52,7 @@ def test_every_number_of_the_record_comes_back(tmp_path: Path) -> None:
     run = Run.create(tmp_path)
     fit(run, 0, 3)
     with open_board(run, "svi", 3) as board:
-        replace(run, mirror=board.log).log({"stage": "svi", "step": 3, "validation_elbo_nats": math.nan, "late": "inf"})
+        replace(run, mirror=board).log({"stage": "svi", "step": 3, "validation_elbo_nats": math.nan, "late": "inf"})
     assert scalars(run.tensorboard_dir / "svi") == logged(run, "svi")
     assert set(logged(run, "svi")) == {"loss", "kl_nats/z_1", "num_skipped", "validation_elbo_nats", "late"}
 
@@ -87,6 +88,39 @@ def test_what_was_logged_before_the_option_was_on_is_copied(tmp_path: Path) -> N
         run.log({"stage": "ebm", "step": step, "loss": -1.0})
     fit(run, 3, 4, scale=10.0)
     assert scalars(run.tensorboard_dir / "svi")["loss"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+
+
+def test_the_parts_of_a_stage_have_files_of_their_own(tmp_path: Path) -> None:
+    run = Run.create(tmp_path)
+    with open_board(run, "ebm") as board:
+        mirrored = replace(run, mirror=board)
+        for stage in ("ebm-latent", "ebm", "other"):
+            for step in (1, 2):
+                mirrored.log({"stage": stage, "step": step, "energy_gap": float(len(stage) * step)})
+    assert scalars(run.tensorboard_dir / "ebm") == logged(run, "ebm") == {"energy_gap": [(1, 3.0), (2, 6.0)]}
+    assert scalars(run.tensorboard_dir / "ebm-latent") == logged(run, "ebm-latent")
+    assert sorted(folder.name for folder in run.tensorboard_dir.iterdir()) == ["ebm", "ebm-latent"]
+    # Opened later, it is told the same.
+    shutil.rmtree(run.tensorboard_dir)
+    with open_board(run, "ebm", 2):
+        pass
+    assert scalars(run.tensorboard_dir / "ebm") == logged(run, "ebm")
+    assert scalars(run.tensorboard_dir / "ebm-latent") == logged(run, "ebm-latent")
+
+
+def test_what_the_run_takes_back_is_forgotten(tmp_path: Path) -> None:
+    run = Run.create(tmp_path)
+    with open_board(run, "ebm") as board:
+        mirrored = replace(run, mirror=board)
+        for scale in (1.0, -1.0):
+            for step in range(1 if scale > 0 else 4, 7):
+                mirrored.log({"stage": "ebm", "step": step, "loss": scale * step})
+            if scale > 0:
+                mirrored.rewind_metrics("ebm", 3)
+                mirrored.log({"stage": "ebm", "step": 6, "event": "rollback", "to_step": 3})
+    found = scalars(run.tensorboard_dir / "ebm")
+    assert found == logged(run, "ebm")
+    assert found["loss"] == [(step, step if step <= 3 else -step) for step in range(1, 7)]
 
 
 def test_a_killed_process_has_written_what_it_logged(tmp_path: Path) -> None:

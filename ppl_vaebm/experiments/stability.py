@@ -103,12 +103,6 @@ def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> A
     result = Attempt()
     seen: set[tuple[int, int]] = set()
 
-    def keep(record: Mapping[str, Any]) -> None:
-        # With every return the guard logs those before it once more.
-        if "event" not in record or record not in result.records:
-            result.records.append(record)
-        keep_new()
-
     def keep_new() -> None:
         written = run.checkpoints("ebm")
         for step in checkpoints.available(written):
@@ -119,7 +113,19 @@ def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> A
                 num_rollbacks = checkpoints.load(written, step).state["guard"]["num_rollbacks"]
                 shutil.copytree(path, folder / "kept" / str(num_rollbacks) / path.name, dirs_exist_ok=True)
 
-    run = replace(Run.create(folder), mirror=keep)
+    class Keeper:
+        """Keeps what the guard takes back."""
+
+        def log(self, record: Mapping[str, Any]) -> None:
+            # With every return the guard logs those before it once more.
+            if "event" not in record or record not in result.records:
+                result.records.append(record)
+            keep_new()
+
+        def rewind(self, stage: str, step: int) -> None:
+            pass
+
+    run = replace(Run.create(folder), mirror=Keeper())
     start = time.process_time()
     try:
         result.vaebm = fit_ebm(run, config, data, vae)

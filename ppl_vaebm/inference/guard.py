@@ -68,6 +68,7 @@ class Guard:
         self.counts: dict[str, int] = {}
         self.num_rollbacks = 0
         self.is_stopped = False
+        self.began_at: int | None = None  # step of the checkpoint that the attempt began at; none is the start
         self.events: list[dict[str, Any]] = []
 
     @property
@@ -116,6 +117,7 @@ class Guard:
             "counts": self.counts,
             "num_rollbacks": self.num_rollbacks,
             "is_stopped": self.is_stopped,
+            "began_at": self.began_at,
             "events": self.events,
         }
 
@@ -124,16 +126,18 @@ class Guard:
         self.load_averages(state)
         self.num_rollbacks, self.is_stopped = state["num_rollbacks"], state["is_stopped"]
         self.events = list(state["events"])
+        self.began_at = state.get("began_at")  # an earlier version had none
 
     def load_averages(self, state: Mapping[str, Any]) -> None:
         """Take up the averages alone: of a checkpoint that the training went back to."""
         self.averages, self.counts = dict(state["averages"]), dict(state["counts"])
 
-    def rewind(self, run: Run, step: int) -> None:
-        """Forget what the record holds after a step, but for the returns themselves."""
-        run.rewind_metrics(STAGE, step)
+    def rewind(self, run: Run, step: int | None) -> None:
+        """Forget what the record holds after a step, or from the start on, but for the returns themselves."""
+        kept = -1 if step is None else step  # the first latent's part leaves a validation at step 0
+        run.rewind_metrics(STAGE, kept)
         for event in self.events:
-            if event["step"] > step:
+            if event["step"] > kept:
                 run.log(event)
 
 
@@ -165,17 +169,18 @@ def go_back(run: Run, guard: Guard, error: DivergedError) -> checkpoints.Checkpo
         raise error
     if not guard.is_stopped:
         guard.num_rollbacks += 1
-        if steps and guard.events and guard.events[-1]["to_step"] == steps[-1]:
+        if steps and guard.began_at == steps[-1]:
             steps.pop()
             checkpoints.delete_after(folder, steps[-1] if steps else -1)
     saved = checkpoints.load(folder, "last") if steps else None
     fresh: dict[str, Any] = {"averages": {}, "counts": {}}
     # A checkpoint of an earlier version has none either.
     guard.load_averages(fresh if saved is None else saved.state.get("guard", fresh))
-    target = 0 if saved is None else saved.step
-    event = {"event": "stop" if guard.is_stopped else "rollback", "to_step": target, "reason": error.reason}
-    guard.events.append({"stage": STAGE, "step": error.step + 1, **event, "num_rollbacks": guard.num_rollbacks})
-    guard.rewind(run, target)
+    guard.began_at = None if saved is None else saved.step
+    event = {"event": "stop" if guard.is_stopped else "rollback", "to_step": guard.began_at or 0}
+    counted = {"reason": error.reason, "num_rollbacks": guard.num_rollbacks}
+    guard.events.append({"stage": STAGE, "step": error.step + 1, **event, **counted})
+    guard.rewind(run, guard.began_at)
     if guard.is_stopped and saved is not None:
         _mark_as_result(run, guard, saved)
     return saved

@@ -8,6 +8,8 @@ and round trips are most frequent when all neighbours share it equally.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,19 @@ def start_ladder(num_levels: int, params: KernelParams, num_steps: int) -> Ladde
     step_sizes = params.step_size.expand(num_levels).clone()
     step_sizes[0] = MAX_STEP_SIZE / num_steps
     return Ladder(levels.pow(START_POWER), step_sizes)
+
+
+def stored_ladder(state: Mapping[str, Any], like: Tensor) -> Ladder:
+    """Take a ladder from a checkpoint's state, where its fields stand by their names.
+
+    Args:
+        state: as ``Ladder._asdict`` gave it.
+        like: of the device and the type that the ladder is to have.
+
+    Returns:
+        The ladder.
+    """
+    return Ladder(*(state[name].to(like) for name in Ladder._fields))
 
 
 def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts:

@@ -20,20 +20,16 @@ from torch import nn
 from tqdm import tqdm
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.inference.latent_chains import LatentStore, with_first
+from ppl_vaebm.inference.latent_chains import SWEEPS_PER_EXCHANGE, LatentStore, with_first
 from ppl_vaebm.inference.potential import NoisePotential
-from ppl_vaebm.inference.training import DivergedError
+from ppl_vaebm.inference.training import CosineAdam, DivergedError
 from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
 
 STAGE = "ebm-balance"
 """Stage of this part's lines in metrics.jsonl."""
-NUM_SWEEPS = 10
-"""Of the first latent's chains, between two steps. Chosen by us."""
 LEARNING_RATE = 2e-3
 """Adam's, at the start of a cosine. Chosen by us."""
-FINAL_RATE = 0.01
-"""Of the learning rate, where the cosine ends."""
 
 
 def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, store: LatentStore, step: int) -> None:
@@ -44,7 +40,7 @@ def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, stor
         config: the run's configuration.
         potential: of the VAEBM, whose energy has the balance.
         store: chains of the first latent under its own term, which are moved.
-        step: of stage 2, after which this is done; names the streams.
+        step: steps of stage 2 that are done; names the streams.
 
     Raises:
         DivergedError: the joint term's range is so large that the balance is not finite.
@@ -55,12 +51,12 @@ def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, stor
     last = net[-1]
     assert isinstance(last, nn.Linear)
     net.requires_grad_(True)
-    optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
+    run.rewind_metrics(STAGE, 0)  # of an attempt that came to nothing
     num_steps, start = config.ebm.latent.balance_steps, time.perf_counter()
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps, FINAL_RATE * LEARNING_RATE)
+    optimizer = CosineAdam(net.parameters(), LEARNING_RATE, num_steps)
     for index in tqdm(range(num_steps), "stage ebm, balance", disable=None, mininterval=1):
         generator = stream(config.seed, "balance", step, index, device=config.device)
-        noise, _, _ = store.advance(generator, len(store.positions), NUM_SWEEPS)
+        noise, _, _ = store.advance(generator, len(store.positions), SWEEPS_PER_EXCHANGE)
         with torch.no_grad():
             draws = with_first(potential.draw_reference(generator, len(noise)), noise)
             rest = potential(draws) - store.potential(noise)
@@ -74,11 +70,9 @@ def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, stor
         ratio = (-joint - balance).exp()
         loss = (ratio + balance).mean()
         if not bool(loss.isfinite()):
-            raise DivergedError(step, f"the loss of the joint term's balance is {float(loss.detach())}")
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
+            found = f"the loss of the joint term's balance is {float(loss.detach())} in its step {index + 1}"
+            raise DivergedError(step - 1, found)
+        optimizer.step(loss)
         if (index + 1) % config.ebm.log_every == 0:
             run.log(
                 {

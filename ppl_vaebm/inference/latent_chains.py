@@ -16,9 +16,9 @@ from torch import Tensor
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import tempered
 from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, KernelState, Ladder, init_params
+from ppl_vaebm.inference.base import Kernel, KernelInfo, KernelParams, KernelState, init_params
 from ppl_vaebm.inference.hmc import draw_normal
-from ppl_vaebm.inference.ladder import follow_rates, start_ladder
+from ppl_vaebm.inference.ladder import follow_rates, start_ladder, stored_ladder
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vaebm import VAEBM
 
@@ -26,6 +26,10 @@ TARGET_ACCEPTANCE = 0.75
 NUM_LEVELS = 9
 """About ``2 barrier + 1`` are best; the barrier of Fashion-MNIST's term is 3.7 to 4.6. Chosen by us."""
 FIRST_STEP_SIZE = 0.5
+SWEEPS_PER_EXCHANGE = 10
+"""Sweeps before other chains exchange the first latent with these, or restart from them; in training as in sampling.
+What the rest of the energy takes from a mode the ladder has to bring there again, in some hundred sweeps. Chosen by
+us."""
 
 
 class LatentPotential:
@@ -159,5 +163,5 @@ class LatentStore:
                 "they are of another model or another version; start the stage again with --overwrite"
             )
         self.positions.copy_(stored)
-        ladder = Ladder(*(state[name].to(self.positions) for name in Ladder._fields))
+        ladder = stored_ladder(state, like=self.positions)
         self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)

@@ -32,6 +32,7 @@ from ppl_vaebm.inference.base import (
 )
 from ppl_vaebm.inference.latent_chains import (
     FIRST_STEP_SIZE,
+    SWEEPS_PER_EXCHANGE,
     LatentPotential,
     build_latent_kernel,
     num_first,
@@ -41,9 +42,6 @@ from ppl_vaebm.inference.potential import NoisePotential
 
 STEPS_PER_EXCHANGE = 5
 """An exchange costs about as much as a step, and most are accepted. Chosen by us."""
-NUM_SWEEPS = 10
-"""Sweeps of the partners before each exchange. What the rest of the energy takes from a mode its ladder has to bring
-there again, in some hundred sweeps. Chosen by us."""
 
 
 def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
@@ -76,7 +74,7 @@ def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
         if num_steps < STEPS_PER_EXCHANGE:
             return moved._replace(partners=partners._replace(num_steps=num_steps)), info
         other = partners.state
-        for _ in range(NUM_SWEEPS):
+        for _ in range(SWEEPS_PER_EXCHANGE):
             other, _ = latent.step(generator, other, partner_params)
         found = exchange(generator, potential, own, moved, other)
         partners = Partners(found.other, partners.rate_sum + found.acceptance_rate, partners.num_exchanges + 1, 0)
@@ -88,7 +86,7 @@ def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
     ) -> tuple[KernelState, KernelParams, int]:
         assert latent.warm_up is not None
         other, partner_params = _partners(state).state, _partner_params(state, params)
-        num_sweeps = NUM_SWEEPS * num_steps // STEPS_PER_EXCHANGE
+        num_sweeps = SWEEPS_PER_EXCHANGE * num_steps // STEPS_PER_EXCHANGE
         other, partner_params, _ = latent.warm_up(generator, other, partner_params, num_sweeps)
         state, params, num_evals = adaptation.warm_up(kernel, generator, state, params, num_steps)
         return with_partners(state, other), params._replace(partners=partner_params), num_evals

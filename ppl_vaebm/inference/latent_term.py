@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.inference.latent_chains import LatentStore
-from ppl_vaebm.inference.training import AveragedWeights, DivergedError
+from ppl_vaebm.inference.training import AveragedWeights, CosineAdam, DivergedError
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.run import Run
@@ -25,14 +25,19 @@ STAGE = "ebm-latent"
 """Stage of this part's lines in metrics.jsonl."""
 NUM_DRAWS = 3
 """Posterior draws of the first latent that are kept of every data point. Chosen by us."""
-FINAL_RATE = 0.01
-"""Of the learning rate, where the cosine ends."""
 ROWS = 1_000
 """Data points that the guide reads at once, at most."""
 
 
 def fit_latent_term(
-    run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore, rate_factor: float = 1.0
+    run: Run,
+    config: Config,
+    train: Split,
+    vaebm: VAEBM,
+    store: LatentStore,
+    *,
+    rate_factor: float = 1.0,
+    seed: int | None = None,
 ) -> None:
     """Learn the term, in place; the chains of the store are its negatives, and stay where they are at the end.
 
@@ -43,20 +48,21 @@ def fit_latent_term(
         vaebm: with an energy that has the term.
         store: its chains.
         rate_factor: what the learning rate is multiplied by; the guard lowers it where this part has diverged.
+        seed: of the steps' noise, which the guard changes there too; the run's if not given.
 
     Raises:
         DivergedError: the energies stopped being finite.
     """
     loop, net = config.ebm.latent, vaebm.energy.latent_net
     assert net is not None
-    rate = rate_factor * loop.learning_rate
-    optimizer = torch.optim.Adam(net.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, loop.steps, FINAL_RATE * rate)
+    seed = config.seed if seed is None else seed
+    run.rewind_metrics(STAGE, 0)  # of an attempt that came to nothing
+    optimizer = CosineAdam(net.parameters(), rate_factor * loop.learning_rate, loop.steps)
     average = AveragedWeights(net, loop.ema_decay)
     z = aggregate_posterior(config, train, vaebm)
     name, start = next(iter(vaebm.vae.model.latent_shapes)), time.perf_counter()
     for step in tqdm(range(loop.steps), "stage ebm, first latent", disable=None, mininterval=1):
-        generator = stream(config.seed, "latent-term", step, device=config.device)
+        generator = stream(seed, "latent-term", step, device=config.device)
         rows = z[torch.randint(len(z), (loop.batch_size,), generator=generator, device=z.device)]
         net.requires_grad_(False)
         noise, _, infos = store.advance(generator, loop.num_chains, loop.num_sweeps)
@@ -65,12 +71,10 @@ def fit_latent_term(
         model = vaebm.energy.latent_term(vaebm.vae.first_latent(noise.unflatten(1, rows.shape[1:])))
         gap = data.mean() - model.mean()
         loss = gap + loop.energy_l2 * (data.square().mean() + model.square().mean())
-        if not bool(loss.isfinite()):
-            raise DivergedError(step, f"the loss of the first latent's term is {float(loss.detach())}")
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
+        if not bool(loss.isfinite()):  # before the stage's first step
+            found = f"the loss of the first latent's term is {float(loss.detach())} in its step {step + 1}"
+            raise DivergedError(0, found)
+        optimizer.step(loss)
         average.update(net)
         if (step + 1) % config.ebm.log_every == 0:
             run.log(

@@ -68,10 +68,10 @@ class EnergyLearner:
             DivergedError: the energies stopped being finite.
         """
         assert self.negatives.latents is not None
-        store, factor = self.negatives.latents, self.guard.rate_factor
-        fit_latent_term(run, self.config, self.train, self.vaebm, store, factor)
+        store, factor, seed = self.negatives.latents, self.guard.rate_factor, self.guard.seed
+        fit_latent_term(run, self.config, self.train, self.vaebm, store, rate_factor=factor, seed=seed)
         self._hold_latent_term()
-        self.negatives.restart_chains()
+        self.negatives.restart_chains(seed)
         self.average = AveragedWeights(self.energy, self.config.ebm.ema_decay)
 
     @property

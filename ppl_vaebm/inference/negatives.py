@@ -21,7 +21,14 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.adaptation import follow_acceptance, with_step_size
 from ppl_vaebm.inference.base import KernelInfo, KernelParams, init_without_grad, value_only
 from ppl_vaebm.inference.kernels import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import LatentPotential, LatentStore, num_first, with_first
+from ppl_vaebm.inference.ladder import stored_ladder
+from ppl_vaebm.inference.latent_chains import (
+    SWEEPS_PER_EXCHANGE,
+    LatentPotential,
+    LatentStore,
+    num_first,
+    with_first,
+)
 from ppl_vaebm.inference.latent_exchange import exchange
 from ppl_vaebm.inference.likelihood import weights_ess
 from ppl_vaebm.inference.log_z import log_mean_exp
@@ -30,8 +37,6 @@ from ppl_vaebm.inference.replay import Replay
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 
-PARTNER_SWEEPS = 10
-"""Sweeps that chains of the first latent make before others exchange with them, or restart from them. Chosen by us."""
 WEIGHT_ESS_EVERY = 50
 """Steps between looks at draws of the VAE where the negatives are chains: they cost a batch of their own. Chosen by
 us."""
@@ -67,7 +72,8 @@ class _Moved(NamedTuple):
     """Where they are, ``(n, D)``."""
     infos: list[KernelInfo]
     exchange_rate: Tensor | None
-    """Acceptance of the first latent's exchange, ``(n,)``; ``None`` without one."""
+    """Acceptance of the first latent's exchange, over those of the chains that went on, ``(m,)``: one that restarts has
+    its partner's first latent, and whatever the energy accepts to exchange that. ``None`` where there is none."""
 
 
 class NegativePhase:
@@ -95,6 +101,8 @@ class NegativePhase:
             self.latents = LatentStore(potential.vaebm, starts, max(num, config.ebm.batch_size))
         self.held = LatentPotential(potential.vaebm) if config.ebm.latent.steps else None
         self.params: KernelParams = start_params(config.kernel, reference)
+        self.num_divergent = torch.zeros((), dtype=torch.int64, device=reference.device)
+        """Divergent moves since the last record, ``()``."""
 
     def __call__(
         self, x: Tensor, step: int, z: Latents | None = None, *, seed: int | None = None, is_logged: bool = True
@@ -121,9 +129,13 @@ class NegativePhase:
             return self._importance(energy(x, z), z, generator)
         return self._mle(energy(x, z), z, step, generator, is_logged)
 
-    def restart_chains(self) -> None:
-        """Let all chains begin anew at the first latent's own ones, which have learnt where that belongs."""
-        generator = stream(self.config.seed, "restart", device=self.config.device)
+    def restart_chains(self, seed: int) -> None:
+        """Let all chains begin anew at the first latent's own ones, which have learnt where that belongs.
+
+        Args:
+            seed: of the rest of their noise.
+        """
+        generator = stream(seed, "restart", device=self.config.device)
         for rows in self.replay.positions.split(self.config.ebm.batch_size):
             fresh = self._restarts(generator, self._partners(generator, len(rows)))
             assert fresh is not None
@@ -134,16 +146,19 @@ class NegativePhase:
         return {"rung": self.sampled.vaebm.energy} if self.is_ladder else {}
 
     def state(self) -> dict[str, Any]:
-        """Return the replay and the step size, for a checkpoint."""
+        """Return the replay and the kernel's steps, for a checkpoint."""
         state = {
             "replay": self.replay.positions,
             "replay_sites": self._replay_sites(),
             "step_size": float(self.params.step_size),
+            "num_divergent": int(self.num_divergent),
         }
+        if self.params.ladder is not None:
+            state["ladder"] = self.params.ladder._asdict()
         return state if self.latents is None else state | {"latents": self.latents.state()}
 
     def load(self, state: Mapping[Any, Any]) -> None:
-        """Take up the replay and the step size of a checkpoint's state.
+        """Take up the replay and the kernel's steps of a checkpoint's state.
 
         Raises:
             InputError: the replay is of another size, or of another model.
@@ -157,9 +172,12 @@ class NegativePhase:
                 "ebm.replay-size; start the stage again with --overwrite"
             )
         held.copy_(stored)
+        self.num_divergent.fill_(state.get("num_divergent", 0))
         if self.latents is not None:
             self.latents.load(state["latents"])
         self.params = with_step_size(self.params, state["step_size"])
+        if "ladder" in state:  # its steps followed acceptance by a product of many rounded factors
+            self.params = self.params._replace(ladder=stored_ladder(state["ladder"], like=held))
 
     def _replay_sites(self) -> list[str]:
         return [f"{name} {tuple(shape)}" for name, shape in self.potential.packing.shapes.items()]
@@ -233,25 +251,27 @@ class NegativePhase:
     def _run_chains(self, num: int, step: int, generator: torch.Generator) -> _Moved:
         """Move chains of the replay."""
         partners = self._partners(generator, num)
-        start, slots = self.replay.take(
+        taken = self.replay.take(
             generator, num, replay_probability(self.config.ebm, step), self._restarts(generator, partners)
         )
         infos = []
         with _frozen(self.sampled.vaebm.energy):
-            exchanged, exchange_rate = self._exchanged(generator, start, partners)
+            exchanged, rates = self._exchanged(generator, taken.positions, partners)
             state = self.kernel.init(exchanged)
             for _ in range(self.config.ebm.num_transitions):
                 state, info = self.kernel.step(generator, state, self.params)
                 infos.append(info)
-        self.replay.put(slots, state.position)
-        return _Moved(start, state.position, infos, exchange_rate)
+        self.num_divergent += torch.stack([info.is_divergent for info in infos]).sum()
+        self.replay.put(taken.slots, state.position)
+        rates = None if rates is None or not taken.goes_on.any() else rates[taken.goes_on]
+        return _Moved(taken.positions, state.position, infos, rates)
 
     def _partners(self, generator: torch.Generator, num: int) -> tuple[Tensor, Tensor] | None:
         """Move chains of the first latent, where it has such; return where they are, and their slots."""
         if self.latents is None:
             return None
         with _frozen(self.potential.vaebm.energy):
-            first, slots, _ = self.latents.advance(generator, num, PARTNER_SWEEPS)
+            first, slots, _ = self.latents.advance(generator, num, SWEEPS_PER_EXCHANGE)
         return first, slots
 
     def _restarts(self, generator: torch.Generator, partners: tuple[Tensor, Tensor] | None) -> Tensor | None:
@@ -303,13 +323,14 @@ class NegativePhase:
         start, end, infos = moved.start, moved.end, moved.infos
         mean_squares = self.potential.packing.mean_square(end)
         record = {
-            "num_divergent": int(torch.stack([info.is_divergent for info in infos]).sum()),
+            "num_divergent": int(self.num_divergent),
             "step_size": float(self.params.step_size),
             "num_evals": int(torch.stack([info.num_evals for info in infos]).sum()),
             "rms_move": float((end - start).square().mean().sqrt()),
             **{f"eps_mean_square/{name}": float(value.mean()) for name, value in mean_squares.items()},
         }
-        if step % WEIGHT_ESS_EVERY:
+        self.num_divergent.zero_()
+        if step and (step + 1) % WEIGHT_ESS_EVERY:  # counted as log-every counts, or the two might never meet
             return record
         generator = stream(self.config.seed, "weight_ess", step, device=self.config.device)
         energy = value_only(self.potential, self.potential.draw_reference(generator, len(start)))

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.hmc import draw_normal
+
+
+class Taken(NamedTuple):
+    """A batch of chains."""
+
+    positions: Tensor
+    """Where they begin, ``(num, D)``."""
+    slots: Tensor
+    """Their places in the store, ``(num,)``."""
+    goes_on: Tensor
+    """Whether a chain goes on rather than restarts, ``(num,)``."""
 
 
 class Replay:
@@ -22,9 +35,7 @@ class Replay:
     def __init__(self, positions: Tensor) -> None:
         self.positions = positions
 
-    def take(
-        self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def take(self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None) -> Taken:
         """Take a batch of chains.
 
         Args:
@@ -34,14 +45,14 @@ class Replay:
             restarts: where those that restart begin, ``(num, D)``; draws from N(0, I) if not given.
 
         Returns:
-            Positions ``(num, D)`` and their slots ``(num,)``.
+            The chains.
         """
         device = self.positions.device
         slots = torch.randperm(len(self.positions), generator=generator, device=device)[:num]
         stored = self.positions[slots]
         goes_on = torch.rand((num, 1), generator=generator, device=device) < probability
         fresh = draw_normal(generator, stored) if restarts is None else restarts
-        return torch.where(goes_on, stored, fresh), slots
+        return Taken(torch.where(goes_on, stored, fresh), slots, goes_on.squeeze(1))
 
     def put(self, slots: Tensor, positions: Tensor) -> None:
         """Return a batch of chains to its slots.

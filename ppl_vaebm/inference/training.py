@@ -16,6 +16,8 @@ from ppl_vaebm.errors import TrainingError
 
 MAX_BAD_STEPS = 20
 """Updates in a row with a gradient that is not finite, after which a run stops (chosen by us)."""
+FINAL_SHARE = 0.01
+"""Of the learning rate of :class:`CosineAdam`, at its end. Chosen by us."""
 # Bounds of the clip by Adam's moments, from the code of VAEBM (Xiao et al. 2021).
 NUM_DEVIATIONS, SLACK = 3.0, 0.1
 
@@ -24,13 +26,14 @@ class DivergedError(TrainingError):
     """Training ran away.
 
     Args:
-        step: number of the step.
+        step: number of the step, from 0.
         reason: what was found, as the end of a sentence.
     """
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(
-            f"step {step}: {reason}; the last checkpoint is kept: start the stage again with a lower learning rate"
+            f"step {step + 1}: {reason}; checkpoints, if there are any, are kept: start the stage again with a lower "
+            "learning rate"
         )
         self.step, self.reason = step, reason
 
@@ -124,6 +127,28 @@ def clip_by_moments(rule: torch.optim.Optimizer) -> None:
             mean_square = moments["exp_avg_sq"] / (1 - group["betas"][1] ** moments["step"])
             bound = NUM_DEVIATIONS * mean_square.sqrt() + SLACK
             parameter.grad.clamp_(-bound, bound)
+
+
+class CosineAdam:
+    """Adam with a rate that falls along half a cosine to a hundredth, for the small parts beside the two loops.
+
+    Args:
+        parameters: to train.
+        learning_rate: at the start.
+        num_steps: until the end.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, num_steps: int) -> None:
+        self.rule = torch.optim.Adam(parameters, learning_rate)
+        final = FINAL_SHARE * learning_rate
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.rule, num_steps, final)
+
+    def step(self, loss: Tensor) -> None:
+        """Differentiate a finite loss and move the parameters."""
+        self.rule.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        self.rule.step()
+        self.schedule.step()
 
 
 class GuardedOptimizer:

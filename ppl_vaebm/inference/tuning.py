@@ -18,6 +18,7 @@ import torch
 
 from ppl_vaebm.config import Config, KernelConfig
 from ppl_vaebm.data import Data
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE, with_step_size
 from ppl_vaebm.inference.guard import Guard
 from ppl_vaebm.inference.kernels import build_kernel, start_params
@@ -174,9 +175,17 @@ def with_trial(config: Config, trial: Trial) -> Config:
     Returns:
         The same, with step size and number of transitions. A kernel whose step follows its acceptance in training
         follows the one found; langevin, whose step stays, is sampled with the same step.
+
+    Raises:
+        InputError: the trial's steps are never accepted, so there is nothing to follow.
     """
     is_fixed = config.kernel.name == "langevin"
     target = None if is_fixed else min(MAX_TARGET, round(1 - trial.rejection, 3))
+    if target == 0:
+        raise InputError(
+            f"ebm.tune found no step of {config.kernel.name} that is accepted, down to {trial.step_size:.3g}: leave "
+            "out --tune and set --kernel.step-size, or shorten ebm.tune-steps, after which the energy is flatter"
+        )
     kernel = replace(config.kernel, step_size=trial.step_size, target_acceptance=target)
     sampling: KernelConfig = config.sampling.kernel
     if is_fixed and sampling.name == "langevin":

@@ -38,7 +38,7 @@ def test_the_gap_trips_on_either_side_and_not_by_one_step(signs: tuple[int, int]
         guard.watch({"energy_gap": 0.0}, step)
     guard.watch({"energy_gap": signs[0] * 39.0}, 10)  # a quarter of it is within the limit
     with pytest.raises(
-        DivergedError, match="step 11: the size of the energy gap averages .*limit ebm.max-energy-gap 10"
+        DivergedError, match="step 12: the size of the energy gap averages .*limit ebm.max-energy-gap 10"
     ) as stop:
         guard.watch({"energy_gap": signs[1] * 39.0}, 11)
     assert stop.value.step == 11
@@ -144,6 +144,19 @@ def test_it_goes_back_to_the_last_checkpoint_and_further_where_that_one_leads_no
     again = Guard(CONFIG)
     again.load(saved.state["guard"])
     assert again.is_stopped and again.events == guard.events
+
+
+def test_the_checkpoint_of_step_0_is_not_the_start(tmp_path: Path) -> None:
+    """Stage ebm's part before its first step leaves one, and starting again renews it: it has not been tried then."""
+    run, guard = Run.create(tmp_path / "run"), Guard(CONFIG)
+    save(run, guard, 0)
+    assert [reached(run, guard, 3), reached(run, guard, 3)] == [0, None]
+    assert not run.metrics(STAGE) or all("event" in record for record in run.metrics(STAGE))  # step 0 is void too
+    save(run, guard, 0)
+    again = Guard(CONFIG)
+    again.load(guard.state())
+    assert again.began_at is None
+    assert reached(run, again, 3) == 0 and checkpoints.available(run.checkpoints(STAGE)) == [0]
 
 
 def test_without_a_checkpoint_it_goes_back_to_the_start_and_fails_in_the_end(tmp_path: Path) -> None:

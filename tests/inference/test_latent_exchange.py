@@ -178,13 +178,13 @@ def test_compared_kernels_exchange_too_and_report_it() -> None:
 # --- in training -----------------------------------------------------------------------------------
 
 
-def phase(latent_steps: int, num: int) -> NegativePhase:
+def phase(latent_steps: int, num: int, replay_probability: float = 1.0) -> NegativePhase:
     loop = EbmConfig(
         objective="mle",
         batch_size=num,
         replay_size=num,
         num_transitions=1,
-        replay_probability=1.0,
+        replay_probability=replay_probability,
         latent=LatentTermConfig(steps=latent_steps, num_chains=num, store_size=num),
     )
     config = Config(
@@ -210,3 +210,18 @@ def test_negatives_exchange_with_the_held_terms_chains(latent_steps: int) -> Non
     else:  # negative control: a term in training has no density to keep, and the chains stay where they were
         assert float(is_left) > 0.95
         assert "exchange_rate" not in found.monitors
+
+
+def test_chains_that_restart_say_nothing_of_the_exchange() -> None:
+    """They have their partner's first latent, so what the energy thinks of it is not asked."""
+    num = 2_000
+    x, z = (torch.zeros(num, 1, dtype=torch.float64) for _ in range(2))
+    whole, half, none = (phase(5, num, probability) for probability in (1.0, 0.5, 0.0))
+    rates = []
+    for negatives in (whole, half, none):
+        negatives.replay.positions[:] = torch.tensor([-PLACE, 0.0])
+        rates.append(negatives(x, 0, {"z_1": z}).monitors.get("exchange_rate"))
+    assert rates[2] is None
+    assert rates[0] is not None and rates[1] is not None
+    assert float(rates[1]) == pytest.approx(float(rates[0]), abs=0.05)
+    assert float(rates[0]) < 0.9  # else a mean over all of them would pass too

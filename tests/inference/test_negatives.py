@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import Config, EbmConfig, TrainingKernelConfig
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.base import KernelInfo, KernelState
 from ppl_vaebm.inference.negatives import WEIGHT_ESS_EVERY, NegativePhase
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import Energy
@@ -78,12 +80,28 @@ def test_the_monitors_are_what_they_say() -> None:
 
 def test_draws_of_the_vae_are_looked_at_now_and_then_and_change_nothing() -> None:
     seen, unseen = negatives(1.3), negatives(1.3)
-    steps = [0, 1, WEIGHT_ESS_EVERY - 1, WEIGHT_ESS_EVERY]
+    steps = [0, 9, WEIGHT_ESS_EVERY - 1, WEIGHT_ESS_EVERY, 2 * WEIGHT_ESS_EVERY - 1]  # a log-every of 10 meets the odd
     has_ess = {step: "weight_ess" in seen(DATA, step).record for step in steps}
-    assert [step for step in steps if has_ess[step]] == [0, WEIGHT_ESS_EVERY]
+    assert [step for step in steps if has_ess[step]] == [0, WEIGHT_ESS_EVERY - 1, 2 * WEIGHT_ESS_EVERY - 1]
     for step in steps:
         assert unseen(DATA, step, is_logged=False).record == {}
     assert torch.equal(seen.replay.positions, unseen.replay.positions)
+
+
+def test_divergent_moves_are_counted_between_records_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase_of = negatives(1.3, num_transitions=3)
+    step = phase_of.kernel.step
+
+    def diverging(*args: Any) -> tuple[KernelState, KernelInfo]:
+        state, info = step(*args)
+        return state, info._replace(is_divergent=torch.tensor([True, False, False, False]))
+
+    monkeypatch.setattr(phase_of, "kernel", phase_of.kernel._replace(step=diverging))
+    counts = [phase_of(DATA, index, is_logged=index % 4 == 3).record.get("num_divergent") for index in range(6)]
+    assert counts == [None, None, None, 4 * 3, None, None]
+    restored = negatives(1.3)
+    restored.load(phase_of.state())
+    assert restored(DATA, 6).record["num_divergent"] == 2 * 3
 
 
 def test_another_seed_has_other_noise() -> None:
@@ -104,6 +122,18 @@ def test_the_replay_of_another_model_is_refused() -> None:
         negatives(1.3).load({**state, "replay_sites": ["eps_z_1 (2,)"]})
     old = {name: value for name, value in state.items() if name != "replay_sites"}
     negatives(1.3).load(old)  # as an earlier version wrote it
+
+
+def test_a_tempered_kernels_steps_are_restored_to_the_last_bit() -> None:
+    phases = [negatives(1.3, "tempered", num_transitions=1) for _ in range(2)]
+    for step in range(12):
+        phases[0](DATA, step, is_logged=False)
+    phases[1].load(phases[0].state())
+    ladders = [each.params.ladder for each in phases]
+    assert ladders[0] is not None and ladders[1] is not None
+    assert torch.equal(ladders[0].step_sizes, ladders[1].step_sizes)
+    fresh = negatives(1.3, "tempered").params.ladder
+    assert fresh is not None and not torch.equal(fresh.step_sizes, ladders[0].step_sizes)
 
 
 # --- the ladder ------------------------------------------------------------------------------------

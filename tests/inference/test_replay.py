@@ -18,7 +18,7 @@ def numbered(size: int, dim: int = 3) -> torch.Tensor:
 
 def test_with_probability_one_every_chain_goes_on_from_its_slot(generator: torch.Generator) -> None:
     replay = Replay(numbered(50))
-    positions, slots = replay.take(generator, 20, 1.0)
+    positions, slots, _ = replay.take(generator, 20, 1.0)
     assert torch.equal(positions, numbered(50)[slots])
     assert len(slots.unique()) == 20 and slots.min() >= 0 and slots.max() < 50
     assert slots.tolist() != sorted(slots.tolist())
@@ -26,7 +26,7 @@ def test_with_probability_one_every_chain_goes_on_from_its_slot(generator: torch
 
 def test_with_probability_zero_every_chain_restarts_from_the_reference(generator: torch.Generator) -> None:
     replay = Replay(numbered(5_000))
-    positions, _ = replay.take(generator, 5_000, 0.0)
+    positions, _, _ = replay.take(generator, 5_000, 0.0)
     assert positions.dtype == torch.float64
     assert positions.mean(0).abs().max() < 5 / math.sqrt(5_000)
     assert (positions.square().mean(0) - 1).abs().max() < 5 * math.sqrt(2 / 5_000)
@@ -38,10 +38,11 @@ def test_with_probability_zero_every_chain_restarts_from_the_reference(generator
 @pytest.mark.parametrize("probability", [0.2, 0.95])
 def test_in_between_that_share_goes_on_each_as_a_whole(probability: float, generator: torch.Generator) -> None:
     num = 10_000
-    positions, slots = Replay(numbered(num)).take(generator, num, probability)
+    positions, slots, said = Replay(numbered(num)).take(generator, num, probability)
     goes_on = positions > 50
     assert torch.equal(goes_on.all(1), goes_on.any(1))
     assert torch.equal(positions[goes_on[:, 0]], numbered(num)[slots[goes_on[:, 0]]])
+    assert torch.equal(goes_on[:, 0], said)
     error = math.sqrt(probability * (1 - probability) / num)
     assert float(goes_on[:, 0].double().mean()) == pytest.approx(probability, abs=5 * error)
 
@@ -55,20 +56,20 @@ def test_every_slot_is_as_likely_as_any(generator: torch.Generator) -> None:
 
 def test_what_is_put_back_is_what_the_next_take_finds(generator: torch.Generator) -> None:
     replay = Replay(numbered(10))
-    positions, slots = replay.take(generator, 4, 1.0)
+    positions, slots, _ = replay.take(generator, 4, 1.0)
     moved = (positions + 1000).requires_grad_()
     replay.put(slots, moved)
     assert not replay.positions.requires_grad
     others = torch.ones(10, dtype=torch.bool).index_fill(0, slots, False)
     assert torch.equal(replay.positions[slots], numbered(10)[slots] + 1000)
     assert torch.equal(replay.positions[others], numbered(10)[others])
-    again, slots = replay.take(generator, 10, 1.0)
+    again, slots, _ = replay.take(generator, 10, 1.0)
     assert torch.equal(again, replay.positions[slots])
 
 
 def test_what_was_taken_does_not_change_with_the_store(generator: torch.Generator) -> None:
     replay = Replay(numbered(10))
-    positions, slots = replay.take(generator, 4, 1.0)
+    positions, slots, _ = replay.take(generator, 4, 1.0)
     kept = positions.clone()
     replay.put(slots, positions - 7)
     assert torch.equal(positions, kept)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config, EbmConfig, KernelConfig, SamplingConfig, TrainingKernelConfig
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.tuning import (
     FIXED_GRADIENTS,
@@ -112,6 +113,8 @@ def test_the_choice_goes_into_the_configuration() -> None:
     adapted = with_trial(replace(config("mala"), sampling=sampling), trial)
     assert adapted.kernel.target_acceptance == 0.8 and adapted.sampling.kernel.step_size == 0.9
     assert with_trial(config("mala"), Trial(1.5, 1, 5.0, 0.0)).kernel.target_acceptance == 0.99
+    with pytest.raises(InputError, match="found no step of mala that is accepted, down to 0.001: .*kernel.step-size"):
+        with_trial(config("mala"), Trial(0.001, 1, 5.0, 1.0))
 
 
 def test_the_table_marks_the_choice() -> None:
