@@ -23,6 +23,8 @@ from ppl_vaebm.splits import (
     Split,
     dequantize,
     image_data,
+    random_subset,
+    without_augmentation,
     without_noise,
 )
 
@@ -39,6 +41,8 @@ __all__ = [
     "gaussians25_log_prob",
     "gaussians25_modes",
     "load_data",
+    "random_subset",
+    "without_augmentation",
     "without_noise",
 ]
 

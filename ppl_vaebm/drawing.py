@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.data import Data
+from ppl_vaebm.data import Data, random_subset
 from ppl_vaebm.figures_samples import save_samples_png
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.gallery import Choices, check_group, write_gallery
@@ -70,7 +70,8 @@ def draw_vaebm(loaded: LoadedRun, kernel: KernelConfig, *, num: int, num_steps: 
 
 
 def _test_data(data: Data, num: int, seed: int) -> Tensor:
-    return data.test.batch(torch.arange(min(num, len(data.test))), stream(seed, "dequantise"))
+    test = random_subset(data.test, num, stream(seed, "order", "test"))
+    return test.batch(torch.arange(len(test)), stream(seed, "dequantise"))
 
 
 def _save(run: Run, sets: Mapping[str, Tensor]) -> list[str]:

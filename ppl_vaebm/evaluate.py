@@ -25,11 +25,20 @@ ten times that, and the training images nearest to its draws; whether training d
 metrics of the VAE's draws. Prints tables and writes evaluate.json part by part, and the report; parts that are not
 measured again keep their numbers as long as the weights are the same."""
 
-MIN_PARTICLES = 16
+MIN_PARTICLES, NUM_PARTICLES = 16, 256
+"""Least and default number of particles of every estimate of log Z by annealing."""
 NUM_SAMPLES = {"images": 2_000, "points": 10_000}
 """Default numbers of samples. 10,000 images, as published distances of small images have, take five times as long."""
 LONG = 10
 """How many times the run's own chain length is measured too: a density that is right is right there as well."""
+USED_BY = {
+    "features": ("samples", "neighbours"),
+    "feature_weights": ("samples", "neighbours"),
+    "ood_root": ("ood",),
+    "num_particles": ("normaliser",),
+    "num_temperatures": ("normaliser",),
+}
+"""Options that are not given by default, and the parts that look at them."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,8 @@ class Options:
     """ebm, ood and histograms: draws of the guide for each."""
     log_likelihood: bool = False
     """ebm: estimate log Z by annealing both ways, sequential samplers, tempered chains and a bridge; bound log h."""
-    num_particles: int = 256
-    """ebm: particles of each of these with --log-likelihood."""
+    num_particles: int | None = None
+    """ebm: particles of each of these with --log-likelihood; 256 if not given."""
     num_temperatures: int | None = None
     """ebm: annealing steps with --log-likelihood; chosen by a pilot run if not given."""
     seed: int = 0
@@ -93,7 +102,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise ValueError(f"{name.replace('_', '-')} must be at least 2 for an error to be known, got {value}")
-        if self.num_particles < MIN_PARTICLES:
+        if self.num_particles is not None and self.num_particles < MIN_PARTICLES:
             raise ValueError(
                 f"num-particles must be at least {MIN_PARTICLES}, two for each of the sequential samplers, "
                 f"got {self.num_particles}"
@@ -165,6 +174,7 @@ def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -
     from ppl_vaebm.inference.normaliser import Effort as NormaliserEffort
 
     chosen = _chosen(options, parts)
+    _refuse_unused(options, chosen)
     ood = tuple(SYNTHETIC) if options.ood is None and "ood" in chosen else _names(options.ood)
     return Plan(
         effort=_effort(options, config, data),
@@ -174,7 +184,7 @@ def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -
         feature_weights=None if options.feature_weights is None else Path(options.feature_weights),
         ood=ood,
         ood_root=options.ood_root,
-        normaliser=NormaliserEffort(options.num_particles, options.num_temperatures),
+        normaliser=NormaliserEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
     )
 
 
@@ -189,6 +199,14 @@ def _chosen(options: Options, default: Sequence[Part]) -> tuple[Part, ...]:
     if options.ood is not None and "ood" not in asked:
         raise InputError("ood names sets for a part that --only leaves out: add ood to --only, or leave --ood out")
     return tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
+
+
+def _refuse_unused(options: Options, chosen: Sequence[Part]) -> None:
+    """Refuse an option that would do nothing."""
+    for name, parts in USED_BY.items():
+        if getattr(options, name) is not None and not set(parts) & set(chosen):
+            use = "--log-likelihood" if "normaliser" in parts else f"the part {' or '.join(parts)}"
+            raise InputError(f"option {name.replace('_', '-')} is for {use}, got it without: leave it out")
 
 
 def _names(text: str | None) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Effort, Measured, Part, Section
 from ppl_vaebm.evaluation_likelihood import Terms, likelihood, likelihood_terms
-from ppl_vaebm.evaluation_metrics import Judge
 from ppl_vaebm.evaluation_modes import mode_section, modes
 from ppl_vaebm.evaluation_neighbours import measure_neighbours
 from ppl_vaebm.evaluation_normaliser import normaliser_sections
@@ -38,7 +37,8 @@ class Evaluation:
         plan: what to measure.
 
     Raises:
-        InputError: a part does not go with the data, or a set of other images cannot be had.
+        InputError: a part does not go with the data, or a set of other images or the network of the metrics cannot be
+            had.
     """
 
     def __init__(self, loaded: LoadedRun, plan: Plan) -> None:
@@ -46,6 +46,7 @@ class Evaluation:
         _check(loaded.data, plan)
         # Loaded before anything slow is done, for they may be missing.
         self.others = ood_sets(loaded, plan.ood, plan.effort.num_scored, plan.seed, plan.ood_root) if plan.ood else {}
+        self.judge = judge_of(loaded.run, loaded.data, plan, loaded.config.seed, loaded.config.device)
 
     def measure(self, part: Part) -> Measured:
         """Measure one part."""
@@ -63,12 +64,6 @@ class Evaluation:
     def terms(self) -> Terms:
         """What log h of the test data is made of."""
         return likelihood_terms(self.loaded, self.plan.effort, self.plan.seed)
-
-    @functools.cached_property
-    def judge(self) -> Judge | None:
-        """The network of the metrics, and the data in its eyes."""
-        config = self.loaded.config
-        return judge_of(self.loaded.run, self.loaded.data, self.plan, config.seed, config.device)
 
     @functools.cached_property
     def samples(self) -> Samples:
@@ -117,8 +112,6 @@ def _check(data: Data, plan: Plan) -> None:
     is_image = len(data.event_shape) == 3
     if "neighbours" in plan.parts and not is_image:
         raise InputError(f"neighbours are those of images, and the data of this run, {data.name}, are points")
-    if plan.features is not None and not is_image:
-        raise InputError(f"--features are those of images, and the data of this run, {data.name}, are points")
     if ("ood" in plan.parts) != bool(plan.ood):
         raise InputError("the part ood needs sets to compare with: name them with --ood, or leave the part out")
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import PARTS, Arrays, Measured, Section
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.run import Run
+from ppl_vaebm.run import Run, from_json, to_json
 
 SOURCES = "where these numbers come from"
 """Title of the section that names part, weights and seed of every other section."""
@@ -24,6 +26,9 @@ SOURCE = re.compile(r"(?P<part>[\w-]+), weights (?P<weights>[0-9a-f]+), seed (?P
 
 def read_sections(run: Run) -> dict[str, Section]:
     """Read the sections that a run has; none where it has no file.
+
+    Numbers that are not finite come back as such, also from files of earlier versions, which had them as NaN and
+    Infinity.
 
     Raises:
         InputError: the file is not JSON of that form.
@@ -36,7 +41,15 @@ def read_sections(run: Run) -> dict[str, Section]:
         sections = None
     if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
         raise InputError(f"expected sections of numbers in {run.evaluation_file}, found something else; remove it")
-    return sections
+    return {title: _mapped(section, from_json) for title, section in sections.items()}
+
+
+def _mapped(section: Section, change: Callable[[Any], Any]) -> Section:
+    """Change every number and text of a section, values and errors too."""
+    return {
+        name: {key: change(value) for key, value in cell.items()} if isinstance(cell, dict) else change(cell)
+        for name, cell in section.items()
+    }
 
 
 def source_of(sections: dict[str, Section], title: str) -> dict[str, str] | None:
@@ -65,7 +78,8 @@ def store(run: Run, part: str, measured: Measured, weights: str, seed: int) -> N
     # Arrays go before their numbers change and come after, so no picture is of other numbers than its table.
     for other in {*PARTS} - {s["part"] for s in kept.values()}:
         _arrays_file(run, other).unlink(missing_ok=True)
-    write_atomic(run.evaluation_file, json.dumps(sections, indent=2) + "\n")
+    written = {title: _mapped(section, to_json) for title, section in sections.items()}
+    write_atomic(run.evaluation_file, json.dumps(written, indent=2, allow_nan=False) + "\n")
     if measured.arrays:
         run.save_npz(_arrays_file(run, part).stem, **measured.arrays)
 

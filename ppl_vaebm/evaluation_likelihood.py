@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.data import Data, gaussians25_log_prob
+from ppl_vaebm.data import Data, gaussians25_log_prob, random_subset
 from ppl_vaebm.evaluation_base import Effort, Section, mean_cell
 from ppl_vaebm.inference.ebm import has_discrete_x
 from ppl_vaebm.inference.learner import data_latents
@@ -44,14 +44,14 @@ def likelihood_terms(loaded: LoadedRun, effort: Effort, seed: int) -> Terms:
     Args:
         loaded: the fitted VAEBM.
         effort: test points and draws.
-        seed: of all draws.
+        seed: of all draws, and of the choice of test points where there are more.
 
     Returns:
         The terms.
     """
     data, potential = loaded.data, loaded.potential
-    num = min(effort.num_test, len(data.test))
-    x = data.test.batch(torch.arange(num), stream(seed, "dequantise", "test")).to(loaded.config.device)
+    test = random_subset(data.test, effort.num_test, stream(seed, "order", "test"))
+    x = test.batch(torch.arange(len(test)), stream(seed, "dequantise", "test")).to(loaded.config.device)
     reference_energy = reference_energies(potential, stream(seed, "log_z", device=x.device), effort.num_z_draws)
     estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance)
     energy = data_energies(loaded, x, seed_for(seed, "posterior"))

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data import Data, without_noise
+from ppl_vaebm.data import Data, without_augmentation, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Arrays, Cell, Effort, Section, random_order
-from ppl_vaebm.features import FeatureNet, Outputs, network_outputs
+from ppl_vaebm.features import Classifier, FeatureNet, Outputs, StackedDigits, network_outputs
+from ppl_vaebm.features_classifier import accuracy
 from ppl_vaebm.metrics import (
     Estimate,
     class_coverage,
+    coverage_of_even_draws,
     density_coverage,
     frechet_bias,
     frechet_distance,
@@ -72,18 +74,18 @@ class Judge:
 
 
 def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[Tensor]:
-    """Read images of the part train or test, rounded to their levels.
+    """Read images of the part train or test, rounded to their levels; neither is mirrored or cropped at random.
 
     Args:
         data: the data set.
         part: which part.
         indices: which images, ``(n,)``.
-        seed: of the dequantisation, which the rounding undoes, and of random flips and crops.
+        seed: of the dequantisation, which the rounding undoes, and of binarised pixels.
 
     Yields:
         Blocks ``(up to BLOCK, C, H, W)``.
     """
-    split = without_noise({"train": data.train, "test": data.test}[part])
+    split = without_augmentation(without_noise({"train": data.train, "test": data.test}[part]))
     noise = stream(seed, "dequantise", part)
     for rows in indices.split(BLOCK):
         yield quantised_as(split.batch(rows, noise), data)
@@ -201,13 +203,19 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
         num: samples in each set.
 
     Returns:
-        One section; it has a warning where there are fewer samples than features.
+        One section, with the network's accuracy where it was trained on the data's labels; it has a warning where there
+        are fewer samples than features.
     """
     num_reference, num_features = len(judge.reference.features), judge.net.num_features
     section: Section = {
         "measured against": f"{num_reference} training images, clipped and rounded to {judge.data.levels} levels",
         "features": num_features,
     }
+    labels = judge.data.test.labels
+    if labels is not None and isinstance(judge.net, (Classifier, StackedDigits)):
+        num_test = len(judge.held_out.logits)
+        shown = labels[random_order(judge.data.test, judge.seed, "test")[:num_test]]
+        section[f"accuracy on {num_test} test images"] = estimate_cell(accuracy(judge.held_out.logits, shown))
     if num < num_features:
         found = frechet_bias(judge.reference.features, samples.features, stream(judge.seed, "bias"))
         section["warning"] = (
@@ -230,20 +238,20 @@ def class_sections(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[
         num: samples in each.
 
     Returns:
-        Two sections of the metrics' family, and none for other data.
+        Two sections of the metrics' family, each with what independent draws of even classes have on average; none for
+        other data.
     """
     if judge.data.name != STACKED or judge.held_out.logits.shape[1] != NUM_STACKED:
         return {}
     everything = {f"held-out data, {len(judge.held_out.logits)} images": judge.held_out, **sets}
     found = {name: class_coverage(outputs.logits.argmax(-1), NUM_STACKED) for name, outputs in everything.items()}
     family = f"[{judge.net.name}], {num} samples"
+    counted: Section = {name: coverage.num_modes for name, coverage in found.items()}
     divergence: Section = {name: coverage.kl_to_uniform for name, coverage in found.items()}
     # All sets but the held-out data have one size.
-    divergence["independent draws of even classes"] = (NUM_STACKED - 1) / (2 * num)
-    return {
-        f"classes of {NUM_STACKED} {family}": {name: coverage.num_modes for name, coverage in found.items()},
-        f"KL to even classes (nats) {family}": divergence,
-    }
+    even, name = coverage_of_even_draws(num, NUM_STACKED), "independent draws of even classes"
+    counted[name], divergence[name] = even.num_modes, even.kl_to_uniform
+    return {f"classes of {NUM_STACKED} {family}": counted, f"KL to even classes (nats) {family}": divergence}
 
 
 def metric_arrays(rows: list[Row], **others: object) -> Arrays:

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_vaebm.data import Data
-from ppl_vaebm.evaluation_base import Effort, Measured, Section, random_order
+from ppl_vaebm.evaluation_base import Cell, Effort, Measured, Section, random_order
 from ppl_vaebm.evaluation_metrics import Judge, image_blocks
 from ppl_vaebm.metrics import nearest_neighbours
 
 NUM_SHOWN = 10
 """Samples that are shown with their neighbours."""
 COPY_QUANTILE = 0.01
-"""Share of test images that lie nearer to a training image than what is called near here; of honest samples it should
-be about the same share. Chosen by us."""
+"""About the share of test images that lie nearer to a training image than what is called near here. Chosen by us."""
 
 
 class Nearest(NamedTuple):
@@ -94,17 +92,43 @@ def _picked(data: Data, order: Tensor, places: Tensor, seed: int) -> Tensor:
 
 
 def _section(samples: Nearest, test: Nearest) -> Section:
-    near = float(np.quantile(test.distance.numpy(), COPY_QUANTILE))
-    share = float((samples.distance < near).double().mean())
     medians = [float(nearest.distance.median()) for nearest in (samples, test)]
+    ratio: Cell = "none: half of the test images are copies of training images"
+    if medians[1] > 0:
+        ratio = medians[0] / medians[1]
     return {
         "median distance, samples": medians[0],
         "median distance, test images": medians[1],
-        "samples over test images": medians[0] / medians[1],
+        "samples over test images": ratio,
         "least distance, samples": float(samples.distance.min()),
         "least distance, test images": float(test.distance.min()),
-        f"share of samples nearer than {COPY_QUANTILE:.0%} of test images": {
-            "value": share,
-            "error": math.sqrt(share * (1 - share) / len(samples.distance)),
-        },
+        **near_shares(samples.distance, test.distance),
     }
+
+
+def near_shares(samples: Tensor, test: Tensor) -> Section:
+    """Count the samples that are nearer to training images than nearly all test images are.
+
+    What is near is the k-th least of m distances of test images. Independent draws of the data's law fall below it with
+    probability Beta(k, m + 1 - k), which is ``k / (m + 1)`` on average; k is where that is nearest to
+    :data:`COPY_QUANTILE`, and 1 where the test images are few.
+
+    Args:
+        samples: distances, ``(n,)``, n >= 1.
+        test: distances of test images, ``(m,)``, m >= 1.
+
+    Returns:
+        The share of samples, and what it is on average for draws of the data's own law. The share's error joins the
+        binomial one of the samples and that of the quantile, ``q (1 - q) / (m + 2)`` with ``q = k / (m + 1)``, which is
+        exact for such draws; so it tells how far these may lie from their average.
+    """
+    num_test = len(test)
+    rank = max(1, round(COPY_QUANTILE * (num_test + 1)))
+    name = f"share of samples nearer than {COPY_QUANTILE:.0%} of test images"
+    near = test.kthvalue(rank).values
+    if not bool(near > 0):
+        return {name: f"none: {int((test == 0).sum())} of {num_test} test images are copies of training images"}
+    share = float((samples < near).double().mean())
+    expected = rank / (num_test + 1)
+    error = math.sqrt(share * (1 - share) / len(samples) + expected * (1 - expected) / (num_test + 2))
+    return {name: {"value": share, "error": error}, "the same, expected of draws of the data's law": expected}

@@ -18,6 +18,8 @@ from ppl_vaebm.config import DataConfig, DataName
 from ppl_vaebm.data import Data, form_without_files, load_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import random_order
+from ppl_vaebm.image_files import root_folder
+from ppl_vaebm.image_sets import FOLDERS
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.pixels import quantised_as
@@ -117,15 +119,17 @@ def known_names() -> tuple[str, ...]:
     return (*SYNTHETIC, *DataName.__args__)  # type: ignore[attr-defined]
 
 
-def check_sets(names: Sequence[str], loaded: LoadedRun) -> None:
+def check_sets(names: Sequence[str], loaded: LoadedRun, root: str | None = None) -> None:
     """Refuse sets before anything slow is done.
 
     Args:
         names: of the sets.
         loaded: the fitted VAEBM.
+        root: where the files of other data sets lie; where the run's own do, if not given.
 
     Raises:
-        InputError: the run's data are not images, or a name is unknown, given twice, or that of the run's own data.
+        InputError: the run's data are not images, a name is unknown, given twice, or that of the run's own data, or no
+            set has files to look for in the root. A folder of images is known by its place, other sets by their name.
     """
     if names and loaded.data.levels is None:
         raise InputError(
@@ -138,11 +142,25 @@ def check_sets(names: Sequence[str], loaded: LoadedRun) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"--ood: expected every set once, found {', '.join(twice)} more often; name it once")
-    if loaded.data.name in names:
+    own = next((name for name in names if _is_own(name, loaded, root)), None)
+    if own is not None:
+        instead = "leave it out, or name another folder with --ood-root" if own in FOLDERS else "leave it out"
         raise InputError(
-            f"--ood: expected sets of another distribution, found {loaded.data.name}, which the run was fitted to; "
-            "leave it out"
+            f"--ood: expected sets of another distribution, found {own}, which the run was fitted to; {instead}"
         )
+    if root is not None and names and all(name in SYNTHETIC for name in names):
+        raise InputError(
+            f"--ood-root: expected data sets whose files lie in {root}, found only {', '.join(names)}; name one with "
+            "--ood, or leave the folder out"
+        )
+
+
+def _is_own(name: str, loaded: LoadedRun, root: str | None) -> bool:
+    if name in FOLDERS and loaded.data.name in FOLDERS:
+        own = loaded.config.data
+        folders = [root_folder(replace(own, root=folder)).resolve() for folder in (own.root, root or own.root)]
+        return folders[0] == folders[1]
+    return name == loaded.data.name
 
 
 def load_other(name: str, loaded: LoadedRun, root: str | None) -> tuple[Data, str]:
@@ -158,13 +176,13 @@ def load_other(name: str, loaded: LoadedRun, root: str | None) -> tuple[Data, st
 
     Raises:
         InputError: its images are points, of other channels, or of a size that cannot be changed; or its files are
-            missing.
+            missing or unreadable.
     """
     shape, own = loaded.data.event_shape, loaded.config.data
     plain = DataConfig(name=name, root=root or own.root, download=own.download, binarize=own.binarize)  # type: ignore[arg-type]
     as_own = replace(plain, image_size=own.image_size, padding=own.padding)
     resized = replace(as_own, image_size=shape[-1])
-    for config in (as_own, plain, resized):
+    for config in dict.fromkeys((as_own, plain, resized)):
         data = _loaded_if(config, shape, loaded.config.seed)
         if data is not None:
             how = ", resized: the blur alone may tell it from the data" if config is resized else ""
@@ -185,7 +203,14 @@ def _loaded_if(config: DataConfig, shape: torch.Size, seed: int) -> Data | None:
         return None
     if form is not None and form.event_shape != shape:
         return None
-    data = load_data(config, seed)
+    try:
+        data = load_data(config, seed)
+    except InputError as error:
+        if form is None and config.image_size is None:
+            return None  # images of many sizes, it may be; with a size every other fault is found again, and said
+        raise InputError(
+            f"--ood {config.name}: {error} (options of --data are those of fit; here --ood-root names the folder)"
+        ) from error
     return data if data.event_shape == shape else None
 
 
@@ -223,7 +248,7 @@ def ood_sets(
     Raises:
         InputError: as :func:`check_sets` and :func:`load_other`, or a set has too few images.
     """
-    check_sets(names, loaded)
+    check_sets(names, loaded, root)
     # From the other end of the order in which test images are scored: images in both only if there are too few.
     own = _some(loaded.data.test, random_order(loaded.data.test, seed, "test").flip(0)[:num], seed)
     found = {}

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ppl_vaebm.data import Data
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Effort, Part, Section
-from ppl_vaebm.evaluation_metrics import Judge, new_judge
+from ppl_vaebm.evaluation_metrics import NUM_SPLITS, Judge, new_judge
 from ppl_vaebm.features import FeatureChoice, feature_net
 from ppl_vaebm.inference.normaliser import Effort as NormaliserEffort
 from ppl_vaebm.run import Run
 
 NO_NETWORK: Section = {"none": "the data have no labels for a classifier to learn; name --features inception"}
 """What stands in the place of metrics that nobody can make."""
+JUDGED: tuple[Part, ...] = ("samples", "neighbours")
+"""Parts that look at images through a network."""
 
 
 @dataclass(frozen=True)
@@ -39,21 +43,57 @@ class Plan:
 def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
     """Get the network that a plan asks for, and describe the data by it.
 
+    Call it before anything slow is done: files may be missing, and samples too few.
+
     Args:
         run: where a classifier is kept, once trained.
-        data: images.
+        data: of the run.
         plan: what to measure.
         seed: the run's, of the classifier's training.
         device: where the network runs.
 
     Returns:
-        The judge; ``None`` where no network was asked for and the data cannot train one.
+        The judge; ``None`` where no part looks at images, or no network was asked for and the data cannot train one.
 
     Raises:
-        InputError: as :func:`~ppl_vaebm.features.feature_net` and :func:`~ppl_vaebm.evaluation_metrics.new_judge`.
+        InputError: a network or its weights are named, and the data are points; or the weights are, and without labels
+            there is no network; or samples or images are fewer than the metrics need; or as
+            :func:`~ppl_vaebm.features.feature_net`.
     """
-    choice = plan.features or ("classifier" if data.train.labels is not None else None)
-    if choice is None:
+    _check_features(data, plan)
+    choice = _choice(data, plan)
+    judged = [part for part in plan.parts if part in JUDGED]
+    if choice is None or not judged or len(data.event_shape) != 3:
         return None
+    _check_sizes(data, plan.effort, judged)
     net = feature_net(choice, plan.feature_weights, data, seed, run.path, device)
     return new_judge(net, data, plan.effort, plan.seed)
+
+
+def _check_features(data: Data, plan: Plan) -> None:
+    """Refuse a network, or its weights, that no metric would be taken from."""
+    for option, asked in (("features", plan.features), ("feature-weights", plan.feature_weights)):
+        if asked is not None and len(data.event_shape) != 3:
+            raise InputError(
+                f"--{option} are those of images, and the data of this run, {data.name}, are points; leave them out"
+            )
+    if plan.feature_weights is not None and _choice(data, plan) is None:
+        raise InputError(
+            f"--feature-weights are those of a classifier, and the data of this run, {data.name}, have no labels for "
+            "one; name --features inception if they are Inception-v3's, or leave them out"
+        )
+
+
+def _check_sizes(data: Data, effort: Effort, judged: Sequence[Part]) -> None:
+    """Refuse what :func:`~ppl_vaebm.evaluation_metrics.new_judge` would, but before a classifier is trained."""
+    num_train, num_test = min(effort.num_reference, len(data.train)), len(data.test)
+    if min(num_train // 2, num_test, effort.num_samples) < NUM_SPLITS:
+        raise InputError(
+            f"metrics of images need at least {NUM_SPLITS} samples, {NUM_SPLITS} test images and {2 * NUM_SPLITS} "
+            f"training images, got {effort.num_samples}, {num_test} and {num_train}; ask for more, or leave "
+            f"{' and '.join(judged)} out with --only"
+        )
+
+
+def _choice(data: Data, plan: Plan) -> FeatureChoice | None:
+    return plan.features or (None if data.train.labels is None else "classifier")

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ppl_vaebm.data import random_subset
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Effort, Measured, Part, Section, mean_cell
 from ppl_vaebm.evaluation_likelihood import bits_per_dim, has_bits
-from ppl_vaebm.evaluation_metrics import class_sections, metric_arrays, metric_rows, metric_sections, remarks
+from ppl_vaebm.evaluation_metrics import Judge, class_sections, metric_arrays, metric_rows, metric_sections, remarks
 from ppl_vaebm.evaluation_modes import mode_cells
 from ppl_vaebm.evaluation_plan import NO_NETWORK, Plan, judge_of
 from ppl_vaebm.fitted_vae import FittedVAE
@@ -36,7 +37,7 @@ def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured
         data's are known, and metrics of its draws where the data are images.
 
     Raises:
-        InputError: a part needs an energy.
+        InputError: a part needs an energy, or as :func:`~ppl_vaebm.evaluation_plan.judge_of`.
     """
     refused = [part for part in plan.parts if part not in VAE_PARTS]
     if refused:
@@ -44,8 +45,10 @@ def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured
             f"of stage svi the parts {' and '.join(VAE_PARTS)} can be measured, and {', '.join(refused)} not; "
             "leave the others out of --only"
         )
+    # Before the bounds, which are slow: a file may be missing.
+    judge = judge_of(fitted.run, fitted.data, plan, fitted.config.seed, fitted.config.device)
     for part in plan.parts:
-        yield part, _bounds(fitted, plan) if part == "likelihood" else _samples(fitted, plan)
+        yield part, _bounds(fitted, plan) if part == "likelihood" else _samples(fitted, plan, judge)
 
 
 def _bounds(fitted: FittedVAE, plan: Plan) -> Measured:
@@ -64,7 +67,8 @@ def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -
         fitted: where the data come from.
         vae: the VAE, with either statistics.
         effort: test points, and draws of the guide per point.
-        seed: of the dequantisation and of the draws; two VAEs get the same.
+        seed: of the choice of test points where there are more, of the dequantisation and of the draws; two VAEs get
+            the same.
 
     Returns:
         The ELBO, the importance-weighted bound and the KL of every group, with standard errors over test points.
@@ -90,18 +94,18 @@ def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -
 
 
 def _test_blocks(fitted: FittedVAE, limit: int, seed: int) -> Iterator[Tensor]:
-    noise, num = stream(seed, "dequantise", "test"), min(limit, len(fitted.data.test))
-    for indices in torch.arange(num).split(BLOCK):
-        yield fitted.data.test.batch(indices, noise).to(fitted.config.device)
+    noise = stream(seed, "dequantise", "test")
+    test = random_subset(fitted.data.test, limit, stream(seed, "order", "test"))
+    for indices in torch.arange(len(test)).split(BLOCK):
+        yield test.batch(indices, noise).to(fitted.config.device)
 
 
-def _samples(fitted: FittedVAE, plan: Plan) -> Measured:
+def _samples(fitted: FittedVAE, plan: Plan, judge: Judge | None) -> Measured:
     num, draws = plan.effort.num_samples, seed_for(plan.seed, "samples")
     if fitted.data.modes is not None:
         return Measured({"modes: VAE": mode_cells(prior_draws(fitted.sampler, num, draws), fitted.data)}, {})
     if len(fitted.data.event_shape) != 3:
         return Measured({}, {})
-    judge = judge_of(fitted.run, fitted.data, plan, fitted.config.seed, fitted.config.device)
     if judge is None:
         return Measured({"metrics of samples": NO_NETWORK}, {})
     sets = {

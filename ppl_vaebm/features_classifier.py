@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import safetensors
@@ -12,8 +13,9 @@ from torch.nn import functional
 
 from ppl_vaebm.data import Data, KeyedSampler, without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.features_base import FeatureNet, Outputs, network_outputs
+from ppl_vaebm.features_base import Outputs
 from ppl_vaebm.files import write_atomic
+from ppl_vaebm.metrics_inputs import Estimate
 from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import global_rng, seed_for, stream
 
@@ -141,24 +143,18 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
     return padded[torch.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
-def accuracy(net: FeatureNet, data: Data, generator: torch.Generator) -> float:
-    """Return the share of the test images that are classified rightly, in [0, 1].
+def accuracy(logits: Tensor, labels: Tensor) -> Estimate:
+    """Estimate the share of images that are classified rightly.
 
     Args:
-        net: a classifier of their labels.
-        data: labelled images.
-        generator: source of the dequantisation noise, which rounding takes away again.
+        logits: of the images, ``(n, k)``, n >= 1.
+        labels: their classes, ``(n,)``, integers in {0, ..., k - 1}.
 
-    Raises:
-        InputError: the data are no images, or those for the test have no labels.
+    Returns:
+        The share, in [0, 1], and its binomial standard error.
     """
-    if data.test.labels is None:
-        raise InputError(
-            f"an accuracy needs labels, and the test images of data set {data.name} have none; "
-            "choose a labelled data set"
-        )
-    x = quantised_as(without_noise(data.test).batch(torch.arange(len(data.test)), generator), data)
-    return float((network_outputs(net, x).logits.argmax(-1) == data.test.labels).double().mean())
+    share = float((logits.argmax(-1) == labels).double().mean())
+    return Estimate(share, math.sqrt(share * (1 - share) / len(labels)))
 
 
 def load_or_train(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> Classifier:

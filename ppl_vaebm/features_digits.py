@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ppl_vaebm.data import Data, IntegerImages, Split, without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.features_base import Outputs, network_outputs
+from ppl_vaebm.features_base import Outputs
 from ppl_vaebm.features_classifier import NUM_STEPS, Classifier, load_or_train
 
 NUM_CHANNELS = 3
@@ -39,6 +39,8 @@ class StackedDigits(nn.Module):
     def outputs(self, x: Tensor) -> Outputs:
         """Return the three channels' features side by side, ``(n, 192)``, and logits of the classes, ``(n, 1000)``.
 
+        The class of digits a, b and c is ``100 a + 10 b + c``.
+
         Args:
             x: images, ``(n, 3, H, W)``, in [-1, 1].
         """
@@ -54,17 +56,6 @@ class StackedDigits(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Return logits of the classes, ``(n, 1000)``; see :meth:`outputs`."""
         return self.outputs(x).logits
-
-    def digit_labels(self, x: Tensor) -> Tensor:
-        """Classify images as ``100 a + 10 b + c`` of their digits a, b and c.
-
-        Args:
-            x: images, ``(n, 3, H, W)``, in [-1, 1], rounded to levels, n >= 1.
-
-        Returns:
-            ``(n,)``, int64, in {0, ..., 999}.
-        """
-        return network_outputs(self, x).logits.argmax(-1)
 
 
 def load_or_train_digits(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> StackedDigits:

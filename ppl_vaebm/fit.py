@@ -100,8 +100,12 @@ def main(argv: list[str] | None = None) -> None:
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
     if options.dry_run:
+        from ppl_vaebm.inference.ebm import check_continuous_x, check_kernel
         from ppl_vaebm.summary import describe
 
+        if options.stage == "ebm":
+            check_kernel(options.config)
+            check_continuous_x(options.config)
         _announce(options.stage, folder, options.config)
         print("\n".join(describe(options.config)))
         return

@@ -33,8 +33,8 @@ from ppl_vaebm.inference.vae_draws import prior_draws, prior_means, reconstructi
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.run import Run
-from ppl_vaebm.splits import Split
-from ppl_vaebm.tensorboard import Board
+from ppl_vaebm.splits import Split, random_subset
+from ppl_vaebm.tensorboard import StageBoards
 
 TEMPERATURES = (0.6, 0.7, 0.8, 1.0)
 NUM_KL_POINTS = 500
@@ -72,7 +72,7 @@ def gallery(fitted: FittedVAE, split: Split, seed: int, choices: Choices = DEFAU
     Args:
         fitted: the VAE; draws of the prior are its sampler's.
         split: held-out data, for reconstructions and KL.
-        seed: of all draws.
+        seed: of all draws, and of the choice of data where there are more than are shown.
         choices: of the user.
 
     Returns:
@@ -97,7 +97,7 @@ def gallery(fitted: FittedVAE, split: Split, seed: int, choices: Choices = DEFAU
 
 
 def write_gallery(
-    fitted: FittedVAE, seed: int, choices: Choices = DEFAULT, board: Board | None = None, step: int = 0
+    fitted: FittedVAE, seed: int, choices: Choices = DEFAULT, board: StageBoards | None = None, step: int = 0
 ) -> list[Path]:
     """Write the pictures of a fitted VAE into its run's samples folder, as arrays and images.
 
@@ -126,7 +126,7 @@ def write_gallery(
     return paths
 
 
-def show_gallery(run: Run, config: Config, data: Data, board: Board, vae: HierarchicalVAE, step: int) -> None:
+def show_gallery(run: Run, config: Config, data: Data, board: StageBoards, vae: HierarchicalVAE, step: int) -> None:
     """Show the pictures of a VAE in training, of validation data, on a board.
 
     Args:
@@ -141,12 +141,17 @@ def show_gallery(run: Run, config: Config, data: Data, board: Board, vae: Hierar
         board.images(gallery_grids(name, arrays), step)
 
 
-def _first(split: Split, num: int, seed: int) -> Tensor:
-    return split.batch(torch.arange(min(num, len(split))), stream(seed, "gallery", "dequantise"))
+def _chosen(split: Split, num: int, seed: int) -> Split:
+    return random_subset(split, num, stream(seed, "gallery", "order"))
+
+
+def _some(split: Split, num: int, seed: int) -> Tensor:
+    chosen = _chosen(split, num, seed)
+    return chosen.batch(torch.arange(len(chosen)), stream(seed, "gallery", "dequantise"))
 
 
 def _reconstructions(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:
-    x = _first(split, 2 * images_per_row(vae.model.event_shape[-1]), seed)
+    x = _some(split, 2 * images_per_row(vae.model.event_shape[-1]), seed)
     return {"x": _array(reconstructions(vae, x, seed_for(seed, "gallery"))), "data": _array(x)}
 
 
@@ -173,7 +178,7 @@ def _point_draws(fitted: FittedVAE, split: Split, seed: int) -> Arrays:
         "x": _array(x.unsqueeze(1)),
         "temperatures": np.ones(1),
         "statistics": np.array(""),
-        "data": _array(_first(split, NUM_POINTS, seed)),
+        "data": _array(_some(split, NUM_POINTS, seed)),
     }
 
 
@@ -191,13 +196,14 @@ def _traversal(fitted: FittedVAE, group: str, seed: int) -> Arrays:
 
 
 def _group_kl(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:
-    estimate = mean_elbo(vae, split, seed_for(seed, "gallery"), NUM_KL_POINTS)
+    chosen = _chosen(split, NUM_KL_POINTS, seed)
+    estimate = mean_elbo(vae, chosen, seed_for(seed, "gallery"), NUM_KL_POINTS)
     shapes = vae.model.latent_shapes
     return {
         "kl_nats": np.array([estimate.kl_nats[name] for name in shapes]),
         "names": np.array(list(shapes)),
         "sides": np.array([shape[-1] if len(shape) == 3 else 0 for shape in shapes.values()]),
-        "num_points": np.array(min(NUM_KL_POINTS, len(split))),
+        "num_points": np.array(len(chosen)),
     }
 
 

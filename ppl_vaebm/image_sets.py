@@ -197,7 +197,7 @@ def _lsun_church(config: DataConfig) -> Data:
     whole, square = (partial(load, form=form._replace(is_square=is_square)) for is_square in (False, True))
     flips = has_flips(config, own=True)
     splits = [
-        LazyImages(whole, train[:num], levels=levels, has_flips=flips, random_crop=form.size),
+        LazyImages(whole, train[:num], levels=levels, has_flips=flips, random_crop=form.size, load_middle=square),
         LazyImages(square, train[num:], levels=levels),
         LazyImages(square, test, levels=levels),
     ]

@@ -18,8 +18,10 @@ from ppl_vaebm.metrics_inputs import Estimate, checked
 from ppl_vaebm.metrics_modes import (
     HIGH_QUALITY_NUM_STD,
     ClassCoverage,
+    EvenDraws,
     ModeStatistics,
     class_coverage,
+    coverage_of_even_draws,
     mode_statistics,
 )
 from ppl_vaebm.metrics_neighbours import (
@@ -37,13 +39,14 @@ __all__ = [
     "ClassCoverage",
     "DensityCoverage",
     "Estimate",
+    "EvenDraws",
     "FrechetBias",
     "ModeStatistics",
     "Neighbours",
     "PrecisionRecall",
-    "auroc",
     "auroc_estimate",
     "class_coverage",
+    "coverage_of_even_draws",
     "density_coverage",
     "frechet_bias",
     "frechet_distance",
@@ -88,14 +91,10 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
 # --- scores inside and outside of a distribution -------------------------------------------------
 
 
-def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Return the area under the receiver operating characteristic; see :func:`auroc_estimate`."""
-    return auroc_estimate(inside, outside).value
-
-
 def auroc_estimate(inside: Tensor, outside: Tensor) -> Estimate:
-    """Estimate the probability that a point of the distribution scores higher than one from outside.
+    """Estimate the area under the receiver operating characteristic.
 
+    That is the probability that a point of the distribution scores higher than one from outside.
     Mann and Whitney's statistic, ties counting half, and the standard error of DeLong, DeLong and Clarke-Pearson
     (1988), which takes the two sets as independent samples. Where the scores do not overlap that error is 0, and says
     nothing.

@@ -118,8 +118,9 @@ def kernel_distance(
     Returns:
         The distance and its standard error. The latter has two parts: which subsets were drawn, and which samples there
         were. The second follows from the spread s of the subsets, for the variance of a mean over m of n is to that
-        over n as n to m: ``s^2 f / (1 - f)`` with ``f = m / n``. Where the sets are alike it is too large, for there
-        the variance falls as 1 / n^2.
+        over n as n to m: ``s^2 f / (1 - f)`` with ``f = m / n``. Each set has its own f, so s^2 is shared between them,
+        as it is found in pairs of subsets when those of one set change and those of the other stay. Where the sets are
+        alike the error is too large, for there the variance falls as 1 / n^2.
 
     Raises:
         InputError: fewer than four rows, subsets of fewer than two, different widths, or numbers that are not finite.
@@ -132,30 +133,44 @@ def kernel_distance(
         )
     num = min(len(features_a), len(features_b))
     size = min(subset_size, num // 2)
-    values = torch.stack(
-        [
-            _kernel_distance(_subset(features_a, size, generator), _subset(features_b, size, generator))
-            for _ in range(num_subsets)
+    values: list[Tensor] = []
+    by_a = by_b = 0.0
+    for start in range(0, num_subsets, 2):
+        pairs = [
+            (_Subset.of(features_a, size, generator), _Subset.of(features_b, size, generator))
+            for _ in range(min(2, num_subsets - start))
         ]
-    )
-    share = size / num
-    error = values.var() * (1 / num_subsets + share / (1 - share))
-    return Estimate(float(values.mean()), math.sqrt(float(error)))
+        values += [_kernel_distance(a, b) for a, b in pairs]
+        if len(pairs) == 2:
+            # Two subsets of each set make a table of four distances; its rows and columns differ independently.
+            (a, b), (other_a, other_b) = pairs
+            straight, crossed = values[-1] - values[-2], _kernel_distance(other_a, b) - _kernel_distance(a, other_b)
+            by_a += float((straight + crossed).square())
+            by_b += float((straight - crossed).square())
+    part_a = by_a / (by_a + by_b) if by_a + by_b else 0.5
+    factor_a, factor_b = (size / (len(features) - size) for features in (features_a, features_b))
+    found = torch.stack(values)
+    error = found.var() * (1 / num_subsets + part_a * factor_a + (1 - part_a) * factor_b)
+    return Estimate(float(found.mean()), math.sqrt(float(error)))
 
 
-def _subset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    return features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+class _Subset(NamedTuple):
+    rows: Tensor
+    """``(size, d)``."""
+    within: Tensor
+    """Mean kernel of two different rows, ``()``."""
+
+    @staticmethod
+    def of(features: Tensor, size: int, generator: torch.Generator) -> _Subset:
+        rows = features[torch.randperm(len(features), generator=generator)[:size].to(features.device)]
+        matrix = _kernel(rows, rows)
+        return _Subset(rows, (matrix.sum() - matrix.trace()) / (size * (size - 1)))
 
 
-def _kernel_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Return the unbiased estimate from two sets of one size, ``()``."""
-    size = len(a)
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1).pow(3)
 
-    def kernel(x: Tensor, y: Tensor) -> Tensor:
-        return (x @ y.T / x.shape[1] + 1).pow(3)
 
-    def within(x: Tensor) -> Tensor:
-        matrix = kernel(x, x)
-        return (matrix.sum() - matrix.trace()) / (size * (size - 1))
-
-    return within(a) + within(b) - 2 * kernel(a, b).mean()
+def _kernel_distance(a: _Subset, b: _Subset) -> Tensor:
+    """Return the unbiased estimate from two subsets of one size, ``()``."""
+    return a.within + b.within - 2 * _kernel(a.rows, b.rows).mean()

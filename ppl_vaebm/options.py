@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ import yaml
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.errors import InputError
+
+ANSI_STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 RECIPES = Path(__file__).parent / "experiments"
 """Folder of the recipes that ship."""
@@ -85,10 +88,15 @@ def _refusals(prog: str) -> Iterator[None]:
 
 
 def _unboxed(box: str) -> str:
-    """Take the words out of the frame that the parser draws around its message, and leave out its advice on --help."""
-    lines = (line.strip(" \u2502\u2500\u256d\u256e\u2570\u256f") for line in box.splitlines()[1:])
+    """Take the words out of the frame that the parser draws around its message, and leave out its advice on --help.
+
+    The frame is in colour where standard output is a terminal, and of hyphens and bars where that has no other signs.
+    """
+    plain = ANSI_STYLE.sub("", box)
+    lines = (line.strip(" |+\u2502\u2500\u256d\u256e\u2570\u256f") for line in plain.splitlines()[1:])
+    lines = (line for line in lines if line.strip("-"))
     # The advice calls the program by its short name, or tells the user to run a YAML file.
-    return " ".join(line for line in lines if line).partition(" For full helptext, ")[0]
+    return " ".join(lines).partition(" For full helptext, ")[0]
 
 
 def tokens(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

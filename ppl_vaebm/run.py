@@ -166,7 +166,7 @@ class Run:
             record: names to values; ``stage`` and ``step`` let :meth:`metrics` and :meth:`rewind_metrics` find it.
                 The strings "nan", "inf" and "-inf" stand for those numbers and are read back as such.
         """
-        values = {name: _to_json(value) for name, value in record.items()}
+        values = {name: to_json(value) for name, value in record.items()}
         line = json.dumps(values, allow_nan=False) + "\n"
         with self.metrics_file.open("a+b") as file:
             _cut_torn_line(file)
@@ -246,7 +246,7 @@ class Run:
                     f"expected one JSON object per line in {self.metrics_file}, found {line[:40]!r} in line {number}; "
                     "correct or delete that line"
                 )
-            yield line, {name: _from_json(value) for name, value in record.items()}
+            yield line, {name: from_json(value) for name, value in record.items()}
 
 
 def _cut_torn_line(file: io.BufferedRandom) -> None:
@@ -262,11 +262,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _to_json(value: float | int | str) -> float | int | str:
+def to_json(value: float | int | str) -> float | int | str:
+    """Return a value as JSON can hold it; see :data:`NON_FINITE`."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     return value
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
+    """Return what :func:`to_json` was given."""
     return NON_FINITE.get(value, value) if isinstance(value, str) else value

@@ -10,7 +10,7 @@ exactly -1 and 1, and what models give them is a log probability already.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -171,6 +171,8 @@ class LazyImages(Generic[K]):
     """Whether a batch is drawn by :func:`binarize`; else by :func:`dequantize`."""
     random_crop: int | None = None
     """Side of the square to cut out of each image of a batch, anywhere in it; ``None`` for images of one shape."""
+    load_middle: Callable[[K], Tensor] | None = None
+    """Like :attr:`load`, but the middle square, as parts without random crops have it; for those with."""
 
     def __post_init__(self) -> None:
         """Refuse labels that do not fit."""
@@ -211,6 +213,46 @@ class Smoothed:
         return smoothed(self.clean.batch(indices, generator), self.noise_sd, generator)
 
 
+@dataclass(frozen=True, eq=False)
+class Subset:
+    """Some elements of a split."""
+
+    whole: Split
+    """All elements."""
+    places: Tensor
+    """Which of them are in it, ``(n,)``, int64."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Classes; see :attr:`Split.labels`."""
+        return None if self.whole.labels is None else self.whole.labels[self.places]
+
+    def __len__(self) -> int:
+        """Count the elements."""
+        return len(self.places)
+
+    def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Make a batch; see :meth:`Split.batch`."""
+        return self.whole.batch(self.places[indices], generator)
+
+
+def random_subset(split: Split, num: int, generator: torch.Generator) -> Split:
+    """Choose elements by chance and keep their order, for files may be sorted by class.
+
+    Args:
+        split: the elements to choose from.
+        num: how many, at least 1.
+        generator: source of the choice, on the CPU; that of ``stream(seed, "order", name)`` chooses the first ones of
+            :func:`~ppl_vaebm.evaluation_base.random_order`.
+
+    Returns:
+        The chosen ones; the split itself where it has no more than that, so that nothing changes there.
+    """
+    if num >= len(split):
+        return split
+    return Subset(split, torch.randperm(len(split), generator=generator)[:num].sort().values)
+
+
 def smoothed(x: Tensor, noise_sd: float, generator: torch.Generator) -> Tensor:
     """Add Gaussian noise to images.
 
@@ -227,7 +269,27 @@ def smoothed(x: Tensor, noise_sd: float, generator: torch.Generator) -> Tensor:
 
 def without_noise(split: Split) -> Split:
     """Return a split as it is before it is smoothed, whose images have whole levels."""
+    if isinstance(split, Subset):
+        return replace(split, whole=without_noise(split.whole))
     return split.clean if isinstance(split, Smoothed) else split
+
+
+def without_augmentation(split: Split) -> Split:
+    """Return a split as held-out images are read: none is mirrored, and crops are the middle square.
+
+    A training part is augmented, the others are not: what compares the two must not see that. The rest of a batch's
+    random numbers is what it was where nothing was augmented.
+    """
+    if isinstance(split, Smoothed):
+        return replace(split, clean=without_augmentation(split.clean))
+    if isinstance(split, Subset):
+        return replace(split, whole=without_augmentation(split.whole))
+    if isinstance(split, LazyImages) and split.random_crop is not None:
+        assert split.load_middle is not None
+        split = replace(split, load=split.load_middle, random_crop=None)
+    if isinstance(split, (IntegerImages, LazyImages)) and split.has_flips:
+        return replace(split, has_flips=False)
+    return split
 
 
 def _random_square(image: Tensor, side: int, generator: torch.Generator) -> Tensor:

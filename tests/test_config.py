@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ppl_vaebm.config import (
 )
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.options import (
+    _unboxed,
     differences,
     from_dict,
     load_yaml,
@@ -117,6 +119,26 @@ def test_a_mistake_is_one_line_that_names_file_and_key(text: str, key: str) -> N
     assert key in message
     assert message.isprintable() and not set(message) & set("\u2502\u2500\u256d\u256e\u2570\u256f")
     assert "--help" not in message  # a recipe cannot be run
+
+
+@pytest.mark.parametrize("argv", [["--num-points", "x"], ["--no-such-option", "3"], ["--num-points", "1"]])
+def test_a_terminal_that_has_colours_changes_no_message(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with pytest.raises(InputError) as caught:
+            parse(DataConfig, argv, "points")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and messages[0].isprintable()
+
+
+def test_frames_of_every_kind_come_off() -> None:
+    words = ["first words ", "last words"]
+    fine = ["\u256d\u2500 Error \u2500\u256e", *(f"\u2502 {each} \u2502" for each in words), "\u2570\u2500\u2500\u256f"]
+    coloured = [f"\x1b[31m{line}\x1b[0m" for line in fine]
+    plain = ["+- Error -+", *(f"| {each} |" for each in words), "-" * 20, "+---+"]
+    for frame in (fine, coloured, plain):
+        assert _unboxed("\n".join(frame)) == "first words last words"
 
 
 def test_a_misspelt_key_comes_with_a_suggestion() -> None:

@@ -14,7 +14,8 @@ from ppl_vaebm import evaluation_modes
 from ppl_vaebm.config import Config, KernelConfig, ModelConfig, NvaeConfig, SamplingConfig
 from ppl_vaebm.data import Data
 from ppl_vaebm.evaluation import Effort, likelihood
-from ppl_vaebm.evaluation_likelihood import bits_per_dim, has_bits
+from ppl_vaebm.evaluation_base import random_order
+from ppl_vaebm.evaluation_likelihood import bits_per_dim, has_bits, likelihood_terms
 from ppl_vaebm.evaluation_modes import modes
 from ppl_vaebm.inference.ebm import new_vaebm
 from ppl_vaebm.inference.likelihood import exact_draws
@@ -66,6 +67,31 @@ def test_the_likelihood_is_that_of_the_closed_form(tmp_path: Path) -> None:
     gain, _ = cell(section, "log h - log p")
     assert gain == pytest.approx(float((log_h - log_p).mean()), abs=4 * log_z_error)
     assert section["log Z certified"] == "yes"
+
+
+def test_test_points_of_a_sorted_file_are_a_fair_choice(tmp_path: Path) -> None:
+    """Their mean log p is that of all, within its error; that of the first ones is far from it."""
+    loaded, num = loaded_run(tmp_path), 200
+    everything = loaded.data.test.batch(torch.arange(EFFORT.num_test), stream(0, "unused"))
+    split = Points(everything.sort(dim=0).values)
+    loaded = replace(loaded, data=replace(loaded.data, test=split))
+    effort = EFFORT._replace(num_test=num, num_z_draws=100)
+    terms = likelihood_terms(loaded, effort, seed=0)
+    assert torch.equal(terms.x, split.points[random_order(split, 0, "test")[:num].sort().values])
+    value, error = cell({**likelihood(loaded, effort, 0, terms)}, "log p (VAE)")
+    of_all, of_first = (log_normal(x.double(), 0.0, VARIANCE).mean() for x in (split.points, split.points[:num]))
+    assert abs(value - float(of_all)) < 4 * error < abs(float(of_first - of_all))
+    assert not torch.equal(likelihood_terms(loaded, effort, seed=1).x, terms.x)
+
+
+@pytest.mark.parametrize("num", [20, 5_000])
+def test_a_small_test_part_is_taken_as_it_is(tmp_path: Path, num: int) -> None:
+    config, data = Config(), image_set(17)
+    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
+    effort = EFFORT._replace(num_test=num, num_importance=2, num_z_draws=2)
+    x = likelihood_terms(loaded, effort, seed=5).x
+    assert torch.equal(x, data.test.batch(torch.arange(20), stream(5, "dequantise", "test")))  # to the last bit
 
 
 def test_few_effective_draws_are_not_certified(tmp_path: Path) -> None:

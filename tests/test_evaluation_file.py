@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation_base import Measured
+from ppl_vaebm.evaluation_base import Measured, Section
 from ppl_vaebm.evaluation_file import SOURCES, load_arrays, read_sections, source_of, store
+from ppl_vaebm.evaluation_tables import lines
 from ppl_vaebm.run import Run
 
 
@@ -67,3 +69,34 @@ def test_a_file_of_another_form_is_refused(run: Run, text: str) -> None:
     run.evaluation_file.write_text(text)
     with pytest.raises(InputError, match="evaluate.json"):
         read_sections(run)
+
+
+def refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def test_numbers_that_are_not_finite_are_json_and_come_back_as_numbers(run: Run) -> None:
+    section: Section = {
+        "a": math.nan,
+        "b": {"value": -math.inf, "error": math.inf},
+        "c": 1.5,
+        "d": "no: nan nats",
+        "e": 3,
+    }
+    shown = lines({"distance": section})
+    store(run, "samples", Measured({"distance": section}, {}), "ab", 0)
+    store(run, "ood", Measured({"areas": {"noise": 1.0}}, {}), "ab", 0)  # what stays is written anew
+    written = json.loads(run.evaluation_file.read_text(), parse_constant=refuse)["distance"]
+    assert written == {"a": "nan", "b": {"value": "-inf", "error": "inf"}, "c": 1.5, "d": "no: nan nats", "e": 3}
+    found = read_sections(run)["distance"]
+    assert isinstance(found["a"], float) and math.isnan(found["a"])
+    assert found["b"] == {"value": -math.inf, "error": math.inf}
+    assert [found[name] for name in "cde"] == [1.5, "no: nan nats", 3]
+    assert lines({"distance": found}) == shown
+
+
+def test_files_of_earlier_versions_have_their_own_word_for_them(run: Run) -> None:
+    run.evaluation_file.write_text('{"distance": {"a": NaN, "b": {"value": -Infinity, "error": Infinity}}}')
+    found = read_sections(run)["distance"]
+    assert isinstance(found["a"], float) and math.isnan(found["a"])
+    assert found["b"] == {"value": -math.inf, "error": math.inf}

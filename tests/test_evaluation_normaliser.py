@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ppl_vaebm import evaluate
-from ppl_vaebm.config import Config
+from ppl_vaebm.config import Config, EnergyConfig
 from ppl_vaebm.evaluation_file import SOURCES
 from ppl_vaebm.evaluation_likelihood import Terms, likelihood, likelihood_terms
 from ppl_vaebm.evaluation_normaliser import (
@@ -19,6 +21,7 @@ from ppl_vaebm.evaluation_normaliser import (
     bound_section,
     estimate_section,
     how_section,
+    joint_bound,
     normaliser_sections,
     verdict,
 )
@@ -26,13 +29,26 @@ from ppl_vaebm.evaluation_tables import lines
 from ppl_vaebm.inference import likelihood as likelihood_module
 from ppl_vaebm.inference import normaliser
 from ppl_vaebm.inference.ebm import new_vaebm
+from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.log_z import LogZ
 from ppl_vaebm.inference.normaliser import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi import new_vae
 from ppl_vaebm.loading import LoadedRun
+from ppl_vaebm.models.energy import Energy
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
-from tests.small_models import VARIANCE, log_normal
+from tests.small_models import (
+    POSTERIOR_SLOPE,
+    POSTERIOR_SPREAD,
+    VARIANCE,
+    QuadraticEnergy,
+    ZeroEnergy,
+    linear_vae,
+    log_normal,
+)
 from tests.test_evaluation import CENTER, EFFORT, MEAN, STD, WIDTH, cell, image_set, loaded_run
 from tests.tiny import fit_run, write_empty_report
 
@@ -103,6 +119,104 @@ def test_terms_given_are_not_computed_anew(measured: tuple[LoadedRun, Terms, Nor
     assert cell(section, "log h (VAEBM)")[0] == pytest.approx(log_h - 1)
 
 
+# --- an energy of x and z ------------------------------------------------------------------------
+
+Z_WIDTH = 0.5
+Z_LOG_Z = -0.5 * math.log(1 + 1 / Z_WIDTH**2)
+"""Of exp(-z^2 / (2 width^2)) under N(0, 1)."""
+TILT = 1 / (1 + POSTERIOR_SPREAD**2 / Z_WIDTH**2)
+"""By which that factor shrinks the mean and the variance of z given x."""
+
+
+class LatentEnergy(Energy):
+    """``E = |z_1|^2 / (2 width^2)``, so that z given x stays a Gaussian."""
+
+    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
+        assert z is not None
+        return 0.5 * (z["z_1"] / Z_WIDTH).square().flatten(1).sum(1)
+
+
+def unnormalised(x: Tensor) -> Tensor:
+    """Log of the integral of p(x, z) exp(-E(z)) over z, ``(n,)``: log p and the factor's mean given x."""
+    x = x.double()
+    variance = Z_WIDTH**2 + POSTERIOR_SPREAD**2
+    factor = 0.5 * math.log(Z_WIDTH**2 / variance) - 0.5 * (POSTERIOR_SLOPE * x[:, 0]).square() / variance
+    return log_normal(x, 0.0, VARIANCE) + factor
+
+
+def points(num: int) -> Tensor:
+    return math.sqrt(VARIANCE) * torch.randn(num, 1, generator=stream(0, "points"), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows_per_pass", [None, 7, 64])
+def test_the_joint_bound_is_exact_where_the_guide_is_the_posterior_under_h(
+    rows_per_pass: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if rows_per_pass is not None:  # draws of one point in several passes; several points in one
+        monkeypatch.setattr(HierarchicalVAE, "rows_per_pass", rows_per_pass)
+    guide = linear_vae(TILT * POSTERIOR_SLOPE, math.sqrt(TILT) * POSTERIOR_SPREAD)
+    found = joint_bound(VAEBM(guide, LatentEnergy()), points(20), seed=0, num_draws=10)
+    torch.testing.assert_close(found.value, unnormalised(points(20)), rtol=0, atol=1e-9)
+    assert float(found.error.max()) < 1e-9
+    # The VAE's own posterior is not that of h, and its weights vary.
+    other = joint_bound(VAEBM(linear_vae(), LatentEnergy()), points(20), seed=0, num_draws=10)
+    assert float(other.error.min()) > 0.01
+
+
+def test_the_joint_bound_is_unbiased_before_the_log_and_a_lower_bound_after() -> None:
+    x, vaebm = points(400), VAEBM(linear_vae(), LatentEnergy())
+    few, many = (joint_bound(vaebm, x, seed=0, num_draws=num) for num in (2, 2_000))
+    errors = (many.value - unnormalised(x)) / many.error
+    assert abs(float(errors.mean())) < 5 / math.sqrt(len(x)) and float(errors.std()) < 1.3
+    shortfall = unnormalised(x) - few.value
+    assert float(shortfall.mean()) > 5 * float(shortfall.std()) / math.sqrt(len(x))
+
+
+def test_for_an_energy_of_x_the_joint_bound_is_that_of_log_p_less_e() -> None:
+    x, energy = points(30), QuadraticEnergy(CENTER, WIDTH)
+    found = joint_bound(VAEBM(linear_vae(0.5, 0.7), energy), x, seed=0, num_draws=20)
+    expected = log_p(linear_vae(0.5, 0.7), x, 0, 20, scales=[1.0]).value - energy(x)
+    torch.testing.assert_close(found.value, expected, rtol=0, atol=1e-9)
+
+
+def joint_run(folder: Path, vae: HierarchicalVAE) -> LoadedRun:
+    """Make a run whose energy reads z."""
+    loaded = loaded_run(folder)
+    vaebm = VAEBM(vae, LatentEnergy())
+    config = Config(energy=EnergyConfig(inputs="x-and-z"))
+    return replace(loaded, config=config, vaebm=vaebm, potential=noise_potential(vaebm))
+
+
+def known(found: Normaliser, log_z: float) -> Normaliser:
+    """Put a log Z that is known in the place of the bounds."""
+    exact = LogZ(log_z, 0.0, 200.0)
+    return found._replace(lower=found.lower._replace(log_z=exact), upper=found.upper._replace(log_z=exact))
+
+
+def test_with_a_wrong_guide_the_joint_rows_bound_log_h_and_log_p_less_e_does_not(
+    tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]
+) -> None:
+    # This guide knows nothing of x and lies where the energy is low.
+    loaded = joint_run(tmp_path, linear_vae(0.0, 0.4))
+    terms = likelihood_terms(loaded, EFFORT, seed=0)
+    section: dict[str, object] = {**bound_section(loaded, known(measured[2], Z_LOG_Z), terms, seed=0)}
+    truth = float(unnormalised(terms.x).mean()) - Z_LOG_Z
+    assert not any("IWAE - E" in name for name in section)
+    joint, _ = cell(section, "log h >= joint IWAE - log Z (upper bound)")
+    middle, _ = cell(section, "log h by joint IWAE - log Z (middle)")
+    assert joint == middle
+    by_draws = section["error of that by the guide's draws alone"]
+    assert isinstance(by_draws, float)
+    assert -0.02 < joint - truth < 5 * by_draws < 0.02
+    elbo, _ = cell(section, "log h >= ELBO - E - log Z (upper bound)")
+    assert elbo < joint - 0.1
+    unnormalised_mean, _ = cell(section, "joint IWAE bound of log h + log Z, 100 draws")
+    assert joint == pytest.approx(unnormalised_mean - Z_LOG_Z)
+    # What this row was once: far above the truth.
+    once = float((terms.log_p.value.double() - terms.energy).mean()) - Z_LOG_Z
+    assert once > truth + 0.2
+
+
 # --- the verdict ---------------------------------------------------------------------------------
 
 
@@ -170,6 +284,25 @@ def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, No
     assert verdict(vague) == "yes: the bounds and 2 of 5 other estimates agree"
 
 
+@pytest.mark.parametrize(("outside", "agrees"), [(0.0, True), (1e-6, False), (-1e-6, False)])
+def test_bounds_without_an_error_are_taken_at_their_word(
+    outside: float, agrees: bool, measured: tuple[LoadedRun, Terms, Normaliser]
+) -> None:
+    found = others(bounds(measured[2], 0.0, 0.0, error=0.0), {"draws of the VAE": LogZ(LOG_Z + outside, 0.0, 5_000.0)})
+    assert ("draws of the VAE" in agreeing(found)) is agrees
+
+
+def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Path, quick: None) -> None:
+    loaded = loaded_run(tmp_path)
+    vaebm = VAEBM(linear_vae(), ZeroEnergy())
+    loaded = replace(loaded, vaebm=vaebm, potential=noise_potential(vaebm))
+    few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200)
+    sections = normaliser_sections(loaded, Effort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
+    section: dict[str, object] = {**sections["log Z by every way (nats)"]}
+    assert cell(section, UPPER) == cell(section, LOWER) == (0.0, 0.0)
+    assert "draws of the VAE" in str(section["agree with the bounds"])
+
+
 def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
     loaded, terms, _ = measured
     sections = normaliser_sections(loaded, Effort(1), terms, seed=0)
@@ -214,15 +347,19 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
     )
 
 
-def test_images_have_their_bounds_in_bits_too(tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
-    config, data = Config(), image_set(17)
+@pytest.mark.parametrize(("inputs", "name"), [("x", "IWAE - E"), ("x-and-z", "joint IWAE")])
+def test_images_have_their_bounds_in_bits_too(
+    inputs: str, name: str, tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]
+) -> None:
+    config, data = Config(energy=EnergyConfig(inputs=inputs)), image_set(17)  # type: ignore[arg-type]
     vaebm = new_vaebm(config, new_vae(config, data).eval())
     loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
     few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
     section: dict[str, object] = {**bound_section(loaded, measured[2], likelihood_terms(loaded, few, 0), seed=0)}
-    nats, error = cell(section, "log h >= IWAE - E - log Z (upper bound)")
-    bits, bits_error = cell(section, "bits per dimension, at most by IWAE - E - log Z (upper bound)")
-    assert "bits per dimension by IWAE - E - log Z (middle)" in section
+    nats, error = cell(section, f"log h >= {name} - log Z (upper bound)")
+    bits, bits_error = cell(section, f"bits per dimension, at most by {name} - log Z (upper bound)")
+    assert f"bits per dimension by {name} - log Z (middle)" in section
+    assert ("log h >= IWAE - E - log Z (upper bound)" in section) is (inputs == "x")
     assert bits == pytest.approx(math.log2(17 / 2) - nats / (64 * math.log(2)))
     assert bits_error == pytest.approx(error / (64 * math.log(2)))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from ppl_vaebm.rng import stream
 from ppl_vaebm.run import Run
 from ppl_vaebm.splits import IntegerImages, image_data
 from tests.judged import LEVELS, Brightness, image_levels, image_run, level_data
+from tests.pixels import save
 from tests.small_models import VARIANCE, linear_vae, log_normal
 from tests.test_evaluation import CENTER, MEAN, STD, WIDTH, loaded_run
 
@@ -183,3 +187,83 @@ def test_sets_that_make_no_sense_are_refused_before_anything_else(tmp_path: Path
     points = LoadedRun(Run(tmp_path), Config(), loaded_run(tmp_path).data, vaebm, noise_potential(vaebm))
     with pytest.raises(InputError, match="are points"):
         check_sets(("noise",), points)
+
+
+# --- folders of images ---------------------------------------------------------------------------
+
+
+def write_folder(folder: Path, sides: Sequence[tuple[int, int]], num: int = 60) -> None:
+    """Write grey images of one level each, 10 to 250, of these heights and widths in turn."""
+    for index in range(num):
+        level = 10 + 240 * index // (num - 1)
+        save(folder / f"{index:03}.png", np.full(sides[index % len(sides)], level, dtype=np.uint8))
+
+
+def folder_run(folder: Path, name: str = "image-folder") -> LoadedRun:
+    """Make a run of 1 x 8 x 8 images that was fitted on a folder."""
+    data = level_data(image_levels(30), image_levels(30, name="test"), name)
+    loaded = image_run(folder, data)
+    return replace(loaded, config=replace(loaded.config, data=DataConfig(name=name, root=str(folder))))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("sides", "is_resized"),
+    [([(12, 10), (9, 9)], True), ([(16, 16)], True), ([(8, 8)], False)],
+    ids=["many sizes", "another size", "the run's size"],
+)
+def test_a_folder_is_brought_to_the_size_of_the_runs_images(
+    tmp_path: Path, sides: list[tuple[int, int]], is_resized: bool
+) -> None:
+    write_folder(tmp_path / "others", sides)
+    loaded = image_run(tmp_path / "run", level_data(image_levels(30), image_levels(30, name="test")))
+    data, what = load_other("image-folder", loaded, str(tmp_path / "others"))
+    assert data.event_shape == (1, 8, 8) and what.startswith("test split of image-folder")
+    assert ("resized" in what) == is_resized
+    x = data.test.batch(torch.arange(len(data.test)), stream(0, "u"))
+    assert float((x.amax((1, 2, 3)) - x.amin((1, 2, 3))).max()) < 2 / 256  # of one level each, as the files are
+    found = ood_sets(loaded, ("image-folder",), 4, seed=0, root=str(tmp_path / "others"))["image-folder"]
+    assert found.x.shape[1:] == (1, 8, 8) and 2 <= len(found.x) <= 4
+
+
+def test_a_folder_that_cannot_be_had_is_named_with_the_option_that_there_is(tmp_path: Path) -> None:
+    loaded = image_run(tmp_path / "run", level_data(image_levels(30), image_levels(30, name="test")))
+    with pytest.raises(InputError, match="--ood image-folder: expected a folder of images at .*none.*--ood-root names"):
+        load_other("image-folder", loaded, str(tmp_path / "nowhere"))
+    write_folder(tmp_path / "broken", [(12, 10), (9, 9)])
+    (tmp_path / "broken" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"--ood image-folder: .*bad\.png"):
+        load_other("image-folder", loaded, str(tmp_path / "broken"))
+    save(tmp_path / "coloured" / "0.png", np.zeros((9, 12, 3), dtype=np.uint8))
+    write_folder(tmp_path / "coloured" / "more", [(12, 10)])
+    with pytest.raises(InputError, match="expected images of shape 1 x 8 x 8.*found another shape"):
+        load_other("image-folder", loaded, str(tmp_path / "coloured"))
+
+
+@pytest.mark.parametrize("name", ["image-folder", "celeba-hq"])
+def test_a_second_folder_is_another_set(tmp_path: Path, name: str) -> None:
+    own, other = tmp_path / "own", tmp_path / "other"
+    write_folder(other, [(9, 9), (10, 12)])
+    own.mkdir()
+    (tmp_path / "link").symlink_to(own)
+    loaded = folder_run(own)
+    for root in (None, str(own), f"{own}/../own/", str(tmp_path / "link")):
+        with pytest.raises(InputError, match=f"another distribution, found {name}.*another folder with --ood-root"):
+            check_sets((name,), loaded, root)
+    check_sets((name,), loaded, str(other))
+    found = ood_sets(loaded, ("image-folder",), 5, seed=0, root=str(other))
+    assert len(found["image-folder"].x) >= 2
+
+
+def test_sets_of_a_name_are_the_same_in_every_folder(tmp_path: Path) -> None:
+    for root in (None, str(tmp_path / "other")):
+        with pytest.raises(InputError, match="found mnist, which the run was fitted to; leave it out"):
+            check_sets(("mnist",), folder_run(tmp_path, "mnist"), root)
+    check_sets(("image-folder",), folder_run(tmp_path, "mnist"), None)
+
+
+def test_a_folder_for_sets_without_files_is_refused(tmp_path: Path) -> None:
+    loaded = folder_run(tmp_path, "mnist")
+    with pytest.raises(InputError, match="--ood-root: .*found only noise, vae"):
+        check_sets(("noise", "vae"), loaded, str(tmp_path))
+    check_sets(("noise", "digits"), loaded, str(tmp_path))
+    check_sets(("noise", "vae"), loaded)

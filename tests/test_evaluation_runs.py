@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
-from ppl_vaebm import evaluate, evaluation_plan, report
+from ppl_vaebm import evaluate, evaluation, evaluation_plan, report
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import Effort, Evaluation, Plan
 from ppl_vaebm.evaluation import evaluate as evaluate_parts
@@ -18,9 +20,11 @@ from ppl_vaebm.evaluation_file import SOURCES, store
 from ppl_vaebm.evaluation_ood_sets import SYNTHETIC
 from ppl_vaebm.figures_evaluation import PICTURES
 from ppl_vaebm.inference import sampling
+from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.report_sections import evaluation_section
 from ppl_vaebm.run import Run
-from tests.judged import Brightness, PixelNet, image_levels, image_run, level_data
+from ppl_vaebm.splits import IntegerImages, image_data
+from tests.judged import LEVELS, Brightness, PixelNet, image_levels, image_run, level_data
 from tests.test_evaluation import loaded_run
 from tests.tiny import IMAGES, fit_run, write_empty_report
 
@@ -81,6 +85,58 @@ def test_parts_that_do_not_go_with_points_are_refused(tmp_path: Path, plan: Plan
         Evaluation(loaded_run(tmp_path), plan)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where a likelihood is measured."""
+
+    def too_early(*options: object) -> None:
+        raise AssertionError("the likelihood comes after the network")
+
+    monkeypatch.setattr(evaluation, "likelihood_terms", too_early)
+
+
+def labelled_run(folder: Path) -> LoadedRun:
+    train, test = image_levels(60), image_levels(40, name="test")
+    splits = [IntegerImages(images, torch.arange(len(images)) % 3, LEVELS) for images in (train, test, test)]
+    return image_run(folder, image_data("levels", train.shape[1:], splits))
+
+
+@pytest.mark.parametrize("part", ["samples", "neighbours"])
+def test_a_network_that_cannot_be_had_is_refused_before_the_likelihood(
+    tmp_path: Path, unmeasured: None, part: Part, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = labelled_run(tmp_path)
+    parts: tuple[Part, ...] = ("likelihood", part)
+    with pytest.raises(InputError, match="expected the weights of a classifier in .*none, found no file"):
+        next(evaluate_parts(loaded, Plan(EFFORT, parts, feature_weights=tmp_path / "none")))
+    with pytest.raises(InputError, match="expected weights of Inception-v3|need the package"):
+        next(evaluate_parts(loaded, Plan(EFFORT, parts, features="inception", feature_weights=tmp_path / "none")))
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    with pytest.raises(InputError, match="need the package torch-fidelity"):
+        next(evaluate_parts(loaded, Plan(EFFORT, parts, features="inception")))
+    monkeypatch.setattr(evaluation_plan, "feature_net", lambda *options: pytest.fail("trained for too few samples"))
+    few = {"num_samples": 9}, {"num_reference": 19}
+    for effort in few:
+        with pytest.raises(InputError, match=f"at least 10 samples.*or leave {part} out with --only"):
+            next(evaluate_parts(loaded, Plan(EFFORT._replace(**effort), parts)))  # type: ignore[arg-type]
+
+
+def test_no_network_is_looked_for_where_no_part_takes_one(tmp_path: Path, unmeasured: None) -> None:
+    plan = Plan(EFFORT._replace(num_samples=9), ("likelihood", "histograms"))
+    with pytest.raises(AssertionError, match="after the network"):
+        next(evaluate_parts(labelled_run(tmp_path), plan))
+
+
+def test_weights_without_a_network_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = image_run(tmp_path, level_data(image_levels(60), image_levels(40, name="test")))
+    with pytest.raises(InputError, match="--feature-weights .* no labels for one; name --features inception"):
+        Evaluation(loaded, Plan(EFFORT, ("samples",), feature_weights=tmp_path / "w"))
+    monkeypatch.setattr(evaluation_plan, "feature_net", lambda *options: PixelNet())
+    named = Evaluation(loaded, Plan(EFFORT, ("samples",), features="inception", feature_weights=tmp_path / "w"))
+    assert named.judge is not None
+    assert Evaluation(loaded, Plan(EFFORT, ("samples",))).judge is None
+
+
 # --- the command ---------------------------------------------------------------------------------
 
 
@@ -116,6 +172,16 @@ def test_parts_can_be_measured_one_by_one(points: Path, quick: None, capsys: pyt
         (["--num-reference", "0"], ["num-reference", "at least 2"]),
         (["--features", "inseption"], ["classifier", "inception"]),
         (["--features", "inception"], ["--features are those of images"]),
+        (["--features", "inception", "--stage", "svi"], ["--features are those of images"]),
+        (["--feature-weights", "w"], ["--feature-weights are those of images"]),
+        (["--feature-weights", "w", "--stage", "svi"], ["--feature-weights are those of images"]),
+        (["--features", "inception", "--only", "likelihood"], ["features", "samples or neighbours", "leave it out"]),
+        (["--feature-weights", "w", "--only", "histograms"], ["feature-weights", "samples or neighbours"]),
+        (["--ood-root", "images"], ["ood-root", "the part ood", "leave it out"]),
+        (["--ood-root", "images", "--stage", "svi"], ["ood-root", "the part ood"]),
+        (["--num-particles", "256"], ["num-particles", "--log-likelihood", "leave it out"]),
+        (["--num-temperatures", "9"], ["num-temperatures", "--log-likelihood"]),
+        (["--num-particles", "64", "--stage", "svi"], ["num-particles", "--log-likelihood"]),
     ],
 )
 def test_options_that_cannot_work_end_in_a_sentence(

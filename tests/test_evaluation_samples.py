@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
+from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation_base import Effort, Section
+from ppl_vaebm.evaluation_base import Effort, Section, random_order
 from ppl_vaebm.evaluation_metrics import (
     METRICS,
     NUM_STACKED,
     Judge,
     class_sections,
+    image_blocks,
     metric_arrays,
     metric_rows,
     metric_sections,
@@ -23,12 +28,14 @@ from ppl_vaebm.evaluation_metrics import (
 )
 from ppl_vaebm.evaluation_samples import Samples, draw_samples, measure_samples
 from ppl_vaebm.features import Outputs
+from ppl_vaebm.features_classifier import train_classifier
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.metrics import frechet_bias, frechet_distance
 from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import stream
+from ppl_vaebm.splits import IntegerImages, Smoothed, image_data
 from tests.judged import LEVELS, Brightness, PixelNet, image_levels, image_run, level_data
 
 EFFORT = Effort(2, 2, 2, num_samples=60, steps=(2, 4), num_reference=200)
@@ -67,6 +74,25 @@ def test_draws_of_the_datas_law_are_as_good_as_data_and_others_are_not(judge: Ju
     assert min(found["density"][name] for name in names[:3]) > 0.6
     # One class is left of two.
     assert found["Inception Score"]["alike"] > 1.15 > found["Inception Score"]["dark"]
+
+
+def test_the_reference_is_not_mirrored_as_training_is() -> None:
+    train, test = image_levels(240), image_levels(80, name="test")
+    train[..., :4] //= 4  # dark on the left
+    test[..., :4] //= 4
+    plain = level_data(train, test)
+    flipping = replace(plain, train=IntegerImages(train, None, LEVELS, has_flips=True))
+    noisy = replace(flipping, train=Smoothed(flipping.train, 0.1), noise_sd=0.1)
+    order = random_order(plain.train, 0, "train")
+    expected = torch.cat(list(image_blocks(plain, "train", order, 0)))
+    seen = quantised_as(flipping.train.batch(order, stream(0, "dequantise", "train")), plain)
+    assert not torch.equal(seen, expected)  # so a batch of training would have been
+    judged = new_judge(PixelNet(), plain, EFFORT, seed=0)
+    for data in (flipping, noisy):
+        assert torch.equal(torch.cat(list(image_blocks(data, "train", order, 0))), expected)
+        assert torch.equal(new_judge(PixelNet(), data, EFFORT, seed=0).reference.features, judged.reference.features)
+    mirrored = frechet_distance(judged.held_out.features, PixelNet().features(seen))
+    assert mirrored > 3 * frechet_distance(judged.held_out.features, judged.reference.features)
 
 
 def test_images_are_clipped_and_rounded_and_never_stretched(judge: Judge) -> None:
@@ -115,6 +141,34 @@ def test_too_few_samples_are_refused_and_few_come_with_a_warning(judge: Judge) -
             assert f"by {found.low:.4g} to {found.high:.4g}: take at least 40" in str(section["warning"])
 
 
+def brightness_data(*, is_swapped: bool = False, has_labels: bool = True) -> Data:
+    """Dark images (class 0) and bright ones (class 1), the test images sorted by class."""
+    splits = []
+    for num, name in ((60, "train"), (60, "test")):
+        levels = torch.cat([image_levels(num, 0, 8, f"{name} dark"), image_levels(num, 9, LEVELS, f"{name} bright")])
+        labels = torch.arange(2).repeat_interleave(num)
+        labels = 1 - labels if is_swapped and name == "test" else labels
+        splits.append(IntegerImages(levels, labels if has_labels else None, LEVELS))
+    return image_data("brightness", splits[0].images.shape[1:], [splits[0], splits[1], splits[1]])
+
+
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_the_accuracy_of_a_classifier_of_the_data_is_told(is_swapped: bool) -> None:
+    data = brightness_data(is_swapped=is_swapped)
+    net = train_classifier(data, 0, steps=30, batch_size=40)
+    found = new_judge(net, data, EFFORT._replace(num_samples=40), seed=0)  # some test images, in random order
+    (section,) = remarks(found, found.held_out, 100).values()
+    assert section["accuracy on 40 test images"] == {"value": 0.0 if is_swapped else 1.0, "error": 0.0}
+
+
+def test_other_networks_and_data_without_labels_have_no_accuracy(judge: Judge) -> None:
+    labelled, unlabelled = brightness_data(), brightness_data(has_labels=False)
+    net = train_classifier(labelled, 0, steps=1)
+    for found in (judge, new_judge(PixelNet(), labelled, EFFORT, 0), new_judge(net, unlabelled, EFFORT, 0)):
+        (section,) = remarks(found, found.held_out, 60).values()
+        assert not any("accuracy" in name for name in section)
+
+
 def test_classes_of_stacked_digits_are_counted(judge: Judge) -> None:
     labels = torch.cat([torch.arange(600), torch.zeros(600, dtype=torch.long)])
     logits = torch.nn.functional.one_hot(labels, NUM_STACKED).float()
@@ -126,7 +180,13 @@ def test_classes_of_stacked_digits_are_counted(judge: Judge) -> None:
     assert counted["VAE"] == 600
     expected = 599 / 1_200 * math.log(1_000 / 1_200) + 601 / 1_200 * math.log(601_000 / 1_200)
     assert divergence["VAE"] == pytest.approx(expected)
-    assert divergence["independent draws of even classes"] == pytest.approx(999 / 2_400)
+    even = "independent draws of even classes"
+    assert counted[even] == pytest.approx(1_000 * (1 - 0.999**1_200))
+    # The exact mean, by the law of one class's count; its limit for many draws is 999 / 2,400 = 0.416.
+    count = np.arange(1, 1_201)
+    law = stats.binom.pmf(count, 1_200, 0.001)
+    assert divergence[even] == pytest.approx(1_000 * float((law * count / 1_200 * np.log(count / 1.2)).sum()))
+    assert divergence[even] == pytest.approx(0.482, abs=1e-3)
     assert class_sections(judge, {"VAE": outputs}, 1_200) == {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm import evaluation_plan
+from ppl_vaebm import evaluation_plan, evaluation_svi
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
 from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import Effort, Plan
 from ppl_vaebm.evaluation_base import Part, Section
-from ppl_vaebm.evaluation_svi import bounds, evaluate_vae
+from ppl_vaebm.evaluation_svi import _test_blocks, bounds, evaluate_vae
 from ppl_vaebm.fitted_vae import FittedVAE
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.inference.likelihood import elbo_rows
@@ -76,6 +77,22 @@ def test_with_the_exact_posterior_both_bounds_are_the_evidence(tmp_path: Path) -
     kl = 0.5 * ((POSTERIOR_SLOPE * x.double()).square() + ratio - 1 - math.log(ratio))
     assert value(section, "KL of z_1 (nats per point)")[0] == pytest.approx(float(kl.mean()), abs=1e-5)
     assert not any("bits" in name for name in section)
+
+
+def test_test_points_of_a_sorted_file_are_a_fair_choice(tmp_path: Path) -> None:
+    fitted, num = linear(tmp_path), 100
+    x = fitted.data.test.batch(torch.arange(400), stream(0, "unused")).sort(dim=0).values
+    fitted = replace(fitted, data=replace(fitted.data, test=Points(x)))
+    section = bounds(fitted, fitted.vae, EFFORT._replace(num_test=num), seed=0)
+    elbo, error = value(section, "importance-weighted bound, 20 draws (nats per point)")
+    of_all, of_first = (float(log_normal(rows.double(), 0.0, VARIANCE).mean()) for rows in (x, x[:num]))
+    assert abs(elbo - of_all) < 4 * error < abs(of_first - of_all)
+    # Of all points the numbers are what they were before there was a choice.
+    unsorted = linear(tmp_path)
+    every = [bounds(unsorted, unsorted.vae, EFFORT._replace(num_test=count), seed=0) for count in (400, 5_000)]
+    assert every[0] == every[1]
+    blocks = list(_test_blocks(unsorted, 5_000, seed=0))
+    assert torch.equal(torch.cat(blocks), unsorted.data.test.batch(torch.arange(400), stream(0, "unused")))
 
 
 def test_a_wrong_posterior_loosens_the_elbo_more_than_the_other_bound(tmp_path: Path) -> None:
@@ -171,3 +188,31 @@ def test_images_without_labels_say_what_to_do(tmp_path: Path) -> None:
 def test_parts_that_need_an_energy_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ood, histograms not"):
         sections_of(linear(tmp_path), "likelihood", "ood", "histograms")
+
+
+@pytest.mark.parametrize("option", ["features", "feature_weights"])
+def test_a_network_for_points_is_refused_before_anything_is_measured(tmp_path: Path, option: str) -> None:
+    asked: dict[str, Any] = {option: "inception" if option == "features" else tmp_path / "weights"}
+    with pytest.raises(InputError, match=f"--{option.replace('_', '-')} are those of images.*are points"):
+        next(evaluate_vae(linear(tmp_path), Plan(EFFORT, ("likelihood", "samples"), **asked)))
+
+
+def test_a_network_that_cannot_be_had_is_refused_before_the_bounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bounds_too_early(*options: object) -> Section:
+        raise AssertionError("the bounds come after the network")
+
+    monkeypatch.setattr(evaluation_svi, "bounds", bounds_too_early)
+    config, data = images(labels=torch.arange(30) % 3)
+    fitted = FittedVAE(Run(tmp_path), config, data, new_vae(config, data).eval())
+    parts: tuple[Part, ...] = ("likelihood", "samples")
+    with pytest.raises(InputError, match="found no file"):
+        next(evaluate_vae(fitted, Plan(EFFORT, parts, feature_weights=tmp_path / "none")))
+    with pytest.raises(InputError, match="at least 10 samples.*leave samples out with --only"):
+        next(evaluate_vae(fitted, Plan(EFFORT._replace(num_samples=9), parts)))
+    with pytest.raises(AssertionError, match="after the network"):  # without samples no network is looked for
+        next(evaluate_vae(fitted, Plan(EFFORT._replace(num_samples=9), ("likelihood",))))
+    unlabelled = FittedVAE(Run(tmp_path), *images(), fitted.vae)
+    with pytest.raises(InputError, match="have no labels.*--features inception"):
+        next(evaluate_vae(unlabelled, Plan(EFFORT, parts, feature_weights=tmp_path / "none")))

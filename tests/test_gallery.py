@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
 from ppl_vaebm.data import Data
+from ppl_vaebm.drawing import draw_vae
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.figures_svi import GALLERY, GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 from ppl_vaebm.fitted_vae import FittedVAE
@@ -32,7 +34,7 @@ from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.run import Run
-from ppl_vaebm.splits import IntegerImages, Points, image_data
+from ppl_vaebm.splits import IntegerImages, Points, image_data, random_subset
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, A, linear_vae, shipped_vae
 
 NVAE = NvaeConfig(channels=4, num_latents=2, num_scales=2, groups_per_scale=2, encoder_cells=1, decoder_cells=1)
@@ -157,6 +159,39 @@ def test_a_run_gets_its_gallery(tmp_path: Path, kind: str) -> None:
     assert arrays[TRAVERSAL]["x"].shape == (6, 9, 1, 8, 8) and str(arrays[TRAVERSAL]["group"]) == "z_2"
     for name in (RECONSTRUCTIONS, PRIOR, TRAVERSAL):
         assert (fitted.run.samples_dir / f"{name}.png").is_file()
+
+
+def half_black(num: int) -> Data:
+    """Images sorted by class: the first half black, the second white."""
+    images = (15 * (torch.arange(num) >= num // 2)).to(torch.uint8).reshape(num, 1, 1, 1).expand(num, 1, 8, 8)
+    split = IntegerImages(images.contiguous(), None, 16)
+    return image_data("noise", images.shape[1:], [split, split, split])
+
+
+def test_what_is_shown_of_a_sorted_file_has_every_class(tmp_path: Path) -> None:
+    fitted = replace(fitted_images(tmp_path), data=half_black(1_200))
+    found = gallery(fitted, fitted.data.test, seed=0)
+    is_white = (found[RECONSTRUCTIONS]["data"] > 0).all(axis=(1, 2, 3))
+    assert 2 <= is_white.sum() <= 14 and (is_white == np.sort(is_white)).all()
+    assert not (fitted.data.test.batch(torch.arange(16), stream(0, "a")) > 0).any()  # the first ones are black
+    assert int(found[GROUP_KL]["num_points"]) == 500
+    chosen = random_subset(fitted.data.test, 500, stream(0, "gallery", "order"))
+    of_chosen, of_first = (
+        mean_elbo(fitted.vae, split, seed_for(0, "gallery"), 500).kl_nats for split in (chosen, fitted.data.test)
+    )
+    kl = found[GROUP_KL]
+    assert dict(zip(kl["names"].tolist(), kl["kl_nats"].tolist(), strict=True)) == of_chosen
+    assert of_chosen != of_first
+
+
+def test_data_beside_draws_are_a_fair_choice_or_all(tmp_path: Path) -> None:
+    fitted = replace(fitted_images(tmp_path), data=half_black(40))
+    for num in (20, 40):
+        draw_vae(fitted, Choices((1.0,)), num, seed=3)
+        x = np.load(fitted.run.samples_dir / "data.npz")["x"]
+        assert len(x) == num and 0.2 * num <= (x > 0).all(axis=(1, 2, 3)).sum() <= 0.8 * num
+    expected = fitted.data.test.batch(torch.arange(40), stream(3, "dequantise"))
+    np.testing.assert_array_equal(x, expected.numpy())  # all of them: to the last bit what it was without a choice
 
 
 def test_a_gallery_is_the_same_for_the_same_seed(tmp_path: Path) -> None:

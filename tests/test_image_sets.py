@@ -21,6 +21,7 @@ from ppl_vaebm import image_sets
 from ppl_vaebm.config import DataConfig, DataName
 from ppl_vaebm.data import form_without_files, load_data
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.splits import without_augmentation
 from tests.pixels import noise, pixels, quantized, save
 
 # --- torchvision's sets ---
@@ -405,3 +406,21 @@ def test_lsun_is_cropped_anywhere_in_training_and_in_the_middle_elsewhere(
     assert starts.unique().tolist() == list(range(9))  # 180 draws miss one of 9 with probability 6e-9
     assert (seen == starts[:, None, None, None] + torch.arange(8)).all()
     assert torch.equal(pixels(data.train), seen)  # a function of its generator
+
+
+def test_lsun_without_augmentation_is_read_as_held_out_images_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the pixel, through the resize: a square that is cut out after it would be another."""
+    rng = np.random.default_rng(0)
+    same = {
+        b"%03d" % index: png(Image.fromarray(rng.integers(256, size=(20, 37, 3), dtype=np.uint8)))
+        for index in range(40)
+    }
+    for folder in fake_lsun(tmp_path, monkeypatch, same, same):
+        folder.mkdir()
+    data = load_data(DataConfig(name="lsun-church", root=str(tmp_path), image_size=8), 0)
+    held_out = pixels(data.test)[: len(data.train)]
+    assert torch.equal(pixels(without_augmentation(data.train)), held_out)
+    assert not torch.equal(pixels(data.train), held_out)
+    assert without_augmentation(data.test) is data.test

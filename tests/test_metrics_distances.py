@@ -188,6 +188,41 @@ def test_error_of_the_kernel_distance_is_the_spread_over_new_samples() -> None:
     assert float(error.square().mean().sqrt()) > float(value.std())
 
 
+@pytest.mark.parametrize("is_first_small", [True, False])
+def test_error_of_the_kernel_distance_knows_that_one_set_is_larger(is_first_small: bool) -> None:
+    num, many, rows = 60, 1_200, []
+    for repeat in range(150):
+        # Bounded, for the cube of Gaussian tails leaves the spread itself uncertain.
+        small = torch.rand(num, 1, generator=stream(0, "small", repeat))
+        large = 0.5 + torch.rand(many, 1, generator=stream(0, "large", repeat))
+        sets = [(small, large), (small, large[:num])]
+        found = [
+            kernel_distance(*(pair if is_first_small else pair[::-1]), stream(0, "subsets", repeat), NUM_SUBSETS, 15)
+            for pair in sets
+        ]
+        rows.append([found[0].value, found[0].error, found[1].error])
+    value, error, equal = torch.tensor(rows, dtype=torch.float64).unbind(1)
+    spread = float(value.std())
+    assert 0.85 < float(error.square().mean().sqrt()) / spread < 1.2
+    # The error of two sets as small as the smaller one is another.
+    assert float(equal.square().mean().sqrt()) > 1.5 * spread
+
+
+@pytest.mark.parametrize("num_subsets", [2, 5])
+def test_distance_is_the_mean_over_subsets_drawn_in_turn_and_sets_of_one_size_share_one_error(num_subsets: int) -> None:
+    a = torch.randn(12, 2, generator=stream(0, "a"), dtype=torch.float64)
+    b = torch.randn(12, 2, generator=stream(0, "b"), dtype=torch.float64) + 0.5
+    generator, size = stream(0, "subsets"), 4
+    values = []
+    for _ in range(num_subsets):
+        rows = [x[torch.randperm(12, generator=generator)[:size]] for x in (a, b)]
+        values.append(brute_force(*rows))
+    spread = float(torch.tensor(values, dtype=torch.float64).var())
+    found = kernel_distance(a, b, stream(0, "subsets"), num_subsets, size)
+    expected = sum(values) / num_subsets, math.sqrt(spread * (1 / num_subsets + (4 / 12) / (8 / 12)))
+    assert found == pytest.approx(expected, rel=1e-10)
+
+
 @pytest.mark.parametrize(
     ("a", "b", "options", "because"),
     [

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from ppl_vaebm.data import gaussians25_modes
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.metrics import class_coverage, mode_statistics
+from ppl_vaebm.metrics import class_coverage, coverage_of_even_draws, mode_statistics
 from ppl_vaebm.rng import stream
 
 MODES = gaussians25_modes(1.0)
@@ -83,12 +85,46 @@ def test_even_draws_have_the_divergence_that_is_told_for_them() -> None:
     found = [class_coverage(row, num_classes) for row in labels]
     divergence = torch.tensor([coverage.kl_to_uniform for coverage in found])
     error = float(divergence.std()) / math.sqrt(repeats)
-    expected = found[0].kl_of_even_draws
-    assert expected == 19 / 4000
+    expected = coverage_of_even_draws(num, num_classes).kl_to_uniform
+    assert expected == pytest.approx(19 / 4000, rel=0.01)  # its limit for many draws
     assert abs(float(divergence.mean()) - expected) < 5 * error
     # Without one class the divergence stands out.
     lacking = class_coverage(labels[0][labels[0] != 7], num_classes).kl_to_uniform
     assert lacking > expected + 20 * float(divergence.std())
+
+
+def test_few_even_draws_have_the_classes_and_the_divergence_that_are_told_for_them() -> None:
+    num, num_classes, repeats = 100, 60, 400
+    labels = torch.randint(num_classes, (repeats, num), generator=stream(0, "few"))
+    found = torch.tensor([class_coverage(row, num_classes) for row in labels], dtype=torch.float64)
+    mean, error = found.mean(0), found.std(0) / math.sqrt(repeats)
+    expected = torch.tensor(coverage_of_even_draws(num, num_classes), dtype=torch.float64)
+    assert bool(((mean - expected).abs() < 5 * error).all())
+    # The limit for many draws is no answer here.
+    assert abs(float(mean[1]) - (num_classes - 1) / (2 * num)) > 5 * float(error[1])
+
+
+def test_even_draws_have_their_exact_means() -> None:
+    # One draw leaves one class; of two draws of two classes half fall together.
+    assert coverage_of_even_draws(1, 7) == pytest.approx((1.0, math.log(7)))
+    assert coverage_of_even_draws(2, 2) == pytest.approx((1.5, math.log(2) / 2))
+    assert coverage_of_even_draws(50, 1) == pytest.approx((1.0, 0.0), abs=1e-12)
+    assert coverage_of_even_draws(200, 1_000_000).num_modes == pytest.approx(199.9801, abs=1e-3)
+
+
+@pytest.mark.parametrize(("num", "told"), [(1_000, 0.573), (2_000, 0.285), (2_500, 0.223), (26_000, 0.01934)])
+def test_even_draws_of_stacked_digits_have_the_sum_over_the_law_of_one_count(num: int, told: float) -> None:
+    count = np.arange(1, num + 1)
+    terms = stats.binom.pmf(count, num, 1 / 1_000) * count / num * np.log(1_000 * count / num)
+    found = coverage_of_even_draws(num, 1_000).kl_to_uniform
+    assert found == pytest.approx(1_000 * float(terms.sum()), rel=1e-7)
+    assert found == pytest.approx(told, rel=2e-3)
+
+
+@pytest.mark.parametrize(("num", "num_classes"), [(0, 5), (5, 0)])
+def test_no_draws_have_no_means(num: int, num_classes: int) -> None:
+    with pytest.raises(InputError, match=f"got {num} of {num_classes}"):
+        coverage_of_even_draws(num, num_classes)
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,17 @@ def test_the_dry_run_of_a_recipe_works(recipe: str, capsys: pytest.CaptureFixtur
         check_text(recipe, text)
 
 
+def test_a_dry_run_refuses_what_the_fit_would(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--dry-run", "--stage", "ebm", "--run", "nowhere", "--data.root", "nowhere"]
+    for options, words in (
+        (["--recipe", "mnist"], "Bernoulli decoder"),
+        (["--objective", "ladder", "--kernel", "langevin"], "adjusted kernel"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            fit.main([*command, *options])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 # --- schedules -----------------------------------------------------------------------------------
 
 

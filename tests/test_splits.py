@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation_base import random_order
 from ppl_vaebm.rng import stream
 from ppl_vaebm.splits import (
     Data,
@@ -16,10 +17,14 @@ from ppl_vaebm.splits import (
     LazyImages,
     Points,
     Smoothed,
+    Split,
+    Subset,
     binarize,
     dequantize,
     image_data,
+    random_subset,
     smoothed,
+    without_augmentation,
     without_noise,
 )
 from tests.pixels import noise, pixels, quantized
@@ -182,3 +187,81 @@ def test_no_noise_draws_nothing() -> None:
     before = generator.get_state()
     assert smoothed(x, 0.0, generator) is x
     assert torch.equal(generator.get_state(), before)
+
+
+# --- a choice of elements ---
+
+
+def sorted_by_class(num: int = 300, num_classes: int = 10) -> IntegerImages:
+    """Images whose level is their class, class after class."""
+    labels = torch.arange(num) * num_classes // num
+    return IntegerImages(labels.to(torch.uint8).reshape(num, 1, 1, 1).expand(num, 1, 2, 2), labels)
+
+
+def test_a_random_subset_of_a_sorted_file_has_every_class() -> None:
+    split = sorted_by_class()
+    chosen = random_subset(split, 150, stream(3, "order", "test"))
+    assert isinstance(chosen, Subset) and len(chosen) == 150 and chosen.labels is not None
+    assert chosen.labels.unique().tolist() == list(range(10))
+    assert split.labels is not None and split.labels[:150].unique().tolist() == list(range(5))  # the first ones do not
+    assert torch.equal(pixels(chosen)[:, 0, 0, 0], chosen.labels)
+    # The order of the file is kept, and the choice is that of the other parts of an evaluation.
+    assert torch.equal(chosen.places, random_order(split, 3, "test")[:150].sort().values)
+    other = random_subset(split, 150, stream(4, "order", "test"))
+    assert isinstance(other, Subset) and not torch.equal(other.places, chosen.places)
+
+
+@pytest.mark.parametrize("num", [300, 301, 5_000])
+def test_a_subset_of_all_is_the_split_itself(num: int) -> None:
+    split = sorted_by_class()
+    assert random_subset(split, num, noise()) is split
+    assert random_subset(split, 299, noise()) is not split
+
+
+def test_a_subset_without_noise_is_one_of_whole_levels() -> None:
+    split = sorted_by_class()
+    noisy = random_subset(Smoothed(split, 0.5), 20, noise())
+    clean = without_noise(noisy)
+    assert isinstance(noisy, Subset) and torch.equal(pixels(clean), pixels(Subset(split, noisy.places)))
+    assert not torch.equal(pixels(noisy), pixels(clean))
+    points = random_subset(Points(torch.arange(8.0).reshape(4, 2)), 2, noise())
+    assert points.labels is None and len(points.batch(torch.arange(2), noise())) == 2
+
+
+# --- augmentation ---
+
+
+def ramps(num: int = 200) -> Tensor:
+    """Levels that count up from left to right."""
+    return torch.arange(4, dtype=torch.uint8).expand(num, 1, 4, 4).contiguous()
+
+
+def test_without_augmentation_no_image_is_mirrored() -> None:
+    flipping, plain = IntegerImages(ramps(), has_flips=True), IntegerImages(ramps())
+    lazy = LazyImages(lambda key: ramps(1)[0], range(200), has_flips=True)
+    expected = plain.batch(torch.arange(200), noise())
+    subset = torch.arange(0, 200, 2)
+    for split in (flipping, lazy):
+        assert not torch.equal(pixels(split), pixels(plain))
+        assert torch.equal(without_augmentation(split).batch(torch.arange(200), noise()), expected)  # to the last bit
+        assert torch.equal(pixels(without_augmentation(Subset(split, subset))), pixels(plain)[subset])
+    noisy = without_augmentation(Smoothed(flipping, 0.1))
+    assert torch.equal(noisy.batch(torch.arange(200), noise()), Smoothed(plain, 0.1).batch(torch.arange(200), noise()))
+
+
+def test_without_augmentation_crops_are_the_middle() -> None:
+    image = torch.arange(6 * 9, dtype=torch.uint8).reshape(1, 6, 9)
+    split = LazyImages(
+        lambda _: image, range(400), has_flips=True, random_crop=4, load_middle=lambda _: image[:, 1:5, 2:6]
+    )
+    assert len(pixels(split)[:, 0, 0, 0].unique()) > 18
+    assert (pixels(without_augmentation(split)) == image[:, 1:5, 2:6]).all()
+
+
+def test_what_is_not_augmented_stays_itself() -> None:
+    splits: tuple[Split, ...] = (
+        Points(torch.zeros(3, 2)),
+        IntegerImages(ramps()),
+        LazyImages(lambda key: ramps(1)[0], range(3)),
+    )
+    assert all(without_augmentation(split) is split for split in splits)

@@ -72,6 +72,22 @@ def check_kernel(config: Config) -> None:
         )
 
 
+def check_continuous_x(config: Config) -> None:
+    """Refuse a discrete x, which has no gradient in noise space.
+
+    Args:
+        config: the run's configuration.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if has_discrete_x(config):
+        raise InputError(
+            "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
+            "--model.nvae.decoder logistic-mixture or normal, without --data.binarize"
+        )
+
+
 def new_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
     """Make the product density with the run's initial energy.
 
@@ -83,13 +99,9 @@ def new_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
         The VAEBM.
 
     Raises:
-        InputError: the energy does not fit the data, or x is discrete and so has no gradient in noise space.
+        InputError: the energy does not fit the data, or x is discrete.
     """
-    if has_discrete_x(config):
-        raise InputError(
-            "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
-            "--model.nvae.decoder logistic-mixture or normal, without --data.binarize"
-        )
+    check_continuous_x(config)
     vae.model.temperature = config.ebm.temperature
     with global_rng(seed_for(config.seed, "energy")):
         energy = build_energy(config.energy, vae.model.event_shape, vae.model.latent_shapes)

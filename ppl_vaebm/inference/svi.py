@@ -21,7 +21,7 @@ from ppl_vaebm.data import Data, KeyedSampler, Split
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.inference.likelihood import elbo_rows
 from ppl_vaebm.inference.norms import prior_statistics
-from ppl_vaebm.inference.training import AveragedWeights, GuardedOptimizer, copy_buffers, learning_rate
+from ppl_vaebm.inference.training import AveragedWeights, DivergedError, GuardedOptimizer, copy_buffers, learning_rate
 from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -145,7 +145,7 @@ def fit_svi(
         The VAE with averaged weights, in evaluation mode.
 
     Raises:
-        TrainingError: gradients stopped being finite.
+        DivergedError: gradients stopped being finite, or the validation ELBO did.
     """
     loop, seed, stage, process = config.svi, config.seed, "svi", processes.current()
     vae = new_vae(config, data)
@@ -191,13 +191,16 @@ def fit_svi(
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
         is_checkpoint = done % loop.checkpoint_every == 0 or is_last
         if is_checkpoint or done % loop.validate_every == 0:
-            validation = mean_elbo(average.module, data.validation, seed_for(seed, "validation"))
+            with pyro.validation_enabled(False):  # what is not finite is told below
+                validation = mean_elbo(average.module, data.validation, seed_for(seed, "validation"))
             run.log({"stage": stage, "step": done, "validation_elbo_nats": validation.elbo_nats})
+            if not math.isfinite(validation.elbo_nats):
+                raise DivergedError(step, f"the validation ELBO is {validation.elbo_nats}")
             progress.write(f"step {done}: validation ELBO {validation.elbo_nats:.3f} nats")
         if is_checkpoint:
             # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
-            is_candidate = objective.elbo.kl_weight == 1.0 and math.isfinite(validation.elbo_nats)
-            _save(run, config, done, vae, average, objective, optimizer, validation.elbo_nats if is_candidate else None)
+            score = validation.elbo_nats if objective.elbo.kl_weight == 1.0 else None
+            _save(run, config, done, vae, average, objective, optimizer, score)
             if at_checkpoint is not None:
                 at_checkpoint(average.module, done)
     return average.module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from ppl_vaebm import checkpoint
 from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviConfig
 from ppl_vaebm.data import Data, load_data
 from ppl_vaebm.inference.svi import Objective, fit_svi, kl_weight, mean_elbo, new_vae, penalty_weight
-from ppl_vaebm.inference.training import learning_rate
+from ppl_vaebm.inference.training import DivergedError, learning_rate
 from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.models.spectral import norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -203,6 +204,20 @@ def test_a_batch_that_overflows_spoils_neither_weights_nor_statistics(tmp_path: 
     assert [r["num_skipped"] for r in records if "loss" in r] == [0, 0, 1, 1, 1, 1]
     assert all(value.isfinite().all() for value in vae.state_dict().values())
     assert math.isfinite(mean_elbo(vae, part, seed=0).elbo_nats)
+
+
+def test_weights_that_ran_away_end_in_one_sentence_and_no_checkpoint(tmp_path: Path, digits: Data) -> None:
+    """Too few steps for the gradients to be given up, so that the validation is the first to say so."""
+    config = replace(CONFIG, svi=replace(LOOP, learning_rate=1e30, warmup_steps=0, norm_temperature=None))
+    run = Run.create(tmp_path / "run")
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(DivergedError, match="step 3: the validation ELBO is (nan|-inf); checkpoints, if there are any"),
+    ):
+        warnings.simplefilter("ignore", UserWarning)  # Pyro says that the loss is NaN
+        fit_svi(run, config, digits)
+    assert not run.checkpoints("svi").exists()
+    fit_svi(run, replace(config, svi=replace(config.svi, learning_rate=1e-2)), digits)  # negative control
 
 
 def test_blocks_do_not_change_what_the_mean_elbo_is_of(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
