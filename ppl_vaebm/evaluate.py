@@ -50,8 +50,9 @@ class Options:
     stage: Literal["svi", "ebm"] | None = None
     """What to measure: the VAE, or the VAEBM; the last stage that the run holds if not given."""
     only: str | None = None
-    """Parts to measure, separated by commas: likelihood, samples, ood, histograms, neighbours; all that go with the
-    data if not given, ood where sets are named."""
+    """Parts to measure, separated by commas: likelihood, normaliser (that of --log-likelihood), samples, ood,
+    histograms, neighbours; if not given all that go with the data, ood where sets are named, normaliser with
+    --log-likelihood."""
     num_test: int = 5_000
     """likelihood: test points."""
     num_importance: int = 600

@@ -145,7 +145,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run() -> None:
     optimizer.step(loss_with_gradient(module.weight, 0.0), 30)  # one good step starts the count again
     for step in range(MAX_BAD_STEPS - 1):
         bad_step(40 + step)
-    with pytest.raises(TrainingError, match=f"step 99: the loss is nan.*not been finite for {MAX_BAD_STEPS} steps"):
+    with pytest.raises(TrainingError, match=f"step 100: the loss is nan.*not been finite for {MAX_BAD_STEPS} steps"):
         bad_step(99)
     assert module.weight.item() == 1.0
     assert optimizer.num_skipped == 2 * MAX_BAD_STEPS - 1
