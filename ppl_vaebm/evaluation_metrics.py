@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vaebm.data import Data, without_augmentation, without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation_base import Arrays, Cell, Effort, Section, random_order
+from ppl_vaebm.evaluation_base import Arrays, Cell, Effort, Part, Section, random_order
 from ppl_vaebm.features import Classifier, FeatureNet, Outputs, StackedDigits, network_outputs
 from ppl_vaebm.features_classifier import accuracy
 from ppl_vaebm.metrics import (
@@ -91,6 +91,27 @@ def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[
         yield quantised_as(split.batch(rows, noise), data)
 
 
+def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
+    """Refuse fewer samples or images than the metrics need.
+
+    Args:
+        data: images.
+        effort: training images to measure against, and samples.
+        parts: that need them.
+
+    Raises:
+        InputError: naming the numbers, and the parts to leave out.
+    """
+    num_train, num_test = min(effort.num_reference, len(data.train)), len(data.test)
+    # The training images are split in halves, for what the metrics say of data.
+    if min(num_train // 2, num_test, effort.num_samples) < NUM_SPLITS:
+        raise InputError(
+            f"metrics of images need at least {NUM_SPLITS} samples, {NUM_SPLITS} test images and {2 * NUM_SPLITS} "
+            f"training images, got {effort.num_samples}, {num_test} and {num_train}; ask for more, or leave "
+            f"{' and '.join(parts)} out with --only"
+        )
+
+
 def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
     """Describe the data that samples are to be measured against.
 
@@ -104,16 +125,10 @@ def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
         The judge.
 
     Raises:
-        InputError: fewer samples, or images, than the metrics need.
+        InputError: as :func:`check_sizes`.
     """
+    check_sizes(data, effort, ("samples",))
     num_train, num_test = min(effort.num_reference, len(data.train)), min(effort.num_samples, len(data.test))
-    # The training images are split in halves, for what the metrics say of data.
-    if min(num_train // 2, num_test) < NUM_SPLITS:
-        raise InputError(
-            f"metrics of samples need at least {NUM_SPLITS} samples, {NUM_SPLITS} test images and {2 * NUM_SPLITS} "
-            f"training images, got {effort.num_samples}, {len(data.test)} and {num_train}; ask for more samples, or "
-            "leave the samples out with --only"
-        )
     described = {}
     for part, split, num in (("train", data.train, num_train), ("test", data.test, num_test)):
         indices = random_order(split, seed, part)[:num]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ppl_vaebm.data import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation_base import Effort, Part, Section
-from ppl_vaebm.evaluation_metrics import NUM_SPLITS, Judge, new_judge
+from ppl_vaebm.evaluation_metrics import Judge, check_sizes, new_judge
 from ppl_vaebm.features import FeatureChoice, feature_net
 from ppl_vaebm.inference.normaliser import Effort as NormaliserEffort
 from ppl_vaebm.run import Run
@@ -65,7 +64,7 @@ def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge 
     judged = [part for part in plan.parts if part in JUDGED]
     if choice is None or not judged or len(data.event_shape) != 3:
         return None
-    _check_sizes(data, plan.effort, judged)
+    check_sizes(data, plan.effort, judged)  # before a classifier is trained
     net = feature_net(choice, plan.feature_weights, data, seed, run.path, device)
     return new_judge(net, data, plan.effort, plan.seed)
 
@@ -81,17 +80,6 @@ def _check_features(data: Data, plan: Plan) -> None:
         raise InputError(
             f"--feature-weights are those of a classifier, and the data of this run, {data.name}, have no labels for "
             "one; name --features inception if they are Inception-v3's, or leave them out"
-        )
-
-
-def _check_sizes(data: Data, effort: Effort, judged: Sequence[Part]) -> None:
-    """Refuse what :func:`~ppl_vaebm.evaluation_metrics.new_judge` would, but before a classifier is trained."""
-    num_train, num_test = min(effort.num_reference, len(data.train)), len(data.test)
-    if min(num_train // 2, num_test, effort.num_samples) < NUM_SPLITS:
-        raise InputError(
-            f"metrics of images need at least {NUM_SPLITS} samples, {NUM_SPLITS} test images and {2 * NUM_SPLITS} "
-            f"training images, got {effort.num_samples}, {num_test} and {num_train}; ask for more, or leave "
-            f"{' and '.join(judged)} out with --only"
         )
 
 

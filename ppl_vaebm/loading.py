@@ -32,8 +32,6 @@ BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "e
 FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
 # What the rest of a stage depends on too.
 RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
-
-
 EBM_STAGES = (guard.STAGE, latent_term.STAGE, latent_balance.STAGE)
 """Stages under which stage ebm and its parts write their records."""
 

@@ -78,6 +78,38 @@ class Attempt:
     """What it returned, if it did."""
 
 
+@dataclass
+class Keeper:
+    """Keeps what the guard takes back: a mirror of the run's record that forgets nothing, and copies of checkpoints."""
+
+    run: Run
+    """The run; copies go into its folder ``kept``, by the number of returns and the step."""
+    records: list[Mapping[str, Any]]
+    """All that was logged, once."""
+    seen: set[tuple[int, int]] = field(default_factory=set)
+    """Steps and times of the checkpoints that were copied."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take in a record; with every return the guard logs the returns before it once more."""
+        if "event" not in record or record not in self.records:
+            self.records.append(record)
+        self.keep_new()
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Keep what the run forgets."""
+
+    def keep_new(self) -> None:
+        """Copy the checkpoints that are new."""
+        written = self.run.checkpoints("ebm")
+        for step in checkpoints.available(written):
+            path = written / f"step-{step:08d}"
+            key = (step, path.stat().st_mtime_ns)
+            if key not in self.seen:
+                self.seen.add(key)
+                num_rollbacks = checkpoints.load(written, step).state["guard"]["num_rollbacks"]
+                shutil.copytree(path, self.run.path / "kept" / str(num_rollbacks) / path.name, dirs_exist_ok=True)
+
+
 def setting(has_guard: bool) -> Config:
     """Return the recipe with the setting that explodes."""
     tree = to_dict(from_dict(load_yaml(recipe_path(RECIPE)), f"the recipe {RECIPE}"))
@@ -100,39 +132,16 @@ def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> A
         What came of it; the copies are in ``kept``, by the number of returns and the step.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    result = Attempt()
-    seen: set[tuple[int, int]] = set()
-
-    def keep_new() -> None:
-        written = run.checkpoints("ebm")
-        for step in checkpoints.available(written):
-            path = written / f"step-{step:08d}"
-            key = (step, path.stat().st_mtime_ns)
-            if key not in seen:
-                seen.add(key)
-                num_rollbacks = checkpoints.load(written, step).state["guard"]["num_rollbacks"]
-                shutil.copytree(path, folder / "kept" / str(num_rollbacks) / path.name, dirs_exist_ok=True)
-
-    class Keeper:
-        """Keeps what the guard takes back."""
-
-        def log(self, record: Mapping[str, Any]) -> None:
-            # With every return the guard logs those before it once more.
-            if "event" not in record or record not in result.records:
-                result.records.append(record)
-            keep_new()
-
-        def rewind(self, stage: str, step: int) -> None:
-            pass
-
-    run = replace(Run.create(folder), mirror=Keeper())
+    result, run = Attempt(), Run.create(folder)
+    keeper = Keeper(run, result.records)
+    run = replace(run, mirror=keeper)
     start = time.process_time()
     try:
         result.vaebm = fit_ebm(run, config, data, vae)
     except DivergedError as error:
         result.error = str(error)
     result.seconds = time.process_time() - start
-    keep_new()
+    keeper.keep_new()
     return result
 
 

@@ -191,19 +191,25 @@ def fit_svi(
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
         is_checkpoint = done % loop.checkpoint_every == 0 or is_last
         if is_checkpoint or done % loop.validate_every == 0:
-            with pyro.validation_enabled(False):  # what is not finite is told below
-                validation = mean_elbo(average.module, data.validation, seed_for(seed, "validation"))
-            run.log({"stage": stage, "step": done, "validation_elbo_nats": validation.elbo_nats})
-            if not math.isfinite(validation.elbo_nats):
-                raise DivergedError(step, f"the validation ELBO is {validation.elbo_nats}")
-            progress.write(f"step {done}: validation ELBO {validation.elbo_nats:.3f} nats")
+            elbo_nats = _validate(run, config, average.module, data.validation, done)
+            progress.write(f"step {done}: validation ELBO {elbo_nats:.3f} nats")
         if is_checkpoint:
             # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
-            score = validation.elbo_nats if objective.elbo.kl_weight == 1.0 else None
+            score = elbo_nats if objective.elbo.kl_weight == 1.0 else None
             _save(run, config, done, vae, average, objective, optimizer, score)
             if at_checkpoint is not None:
                 at_checkpoint(average.module, done)
     return average.module
+
+
+def _validate(run: Run, config: Config, vae: HierarchicalVAE, split: Split, num_done: int) -> float:
+    """Log the ELBO of held-out data after so many steps, nats per data point, and stop where it is not finite."""
+    with pyro.validation_enabled(False):  # what is not finite is told below, in words
+        elbo_nats = mean_elbo(vae, split, seed_for(config.seed, "validation")).elbo_nats
+    run.log({"stage": "svi", "step": num_done, "validation_elbo_nats": elbo_nats})
+    if not math.isfinite(elbo_nats):
+        raise DivergedError(num_done - 1, f"the validation ELBO is {elbo_nats}")
+    return elbo_nats
 
 
 def _record(
