@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 ARGS :=
 
 ARVIZ1_VENV := .venv-arviz1
-ARVIZ1_TESTS := $(addprefix tests/inference/test_,convergence.py coordinates.py diagnostics.py) tests/test_report.py
+ARVIZ1_TESTS := tests/inference/diagnostics tests/reports/test_html.py
 # Tried in order; make test-arviz1 PYTHON312=/path/to/python names another.
 PYTHON312 ?= python3.12 python3.13 python3.14 python3
 

@@ -29,12 +29,12 @@ from pyro.infer import HMC, MCMC
 from torch import Tensor, nn
 
 from benchmarks.common import rates, ratio, write
-from ppl_vaebm.inference import hmc, langevin
-from ppl_vaebm.inference.base import Kernel, init_params, value_and_grad
-from ppl_vaebm.inference.jax_potential import JaxPotential, jax_precision
-from ppl_vaebm.inference.potential import Packing
-from ppl_vaebm.inference.pyro_kernel import SitePotential
-from ppl_vaebm.inference.pyro_mcmc import BatchedMCMC, PyroKernel
+from ppl_vaebm.inference.bridges.jax_potential import JaxPotential, jax_precision
+from ppl_vaebm.inference.bridges.pyro_mcmc import BatchedMCMC, PyroKernel
+from ppl_vaebm.inference.bridges.pyro_samplers import SitePotential
+from ppl_vaebm.inference.kernels import hmc, langevin
+from ppl_vaebm.inference.kernels.base import Kernel, init_params, value_and_grad
+from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.rng import global_rng, stream
 
 GROUP_DIM, X_DIM, WIDTH, X_SCALE = 2, 2, 256, 0.1

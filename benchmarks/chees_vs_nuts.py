@@ -21,12 +21,12 @@ from torch import Tensor
 
 from benchmarks.common import ratio, write
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.inference import targets
-from ppl_vaebm.inference.base import KernelState, value_and_grad
-from ppl_vaebm.inference.chains import Chains, run_chains
-from ppl_vaebm.inference.diagnostics import summarize, to_inference_data
-from ppl_vaebm.inference.kernels import build_kernel, start_params
-from ppl_vaebm.inference.pyro_kernel import run_pyro
+from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
+from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.kernels import targets
+from ppl_vaebm.inference.kernels.base import KernelState, value_and_grad
+from ppl_vaebm.inference.kernels.chains import Chains, run_chains
+from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.rng import stream
 
 DIM, CORRELATION, SCALES = 20, 0.8, (1.0, 5.0)

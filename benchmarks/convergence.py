@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.common import write
-from ppl_vaebm.inference import convergence
-from ppl_vaebm.inference.containers import arviz
-from ppl_vaebm.inference.convergence import TAIL_PROBABILITIES, Convergence, diagnose_columns
+from ppl_vaebm.inference.diagnostics import convergence
+from ppl_vaebm.inference.diagnostics.arviz_io import arviz
+from ppl_vaebm.inference.diagnostics.convergence import TAIL_PROBABILITIES, Convergence, diagnose_columns
 
 NUM_CHAINS, NUM_DRAWS, CORRELATION, REJECTED = 8, 200, 0.9, 1 / 3
 NUM_OURS, NUM_ARVIZ, NUM_ROUNDS = 3_000, 100, 5

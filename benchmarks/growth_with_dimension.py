@@ -30,10 +30,10 @@ from torch import Tensor
 
 from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
-from ppl_vaebm.inference import crank_nicolson, elliptical, hmc, langevin
-from ppl_vaebm.inference.base import Kernel, KernelState, Potential, init_params
-from ppl_vaebm.inference.chains import Chains, run_chains
-from ppl_vaebm.inference.diagnostics import summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin
+from ppl_vaebm.inference.kernels.base import Kernel, KernelState, Potential, init_params
+from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
 
 FIGURE = Path(__file__).parents[1] / "docs" / "figures" / "growth_with_dimension.png"

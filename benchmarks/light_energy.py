@@ -23,7 +23,7 @@ from benchmarks.common import machine, rates, ratio, write
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.energy import Energy, build_energy
-from ppl_vaebm.models.energy_blocks import PooledConv2d
+from ppl_vaebm.models.energy_nets import PooledConv2d
 from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.rng import global_rng, stream
 

@@ -24,18 +24,19 @@ from torch import Tensor, nn
 
 from benchmarks.common import write
 from ppl_vaebm.config import ModelConfig
-from ppl_vaebm.inference import ais, hmc
-from ppl_vaebm.inference.annealing import BuildKernel, default_kernel
-from ppl_vaebm.inference.annealing_pilot import run_pilot, spaced_ladder
+from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.likelihood import log_p, reference_energies
-from ppl_vaebm.inference.log_z import LogZ, log_mean_exp
-from ppl_vaebm.inference.normaliser import Effort, estimate_normaliser
+from ppl_vaebm.inference.log_z import ais
+from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel
+from ppl_vaebm.inference.log_z.annealing_pilot import run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
+from ppl_vaebm.inference.normalizing_constant import Effort, estimate_normaliser
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.loading import load_run
 from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
+from ppl_vaebm.runs.loading import load_run
 
 ENERGY_SD_NATS, GAIN, WIDTH, DEPTH = 2.5, 2.0, 256, 2
 # Draws of the VAE and particles: of points, and of images, whose evaluations cost fifty times as much.

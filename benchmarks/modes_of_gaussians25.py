@@ -23,14 +23,14 @@ from torch import Tensor
 
 from benchmarks.common import write
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.inference.base import KernelState, Potential
-from ppl_vaebm.inference.chains import Chains, run_chains
-from ppl_vaebm.inference.diagnostics import MAX_R_HAT, summarize, to_inference_data
-from ppl_vaebm.inference.kernels import DEFAULT_STEP_SIZES, build_kernel, start_params
-from ppl_vaebm.inference.pyro_kernel import run_pyro
-from ppl_vaebm.inference.targets_modes import NUM_PER_AXIS, grid_modes
-from ppl_vaebm.loading import load_run
+from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
+from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, summarize, to_inference_data
+from ppl_vaebm.inference.kernels.base import KernelState, Potential
+from ppl_vaebm.inference.kernels.chains import Chains, run_chains
+from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params
+from ppl_vaebm.inference.kernels.targets_modes import NUM_PER_AXIS, grid_modes
 from ppl_vaebm.rng import stream
+from ppl_vaebm.runs.loading import load_run
 
 NUM_CHAINS, NUM_WARMUP, NUM_EVALS = 16, 300, 12_000
 OURS = (

@@ -22,6 +22,7 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from benchmarks.common import machine, rates, ratio, write
+from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.build import build_vae
@@ -29,7 +30,6 @@ from ppl_vaebm.models.decoders import DecodedLogistics
 from ppl_vaebm.models.distributions import positive_scale, soft_clamp
 from ppl_vaebm.models.nvae import NVAEGuide
 from ppl_vaebm.models.vae import HierarchicalVAE, Prior
-from ppl_vaebm.options import from_dict, load_yaml, recipe_path
 from ppl_vaebm.rng import global_rng, stream
 
 NUM_ROUNDS = 9

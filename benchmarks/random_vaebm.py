@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ppl_vaebm.inference.potential import Packing
+from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.rng import global_rng
 
 ENERGY_SD_NATS = 3.0

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
-from ppl_vaebm.inference import hmc
-from ppl_vaebm.inference.base import KernelState, init_params, value_and_grad
-from ppl_vaebm.inference.chains import Chains, run_chains
-from ppl_vaebm.inference.diagnostics import summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.kernels import hmc
+from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
+from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
 
 MODELS = {"2 groups": Sizes(((8, 8),)), "10 groups": Sizes(((8, 8),) * 3 + ((6, 16),) * 6)}

@@ -1,8 +1,7 @@
 """VAEBM, ``p_theta(x, z) * exp(-E_psi(x)) / Z``, as one probabilistic program, and inference on it.
 
-Nothing is imported here but the version, so that ``--help`` of an entry point does not wait for torch.
+Importing the package imports nothing else, so that ``--help`` of a command does not wait for torch.
 """
 
-from ppl_vaebm.version import __version__
-
-__all__ = ["__version__"]
+# A plain literal, so that the build reads it without importing anything.
+__version__ = "0.1.0.dev0"

@@ -8,14 +8,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ppl_vaebm import cli
+from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.options import parse
 
 if TYPE_CHECKING:
-    from ppl_vaebm.comparison import Budget
-    from ppl_vaebm.comparison_files import Outcome
-    from ppl_vaebm.loading import LoadedRun
+    from ppl_vaebm.evaluation.kernel_files import Outcome
+    from ppl_vaebm.evaluation.kernels import Budget
+    from ppl_vaebm.runs.loading import LoadedRun
 
 DESCRIPTION = """Run several Markov kernels on a fitted VAEBM, each from the same starts, and print one table: which of
 them draws best for the same number of evaluations of the energy, and which for the same time. Every kernel runs until
@@ -67,10 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(Options, sys.argv[1:] if argv is None else argv, "compare", DESCRIPTION)
 
-    from ppl_vaebm import comparison, comparison_files, comparison_page, comparison_table, comparison_text
+    from ppl_vaebm.evaluation import kernel_files as comparison_files
+    from ppl_vaebm.evaluation import kernel_table as comparison_table
+    from ppl_vaebm.evaluation import kernel_text as comparison_text
+    from ppl_vaebm.evaluation import kernels as comparison
     from ppl_vaebm.files import write_atomic
-    from ppl_vaebm.loading import load_run
-    from ppl_vaebm.report import write_report
+    from ppl_vaebm.reports import comparison_page
+    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.runs.loading import load_run
 
     names = _names(options.kernels)
     comparison.check_names(names)
@@ -98,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _names(kernels: str) -> list[str]:
     """Split the option, and leave out of the default what cannot run here."""
-    from ppl_vaebm.comparison import missing_packages
+    from ppl_vaebm.evaluation.kernels import missing_packages
 
     names = [name.strip() for name in kernels.split(",") if name.strip()]
     left_out = [name for name in names if kernels == DEFAULT_KERNELS and missing_packages(name)]
@@ -109,7 +113,7 @@ def _names(kernels: str) -> list[str]:
 
 def _run(loaded: LoadedRun, name: str, seed: int, budget: Budget, progress: str) -> Outcome:
     """Run one kernel with one seed, write its chains, and say so; what goes wrong is the outcome."""
-    from ppl_vaebm import comparison_files
+    from ppl_vaebm.evaluation import kernel_files as comparison_files
 
     start = time.perf_counter()
     outcome = comparison_files.run_and_save(loaded, name, seed, budget)

@@ -6,14 +6,14 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ppl_vaebm import cli
+from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.options import parse
 
 if TYPE_CHECKING:
-    from ppl_vaebm.inference.coordinates import Coordinates
-    from ppl_vaebm.inference.functionals import PositionRecorder
-    from ppl_vaebm.loading import LoadedRun
+    from ppl_vaebm.inference.diagnostics.coordinates import Coordinates
+    from ppl_vaebm.inference.diagnostics.functionals import PositionRecorder
+    from ppl_vaebm.runs.loading import LoadedRun
 
 DESCRIPTION = """Run real chains on a fitted VAEBM, warm-up then draws, and say how well they mixed: R-hat, effective
 sample sizes, Monte Carlo errors, BFMI, divergences. Writes chains.nc (ArviZ's InferenceData) and the report."""
@@ -54,10 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(Options, sys.argv[1:] if argv is None else argv, "diagnose", DESCRIPTION)
 
-    from ppl_vaebm import comparison
-    from ppl_vaebm.inference import diagnostics, diagnostics_text, functionals
-    from ppl_vaebm.loading import load_run
-    from ppl_vaebm.report import write_report
+    from ppl_vaebm.evaluation import kernels as comparison
+    from ppl_vaebm.inference.diagnostics import functionals
+    from ppl_vaebm.inference.diagnostics import summary as diagnostics
+    from ppl_vaebm.inference.diagnostics import text as diagnostics_text
+    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.runs.loading import load_run
 
     if options.kernel is not None:
         comparison.check_names([options.kernel])
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     print(diagnostics_text.text_table(summaries, inference_data))
     print(f"\n{loaded.run.chains_file}")
     if recorder is not None and coordinates is not None:
-        from ppl_vaebm.inference.coordinates import save_coordinates
+        from ppl_vaebm.inference.diagnostics.coordinates import save_coordinates
 
         save_coordinates(loaded.run.positions_file, recorder.positions, coordinates)
         print("\n".join([*coordinates.lines, str(loaded.run.positions_file)]))
@@ -93,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _coordinates(loaded: LoadedRun, recorder: PositionRecorder) -> Coordinates:
     """Judge every coordinate by the positions that were kept."""
-    from ppl_vaebm.inference.convergence import MIN_DRAWS, diagnose_columns
-    from ppl_vaebm.inference.coordinates import Coordinates, coordinate_names
+    from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, diagnose_columns
+    from ppl_vaebm.inference.diagnostics.coordinates import Coordinates, coordinate_names
 
     num_chains, num_draws, _ = recorder.positions.shape
     if num_draws < MIN_DRAWS:

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ppl_vaebm import cli
+from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.options import parse
 
 if TYPE_CHECKING:
     from ppl_vaebm.config import Config
-    from ppl_vaebm.data import Data
-    from ppl_vaebm.evaluation import Plan
-    from ppl_vaebm.evaluation_base import Effort, Measured, Part
+    from ppl_vaebm.data.load import Data
+    from ppl_vaebm.evaluation.base import Effort, Measured, Part
+    from ppl_vaebm.evaluation.evaluation import Plan
 
 DESCRIPTION = """Measure a fitted VAEBM: its normalised log-likelihood on test data; of points the modes; of images
 Frechet and kernel distance, Inception Score, precision, recall, density and coverage, at the run's chain length and at
@@ -123,11 +123,11 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(Options, sys.argv[1:] if argv is None else argv, "evaluate", DESCRIPTION)
 
-    from ppl_vaebm.evaluation_file import read_sections, store
-    from ppl_vaebm.evaluation_tables import lines
-    from ppl_vaebm.fitted_vae import stage_of
-    from ppl_vaebm.report import write_report
-    from ppl_vaebm.run import Run
+    from ppl_vaebm.evaluation.store import read_sections, store
+    from ppl_vaebm.evaluation.tables import lines
+    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.runs.fitted_vae import stage_of
+    from ppl_vaebm.runs.run import Run
 
     run = Run.open(options.run)
     read_sections(run)  # refuses a damaged file before anything slow is done
@@ -139,11 +139,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
-    from ppl_vaebm.evaluation_svi import evaluate_vae
-    from ppl_vaebm.fitted_vae import open_fitted_vae
-    from ppl_vaebm.loading import fingerprint
+    from ppl_vaebm.evaluation.vae import evaluate_vae
     from ppl_vaebm.models.energy import Energy
     from ppl_vaebm.models.vaebm import VAEBM
+    from ppl_vaebm.runs.fitted_vae import open_fitted_vae
+    from ppl_vaebm.runs.loading import fingerprint
 
     if options.steps:
         raise InputError("steps are those of stage ebm's chains, and stage svi has none: leave the option out")
@@ -158,8 +158,8 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
 
 
 def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
-    from ppl_vaebm.evaluation import evaluate
-    from ppl_vaebm.loading import load_run
+    from ppl_vaebm.evaluation.evaluation import evaluate
+    from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)
     cli.set_threads(loaded.config.threads)
@@ -170,9 +170,9 @@ def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
 
 
 def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -> Plan:
-    from ppl_vaebm.evaluation import Plan
-    from ppl_vaebm.evaluation_ood_sets import SYNTHETIC
-    from ppl_vaebm.inference.normaliser import Effort as NormaliserEffort
+    from ppl_vaebm.evaluation.evaluation import Plan
+    from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
+    from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
 
     chosen = _chosen(options, parts)
     _refuse_unused(options, chosen)
@@ -191,7 +191,7 @@ def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -
 
 def _chosen(options: Options, default: Sequence[Part]) -> tuple[Part, ...]:
     """Read --only, or take what goes with the data; --log-likelihood adds its part to either."""
-    from ppl_vaebm.evaluation_base import PARTS
+    from ppl_vaebm.evaluation.base import PARTS
 
     asked: Sequence[str] = default if options.only is None else _names(options.only)
     unknown = [name for name in asked if name not in PARTS]
@@ -215,7 +215,7 @@ def _names(text: str | None) -> tuple[str, ...]:
 
 
 def _effort(options: Options, config: Config, data: Data) -> Effort:
-    from ppl_vaebm.evaluation_base import Effort
+    from ppl_vaebm.evaluation.base import Effort
 
     num_steps = config.sampling.num_steps
     kind = "images" if len(data.event_shape) == 3 else "points"

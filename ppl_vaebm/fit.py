@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ppl_vaebm import cli
 from ppl_vaebm.config import Config
+from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.parsing import as_yaml, load_yaml, parse, parse_known, recipe_names, recipe_path, tokens
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.options import as_yaml, load_yaml, parse, parse_known, recipe_names, recipe_path, tokens
 
 DESCRIPTION = """Fit a VAEBM. Stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options come from the run's config.yaml if it has one, else from the data set's own recipe; then from the recipe
@@ -100,8 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
     if options.dry_run:
-        from ppl_vaebm.inference.ebm import check_continuous_x, check_kernel
-        from ppl_vaebm.summary import describe
+        from ppl_vaebm.inference.ebm.train import check_continuous_x, check_kernel
+        from ppl_vaebm.runs.dry_run import describe
 
         if options.stage == "ebm":
             check_kernel(options.config)
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     from ppl_vaebm.devices import check_bfloat16, check_device
-    from ppl_vaebm.fitting import Request, fit_stage
     from ppl_vaebm.processes import joined, own_device
+    from ppl_vaebm.runs.fitting import Request, fit_stage
 
     cli.set_threads(options.config.threads)
     device = own_device(os.environ, options.config.device)

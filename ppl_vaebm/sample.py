@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ppl_vaebm import cli
 from ppl_vaebm.config import KernelName
+from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.given import GivenOptions
-from ppl_vaebm.options import parse
+from ppl_vaebm.runs.given import GivenOptions
 
 DESCRIPTION = """Draw from a fitted VAEBM by chains from fresh noise, and from its VAE. Writes samples/vaebm.npz,
 samples/vae.npz and samples/data.npz (array x, draws first), a PNG of each, and the report. Of stage svi alone: draws of
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     options = parse(Options, sys.argv[1:] if argv is None else argv, "sample", DESCRIPTION)
 
-    from ppl_vaebm.fitted_vae import stage_of
-    from ppl_vaebm.report import write_report
-    from ppl_vaebm.run import Run
+    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.runs.fitted_vae import stage_of
+    from ppl_vaebm.runs.run import Run
 
     run = Run.open(options.run)
     stage = stage_of(run, options.stage)
@@ -91,9 +91,9 @@ def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead:
 
 
 def _sample_vae(options: Options) -> list[str]:
-    from ppl_vaebm.drawing import draw_vae
-    from ppl_vaebm.fitted_vae import open_fitted_vae
-    from ppl_vaebm.gallery import TEMPERATURES, Choices
+    from ppl_vaebm.reports.gallery import TEMPERATURES, Choices
+    from ppl_vaebm.runs.drawing import draw_vae
+    from ppl_vaebm.runs.fitted_vae import open_fitted_vae
 
     _refuse_unused(options, ("kernel", "num_steps"), "--stage ebm", "svi")
     fitted = open_fitted_vae(options.run)
@@ -103,8 +103,8 @@ def _sample_vae(options: Options) -> list[str]:
 
 
 def _sample_vaebm(options: Options) -> list[str]:
-    from ppl_vaebm.drawing import draw_vaebm
-    from ppl_vaebm.loading import load_run
+    from ppl_vaebm.runs.drawing import draw_vaebm
+    from ppl_vaebm.runs.loading import load_run
 
     _refuse_unused(options, ("temperatures", "group"), "--stage svi", "ebm")
     loaded = load_run(options.run)
@@ -116,7 +116,7 @@ def _sample_vaebm(options: Options) -> list[str]:
 
 
 def _sample_conditional(options: Options, stage: Literal["svi", "ebm"]) -> list[str]:
-    from ppl_vaebm.conditional import kernel_of, open_run, sample_given
+    from ppl_vaebm.runs.conditional import kernel_of, open_run, sample_given
 
     _refuse_unused(options, ("temperatures", "group", "num_steps"), "draws without --given", "a posterior")
     loaded = open_run(options.run, stage)

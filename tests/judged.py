@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import Config, KernelConfig, ModelConfig, SamplingConfig
-from ppl_vaebm.data import Data
-from ppl_vaebm.features import Outputs
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import IntegerImages, image_data
+from ppl_vaebm.evaluation.metrics.features import Outputs
 from ppl_vaebm.inference.potential import noise_potential
-from ppl_vaebm.inference.svi import new_vae
-from ppl_vaebm.loading import LoadedRun
+from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
-from ppl_vaebm.run import Run
-from ppl_vaebm.splits import IntegerImages, image_data
+from ppl_vaebm.runs.loading import LoadedRun
+from ppl_vaebm.runs.run import Run
 
 LEVELS = 17
 SIDE = 8

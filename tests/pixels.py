@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ppl_vaebm.data.splits import Split
 from ppl_vaebm.rng import stream
-from ppl_vaebm.splits import Split
 
 
 def noise() -> torch.Generator:

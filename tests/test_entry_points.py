@@ -15,14 +15,17 @@ import numpy as np
 import pytest
 import yaml
 
-from ppl_vaebm import compare, comparison, comparison_page, diagnose, evaluate, fit, report, sample
+from ppl_vaebm import compare, diagnose, evaluate, fit, sample
 from ppl_vaebm.config import KernelName
+from ppl_vaebm.config.parsing import recipe_names
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.convergence import diagnose_columns
-from ppl_vaebm.inference.coordinates import load_coordinates
-from ppl_vaebm.inference.diagnostics import load_netcdf
-from ppl_vaebm.options import recipe_names
-from ppl_vaebm.run import Run
+from ppl_vaebm.evaluation import kernels as comparison
+from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
+from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
+from ppl_vaebm.inference.diagnostics.summary import load_netcdf
+from ppl_vaebm.reports import comparison_page
+from ppl_vaebm.reports import html as report
+from ppl_vaebm.runs.run import Run
 from tests.tiny import IMAGES, POINTS, fit_run, write_empty_report, write_recipe
 
 Main = Callable[[list[str]], None]

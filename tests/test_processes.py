@@ -11,7 +11,7 @@ import torch
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.processes import Process, current, joined, own_device
-from ppl_vaebm.run import Run
+from ppl_vaebm.runs.run import Run
 from tests.two_processes import CONFIG
 
 ROOT = Path(__file__).parents[1]

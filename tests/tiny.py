@@ -8,7 +8,7 @@ import pytest
 
 from ppl_vaebm import fit
 from ppl_vaebm.devices import has_bfloat16
-from ppl_vaebm.run import Run
+from ppl_vaebm.runs.run import Run
 
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU only emulates bfloat16")
 

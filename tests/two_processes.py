@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviConfig
-from ppl_vaebm.data import load_data
-from ppl_vaebm.inference.svi import Objective, fit_svi, new_vae
+from ppl_vaebm.data.load import load_data
+from ppl_vaebm.inference.svi.svi import Objective, fit_svi, new_vae
 from ppl_vaebm.processes import Process, current, joined
 from ppl_vaebm.rng import stream
-from ppl_vaebm.run import Run
+from ppl_vaebm.runs.run import Run
 
 normal: Any = import_module("torch.distributions.normal")
 """Where Pyro's Normal takes its noise from."""

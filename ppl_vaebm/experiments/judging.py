@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data import Data, without_noise
-from ppl_vaebm.features import FeatureNet, network_outputs
+from ppl_vaebm.data.load import Data, without_noise
+from ppl_vaebm.data.pixels import quantised_as
+from ppl_vaebm.evaluation.metrics.classification import frechet_distance
+from ppl_vaebm.evaluation.metrics.features import FeatureNet, network_outputs
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.sampling import decode_in_blocks
-from ppl_vaebm.metrics import frechet_distance
-from ppl_vaebm.pixels import quantised_as
 from ppl_vaebm.rng import stream
 
 

@@ -18,19 +18,19 @@ from typing import Any
 import torch
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.data import Data, load_data
-from ppl_vaebm.evaluation import Effort, Section, likelihood, mode_section
+from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.data.load import Data, load_data
+from ppl_vaebm.evaluation.evaluation import Effort, Section, likelihood, mode_section
 from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.ebm import fit_ebm
+from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
-from ppl_vaebm.loading import LoadedRun
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
 from ppl_vaebm.rng import stream
-from ppl_vaebm.run import Run
+from ppl_vaebm.runs.loading import LoadedRun
+from ppl_vaebm.runs.run import Run
 
 # Langevin's eta is step_size squared: 0.0316 is 1e-3.
 LANGEVIN = {"name": "langevin", "step_size": 0.0316}

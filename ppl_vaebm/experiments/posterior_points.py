@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vaebm.conditional import sample_posterior
 from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.conditioning import ConditionalPotential, condition
-from ppl_vaebm.inference.convergence import diagnose_columns, ess_of_means
+from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns, ess_of_means
 from ppl_vaebm.inference.likelihood import exact_draws
-from ppl_vaebm.loading import LoadedRun, load_run
-from ppl_vaebm.options import parse
 from ppl_vaebm.rng import stream
+from ppl_vaebm.runs.conditional import sample_posterior
+from ppl_vaebm.runs.loading import LoadedRun, load_run
 
 RESULTS = Path(__file__).parent / "results"
 NUM_Z = 200_000

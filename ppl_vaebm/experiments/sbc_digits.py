@@ -23,23 +23,23 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.base import KernelState, init_params, value_only
-from ppl_vaebm.inference.calibration import ranks, uniformity
-from ppl_vaebm.inference.chains import run_chains
 from ppl_vaebm.inference.conditional_starts import annealed_starts
 from ppl_vaebm.inference.conditioning import ConditionalPotential
-from ppl_vaebm.inference.convergence import diagnose_columns
-from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
+from ppl_vaebm.inference.diagnostics.sbc import ranks, uniformity
+from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_only
+from ppl_vaebm.inference.kernels.chains import run_chains
+from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.observations import ExactValues, NoisyValues, Transported, at_mask, values_at
 from ppl_vaebm.inference.potential import NoisePotential
-from ppl_vaebm.loading import LoadedRun, load_run
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.options import parse
+from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.rng import stream
+from ppl_vaebm.runs.loading import LoadedRun, load_run
 
 RESULTS = Path(__file__).parent / "results"
 NOISE_SD = 0.3  # of a pixel in [-1, 1]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config
-from ppl_vaebm.data import Data
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.svi import fit_svi
-from ppl_vaebm.loading import load_vae
+from ppl_vaebm.inference.svi.svi import fit_svi
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.run import Run
+from ppl_vaebm.runs import checkpoint as checkpoints
+from ppl_vaebm.runs.loading import load_vae
+from ppl_vaebm.runs.run import Run
 
 
 def folder_of(argv: list[str] | None) -> Path:

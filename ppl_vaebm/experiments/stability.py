@@ -20,23 +20,23 @@ from typing import Any
 import torch
 from matplotlib.ticker import LogLocator
 
-from ppl_vaebm import checkpoint as checkpoints
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.data import Data, load_data
+from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.evaluation.metrics.features import load_or_train
 from ppl_vaebm.experiments.judging import Judge
 from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
-from ppl_vaebm.features import load_or_train
-from ppl_vaebm.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
+from ppl_vaebm.inference.ebm.train import fit_ebm, new_vaebm
+from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
-from ppl_vaebm.inference.training import DivergedError
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.options import from_dict, load_yaml, recipe_path, to_dict
-from ppl_vaebm.run import Run
+from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
+from ppl_vaebm.runs import checkpoint as checkpoints
+from ppl_vaebm.runs.run import Run
 
 RECIPE = "digits"
 # Euler's step of eta = 0.25, and no L2: the energy steepens until the steps are too large for it.

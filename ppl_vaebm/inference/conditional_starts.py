@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference import hmc
-from ppl_vaebm.inference.adaptation import MAX_STEP_SIZE
-from ppl_vaebm.inference.annealing import kernel_at, move, resample, take
-from ppl_vaebm.inference.base import Kernel, Potential
+from ppl_vaebm.inference.kernels import hmc
+from ppl_vaebm.inference.kernels.adaptation import MAX_STEP_SIZE
+from ppl_vaebm.inference.kernels.base import Kernel, Potential
+from ppl_vaebm.inference.log_z.annealing import kernel_at, move, resample, take
 from ppl_vaebm.inference.potential import NoisePotential
 
 TARGET_ESS = 0.5

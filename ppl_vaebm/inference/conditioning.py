@@ -11,6 +11,7 @@ from pyro.nn import PyroModule
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.inference.observations import (
     ExactValues,
     NoisyValues,
@@ -20,7 +21,7 @@ from ppl_vaebm.inference.observations import (
     values_at,
     whole,
 )
-from ppl_vaebm.inference.potential import NoisePotential, Packing, noise_potential
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.vaebm import VAEBM
 
 

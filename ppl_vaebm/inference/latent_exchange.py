@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference import adaptation
-from ppl_vaebm.inference.base import (
+from ppl_vaebm.inference.kernels import adaptation
+from ppl_vaebm.inference.kernels.base import (
     Kernel,
     KernelInfo,
     KernelParams,

@@ -18,11 +18,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_vaebm.inference.base import value_only
 from ppl_vaebm.inference.elbo import kl_rows
-from ppl_vaebm.inference.log_z import LogZ as LogZ
-from ppl_vaebm.inference.log_z import log_mean_exp
-from ppl_vaebm.inference.log_z import weights_ess as weights_ess
+from ppl_vaebm.inference.kernels.base import value_only
+from ppl_vaebm.inference.log_z.base import LogZ as LogZ
+from ppl_vaebm.inference.log_z.base import log_mean_exp
+from ppl_vaebm.inference.log_z.base import weights_ess as weights_ess
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
 from ppl_vaebm.rng import global_rng

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import Kernel, KernelParams, KernelState
-from ppl_vaebm.inference.kernels import build_kernel, start_params
+from ppl_vaebm.inference.kernels.adaptation import warm_up
+from ppl_vaebm.inference.kernels.base import Kernel, KernelParams, KernelState
+from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.latent_chains import run_first_latent, with_first
 from ppl_vaebm.inference.latent_exchange import with_exchange, with_partners
 from ppl_vaebm.inference.potential import NoisePotential

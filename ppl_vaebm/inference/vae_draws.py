@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.potential import Packing
+from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.models.decoders import Decoded
 from ppl_vaebm.models.vae import HierarchicalVAE, Prior
 from ppl_vaebm.rng import global_rng, seed_for, stream

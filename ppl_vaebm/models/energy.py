@@ -15,10 +15,10 @@ from torch.nn import functional
 
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.cells import FourierFeatures, LipSwish, mlp, net_kind
-from ppl_vaebm.models.energy_blocks import build_block
 from ppl_vaebm.models.energy_init import standardise_layers
 from ppl_vaebm.models.energy_layouts import Layout, build_layout
+from ppl_vaebm.models.energy_nets import build_block
+from ppl_vaebm.models.layers import FourierFeatures, LipSwish, mlp, net_kind
 from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.models.spectral import bound_spectral_norm, hold_spectral_norms, spectral_layers
 

@@ -8,7 +8,7 @@ import torch
 
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.cells import check_side, num_halvings
+from ppl_vaebm.models.layers import check_side, num_halvings
 
 
 class BlockShape(NamedTuple):

@@ -13,8 +13,9 @@ from typing import TypeAlias, get_args
 import torch
 
 from ppl_vaebm.config import KernelConfig, KernelName
-from ppl_vaebm.inference import kernels, langevin, targets
-from ppl_vaebm.inference.base import Kernel, Potential, init_params
+from ppl_vaebm.inference.kernels import langevin, targets
+from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels.base import Kernel, Potential, init_params
 
 PATH = Path(__file__).with_suffix(".json")
 SEED = 20_260_101

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.base import value_and_grad, value_only
-from ppl_vaebm.inference.targets import Target
+from ppl_vaebm.inference.kernels.base import value_and_grad, value_only
+from ppl_vaebm.inference.kernels.targets import Target
 
 # The grid of a one-dimensional target: its reach in noise, and its number of cells.
 REACH, NUM_CELLS = 8.0, 40_000

@@ -17,10 +17,11 @@ import torch
 from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
-from ppl_vaebm.inference import diagnostics, hmc
-from ppl_vaebm.inference.base import Potential, init_params
-from ppl_vaebm.inference.chains import run_chains
-from ppl_vaebm.inference.targets_curved import logistic_regression
+from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.kernels import hmc
+from ppl_vaebm.inference.kernels.base import Potential, init_params
+from ppl_vaebm.inference.kernels.chains import run_chains
+from ppl_vaebm.inference.kernels.targets_curved import logistic_regression
 from ppl_vaebm.rng import stream
 
 PATH = Path(__file__).with_suffix(".json")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import KernelConfig, ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.base import init_params
-from ppl_vaebm.inference.chains import run_chains
 from ppl_vaebm.inference.conditioning import ConditionalPotential, ConditionalProgram, condition
-from ppl_vaebm.inference.functionals import noise_functionals
-from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.diagnostics.functionals import noise_functionals
+from ppl_vaebm.inference.kernels.base import init_params
+from ppl_vaebm.inference.kernels.chains import run_chains
+from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.observations import (
     ExactValues,

@@ -12,16 +12,20 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ppl_vaebm import checkpoint
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
-from ppl_vaebm.data import load_data
+from ppl_vaebm.config.parsing import from_dict
+from ppl_vaebm.data.load import load_data
+from ppl_vaebm.data.splits import Points
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference import ebm
-from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import KernelParams, init_params
-from ppl_vaebm.inference.ebm import fit_ebm, new_vaebm
-from ppl_vaebm.inference.guard import Guard
-from ppl_vaebm.inference.langevin import build_mala
+from ppl_vaebm.inference.ebm import train as ebm
+from ppl_vaebm.inference.ebm.guard import Guard
+from ppl_vaebm.inference.ebm.latent_term import NUM_DRAWS, aggregate_posterior, fit_latent_term
+from ppl_vaebm.inference.ebm.learner import EnergyLearner
+from ppl_vaebm.inference.ebm.negatives import NegativePhase
+from ppl_vaebm.inference.ebm.train import fit_ebm, new_vaebm
+from ppl_vaebm.inference.kernels.adaptation import warm_up
+from ppl_vaebm.inference.kernels.base import KernelParams, init_params
+from ppl_vaebm.inference.kernels.langevin import build_mala
 from ppl_vaebm.inference.latent_chains import (
     NUM_LEVELS,
     LatentPotential,
@@ -31,19 +35,15 @@ from ppl_vaebm.inference.latent_chains import (
     with_first,
 )
 from ppl_vaebm.inference.latent_exchange import STEPS_PER_EXCHANGE
-from ppl_vaebm.inference.latent_term import NUM_DRAWS, aggregate_posterior, fit_latent_term
-from ppl_vaebm.inference.learner import EnergyLearner
-from ppl_vaebm.inference.negatives import NegativePhase
+from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
-from ppl_vaebm.inference.svi import new_vae
-from ppl_vaebm.inference.training import DivergedError
+from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.options import from_dict
 from ppl_vaebm.rng import global_rng, stream
-from ppl_vaebm.run import Run
-from ppl_vaebm.splits import Points
+from ppl_vaebm.runs import checkpoint
+from ppl_vaebm.runs.run import Run
 from tests.inference.wells import Wells
 from tests.small_models import (
     FEW,

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.comparison import Budget, run_kernel
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, KernelConfig, LatentTermConfig, TrainingKernelConfig
-from ppl_vaebm.inference.adaptation import warm_up
-from ppl_vaebm.inference.base import Kernel, KernelState, init_with_grad
-from ppl_vaebm.inference.kernels import build_kernel, start_params
+from ppl_vaebm.evaluation.kernels import Budget, run_kernel
+from ppl_vaebm.inference.ebm.negatives import NegativePhase
+from ppl_vaebm.inference.kernels.adaptation import warm_up
+from ppl_vaebm.inference.kernels.base import Kernel, KernelState, init_with_grad
+from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.latent_chains import LatentPotential, run_first_latent, with_first
 from ppl_vaebm.inference.latent_exchange import STEPS_PER_EXCHANGE, exchange, with_exchange, with_partners
-from ppl_vaebm.inference.negatives import NegativePhase
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks
 from ppl_vaebm.models.vaebm import VAEBM

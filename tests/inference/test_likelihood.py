@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference import likelihood
-from ppl_vaebm.inference.base import init_params
-from ppl_vaebm.inference.kernels import build_kernel
+from ppl_vaebm.inference.kernels.base import init_params
+from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.likelihood import (
     RejectionError,
     elbo_rows,

@@ -15,10 +15,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.inference.base import Kernel, Potential, init_params
-from ppl_vaebm.inference.kernels import build_kernel
-from ppl_vaebm.inference.langevin import build_langevin
-from ppl_vaebm.inference.potential import NoisePotential, Packing, noise_potential
+from ppl_vaebm.inference.kernels.base import Kernel, Potential, init_params
+from ppl_vaebm.inference.kernels.langevin import build_langevin
+from ppl_vaebm.inference.kernels.packing import Packing
+from ppl_vaebm.inference.kernels.registry import build_kernel
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.training import AveragedWeights
+from ppl_vaebm.inference.optim import AveragedWeights
 from ppl_vaebm.models.energy import Energy, build_energy, initialise_from_data
 from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.rng import global_rng, stream

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig
-from ppl_vaebm.inference.training import AveragedWeights
+from ppl_vaebm.inference.optim import AveragedWeights
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
 from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers

@@ -1,0 +1,292 @@
+"""Image sets by name: torchvision's archives, CelebA and LSUN."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ppl_vaebm.config import DataConfig
+from ppl_vaebm.data.decoding import OWN_SIZES, ImageForm, decode, has_flips, num_train, root_folder
+from ppl_vaebm.data.image_folder import load_image_folder
+from ppl_vaebm.data.splits import Data, IntegerImages, LazyImages, image_data
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.rng import stream
+
+# --- image sets held in memory -------------------------------------------------------------------
+
+
+class _Archive(NamedTuple):
+    """A data set of torchvision that fits in memory."""
+
+    class_name: str
+    files: tuple[str, ...]
+    """What must lie under the root."""
+    channels: int = 3
+    side: int = 32
+    """Before padding, in pixels."""
+    padding: int = 0
+    """Black pixels added on each side, if the configuration does not say."""
+    has_flips: bool = False
+
+    def padding_for(self, config: DataConfig) -> int:
+        """Return the padding that the configuration asks for, or else the set's own."""
+        return self.padding if config.padding is None else config.padding
+
+
+_IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
+_MNIST_FILES = tuple(f"MNIST/raw/{file}" for file in _IDX_FILES)
+_FASHION_FILES = tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES)
+_CIFAR10_FILES = (*(f"data_batch_{index}" for index in range(1, 6)), "test_batch", "batches.meta")
+_ARCHIVES = {
+    "mnist": _Archive("MNIST", _MNIST_FILES, 1, 28, padding=2),
+    "fashion-mnist": _Archive("FashionMNIST", _FASHION_FILES, 1, 28, padding=2),
+    "cifar10": _Archive("CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR10_FILES), has_flips=True),
+    "cifar100": _Archive(
+        "CIFAR100", tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta")), has_flips=True
+    ),
+    "svhn": _Archive("SVHN", ("train_32x32.mat", "test_32x32.mat")),
+    "stacked-mnist": _Archive("MNIST", _MNIST_FILES, 3, 28, padding=2),
+}
+
+
+def _archive(config: DataConfig) -> Data:
+    """Load a torchvision set: the last of its training images are the validation split, a tenth if not said."""
+    parts = _read_archive(config)
+    flips = (has_flips(config, _ARCHIVES[config.name].has_flips), False, False)
+    levels = 2**config.num_bits
+    splits = [
+        IntegerImages(images, labels, levels, is_flipping, config.binarize)
+        for (images, labels), is_flipping in zip(parts, flips, strict=True)
+    ]
+    return image_data(config.name, splits[0].images.shape[1:], splits)
+
+
+def _stacked_mnist(config: DataConfig) -> Data:
+    """Stack three MNIST digits a, b, c as red, green and blue, with label 100 a + 10 b + c (1,000 modes).
+
+    Metz et al. 2017, arXiv:1611.02163. Each channel of a split is a permutation of that split of MNIST, fixed for
+    good, so no digit is in two splits.
+    """
+    weights = torch.tensor([100, 10, 1])
+    flips = (has_flips(config, own=False), False, False)
+    splits = []
+    for name, (images, labels), is_flipping in zip(
+        ("train", "validation", "test"), _read_archive(config), flips, strict=True
+    ):
+        triples = torch.stack(
+            [
+                torch.randperm(len(images), generator=stream(0, "stacked-mnist", name, channel))
+                for channel in range(len(weights))
+            ],
+            dim=1,
+        )
+        stacked = images[triples].squeeze(2)
+        splits.append(IntegerImages(stacked, labels[triples] @ weights, 2**config.num_bits, is_flipping))
+    return image_data(config.name, splits[0].images.shape[1:], splits)
+
+
+_LabelledImages = tuple[Tensor, Tensor]
+
+
+def _read_archive(config: DataConfig) -> tuple[_LabelledImages, _LabelledImages, _LabelledImages]:
+    archive = _ARCHIVES[config.name]
+
+    def read(part: str) -> _LabelledImages:
+        which: dict[str, Any] = {"split": part} if archive.class_name == "SVHN" else {"train": part == "train"}
+        dataset = _open(config, archive.class_name, archive.files, **which)
+        images, labels = _arrays(dataset)
+        images = _resized(functional.pad(images, (archive.padding_for(config),) * 4), config.image_size)
+        return images >> (8 - config.num_bits), labels
+
+    images, labels = read("train")
+    if bool((labels.diff() >= 0).all()):
+        # Some copies of these sets come sorted by class, and their last tenth would be one class.
+        order = torch.randperm(len(images), generator=stream(0, "unsort"))
+        images, labels = images[order], labels[order]
+    num = num_train(config, len(images))
+    return (images[:num], labels[:num]), (images[num:], labels[num:]), read("test")
+
+
+def _arrays(dataset: Any) -> _LabelledImages:
+    """Bring torchvision's three layouts, ``(n, H, W)``, ``(n, H, W, 3)`` and ``(n, 3, H, W)``, to one."""
+    images = torch.as_tensor(dataset.data)
+    if images.ndim == 3:
+        images = images.unsqueeze(1)
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
+    labels = dataset.labels if hasattr(dataset, "labels") else dataset.targets
+    return images.contiguous(), torch.as_tensor(labels).long()
+
+
+def _resized(images: Tensor, size: int | None) -> Tensor:
+    if size is None or images.shape[-2:] == (size, size):
+        return images
+    from torchvision.transforms.v2 import functional as transforms
+
+    resized: Tensor = transforms.resize(images, [size, size], antialias=True)
+    return resized
+
+
+# --- image sets read lazily ----------------------------------------------------------------------
+
+_CELEBA_FILES = tuple(
+    f"celeba/{file}"
+    for file in (
+        "img_align_celeba",
+        "list_attr_celeba.txt",
+        "identity_CelebA.txt",
+        "list_bbox_celeba.txt",
+        "list_landmarks_align_celeba.txt",
+        "list_eval_partition.txt",
+    )
+)
+_CHURCH_FILES = ("church_outdoor_train_lmdb", "church_outdoor_val_lmdb")
+# The customary CelebA-64 crop, left 15, top 40, right 163, bottom 188 (Larsen et al. 2016; NVAE uses it too).
+_CELEBA_CROP = (slice(40, 188), slice(15, 163))
+
+
+def _form(config: DataConfig) -> ImageForm:
+    return ImageForm(3, config.image_size or OWN_SIZES[config.name], config.padding or 0, config.num_bits)
+
+
+def _celeba(config: DataConfig) -> Data:
+    """Load CelebA's own three parts, cropped to 148 x 148 and resized to 64."""
+    form = _form(config)._replace(crop=_CELEBA_CROP)
+    folder = root_folder(config) / "celeba" / "img_align_celeba"
+
+    def split(part: str, flips: bool = False) -> LazyImages[Path]:
+        dataset = _open(config, "CelebA", _CELEBA_FILES, split=part)
+        keys = [folder / file for file in dataset.filename]
+        return LazyImages(partial(decode, form=form), keys, levels=2**config.num_bits, has_flips=flips)
+
+    splits = [split("train", has_flips(config, own=True)), split("valid"), split("test")]
+    return image_data(config.name, torch.Size([3, form.size, form.size]), splits)
+
+
+def _lsun_church(config: DataConfig) -> Data:
+    """Load LSUN's outdoor churches, with random square crops in training and the middle square elsewhere.
+
+    LSUN's validation images are the test split here, for LSUN has no other.
+    """
+    form = _form(config)
+    root = root_folder(config)
+    databases = {file: _open_lmdb(config, root / file) for file in _CHURCH_FILES}
+    train, test = ([(file, key) for key in _lmdb_keys(databases[file])] for file in _CHURCH_FILES)
+    num = num_train(config, len(train))
+
+    def load(entry: tuple[str, bytes], form: ImageForm) -> Tensor:
+        file, key = entry
+        with databases[file].begin() as transaction:
+            return decode(io.BytesIO(transaction.get(key)), form, f"{key.decode()} in {root / file}")
+
+    levels = 2**config.num_bits
+    whole, square = (partial(load, form=form._replace(is_square=is_square)) for is_square in (False, True))
+    flips = has_flips(config, own=True)
+    splits = [
+        LazyImages(whole, train[:num], levels=levels, has_flips=flips, random_crop=form.size, load_middle=square),
+        LazyImages(square, train[num:], levels=levels),
+        LazyImages(square, test, levels=levels),
+    ]
+    return image_data(config.name, torch.Size([3, form.size, form.size]), splits)
+
+
+def _lmdb_keys(database: Any) -> list[bytes]:
+    with database.begin() as transaction:
+        return list(transaction.cursor().iternext(keys=True, values=False))
+
+
+def _open_lmdb(config: DataConfig, folder: Path) -> Any:
+    # torchvision's reader leaves a pickle in the working directory, so this one is ours.
+    try:
+        import lmdb
+
+        if not folder.is_dir():
+            raise FileNotFoundError(folder)
+        return lmdb.open(str(folder), readonly=True, lock=False, readahead=False)
+    except (ModuleNotFoundError, FileNotFoundError) as error:
+        raise _unusable(config, _CHURCH_FILES, error) from error
+
+
+# --- torchvision, and what may be missing --------------------------------------------------------
+
+
+def _open(config: DataConfig, class_name: str, files: Sequence[str], **options: Any) -> Any:
+    try:
+        from torchvision import datasets
+
+        return getattr(datasets, class_name)(root_folder(config), download=config.download, **options)
+    # RuntimeError and OSError (URLError, FileNotFoundError) are what torchvision says when files are missing or
+    # a download fails; the other two come from files that are cut short.
+    except (RuntimeError, ModuleNotFoundError, OSError, ValueError, AssertionError) as error:
+        raise _unusable(config, files, error) from error
+
+
+def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> InputError:
+    """Say in one sentence why a data set cannot be opened; the only place that does."""
+    root = root_folder(config)
+    missing = [file for file in files if not (root / file).exists()]
+    reason = " ".join(str(error).split())
+    package = error.name if isinstance(error, ModuleNotFoundError) else "gdown" if "gdown" in reason else None
+    if package is not None:
+        return InputError(
+            f"data set {config.name} needs the package {package}; install it with pip install {package} "
+            "(lmdb and gdown come with ppl_vaebm[data])"
+        )
+    if "torchvision::" in reason:
+        return InputError(
+            f"data set {config.name} needs a torchvision built for torch {torch.__version__}, the installed one is not "
+            f"({reason}); install a matching pair"
+        )
+    if not missing:
+        return InputError(
+            f"the files of data set {config.name} in {root} are cut short or altered ({reason}); "
+            f"delete and fetch them again: {', '.join(files)}"
+        )
+    if config.name == "lsun-church":
+        advice = "unpack the archives of LSUN there or set --data.root; --data.download cannot fetch them"
+    elif config.download:
+        advice = f"the download failed ({reason}): put them there by other means or set --data.root"
+    else:
+        advice = "fetch them with --data.download or set --data.root"
+    return InputError(f"data set {config.name} lacks {', '.join(missing)} in {root}; {advice}")
+
+
+def shape_without_files(config: DataConfig) -> torch.Size | None:
+    """Return the shape ``(C, H, W)`` of a set's images where no file is needed to tell it, else ``None``."""
+    if config.name in _ARCHIVES:
+        archive = _ARCHIVES[config.name]
+        side = config.image_size or archive.side + 2 * archive.padding_for(config)
+        return torch.Size([archive.channels, side, side])
+    if config.name in OWN_SIZES:
+        side = config.image_size or OWN_SIZES[config.name]
+        return torch.Size([3, side, side])
+    return None
+
+
+FOLDERS = ("image-folder", "celeba-hq")
+"""Sets that are any folder of images."""
+BINARIZABLE = (*(name for name, archive in _ARCHIVES.items() if archive.channels == 1), "image-folder")
+"""Sets that are or may be grey."""
+DIVISIBLE = (*_ARCHIVES, "lsun-church", *FOLDERS)
+"""Sets that come, or may come, without a part for validation."""
+
+LOADERS: dict[str, Callable[[DataConfig], Data]] = {
+    "image-folder": load_image_folder,
+    "celeba-hq": load_image_folder,
+    "mnist": _archive,
+    "fashion-mnist": _archive,
+    "cifar10": _archive,
+    "cifar100": _archive,
+    "svhn": _archive,
+    "celeba": _celeba,
+    "lsun-church": _lsun_church,
+    "stacked-mnist": _stacked_mnist,
+}
+"""The loader of each set by its name; it raises InputError where files or a package are missing."""

@@ -1,0 +1,115 @@
+"""Images as metrics see them: whole levels, of real and generated images alike.
+
+Draws of a model are real numbers, also beyond the range of pixels, and data come with the noise of their
+dequantisation. Both are clipped to [-1, 1] and rounded to the level in whose cell they lie, never stretched, so that
+noise below a level is no part of a distance. The cells are those of :mod:`ppl_vaebm.data.splits`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.data.splits import NUM_BYTE_LEVELS, Data
+from ppl_vaebm.errors import InputError
+
+
+def quantised(x: Tensor, levels: int = NUM_BYTE_LEVELS, *, is_dequantized: bool = True) -> Tensor:
+    """Round images to their levels.
+
+    Args:
+        x: images, any shape, finite; what lies beyond [-1, 1] is clipped.
+        levels: how many levels a pixel has, at least 2; ``Data.levels``.
+        is_dequantized: whether level k stands for the cell ``[2 k / levels - 1, 2 (k + 1) / levels - 1)``; else for the
+            value ``2 k / (levels - 1) - 1`` itself, as in binarised images. ``Data.is_dequantized``.
+
+    Returns:
+        The centre of each pixel's cell, ``(2 k + 1) / levels - 1``, or else the nearest value of a level; the shape and
+        dtype of ``x``. Dequantised data come back to their levels exactly, and a second rounding changes nothing.
+
+    Raises:
+        InputError: a pixel is not finite.
+    """
+    if not bool(x.isfinite().all()):
+        raise InputError(
+            f"images to round must be finite, got {int((~x.isfinite()).sum())} pixels that are not; look at the samples"
+        )
+    if is_dequantized:
+        level = ((x + 1) * (levels / 2)).floor().clamp(0, levels - 1)
+        return (2 * level + 1) / levels - 1
+    level = ((x + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1)
+    return 2 * level / (levels - 1) - 1
+
+
+def quantised_as(x: Tensor, data: Data) -> Tensor:
+    """Round images to the levels of a data set; see :func:`quantised`.
+
+    Args:
+        x: images, of the data set or generated.
+        data: images with levels.
+
+    Returns:
+        The rounded images.
+
+    Raises:
+        InputError: a pixel is not finite, or the data are no images.
+    """
+    if data.levels is None:
+        raise InputError(f"rounding to levels is for images, and data set {data.name} has none; leave it out")
+    return quantised(x, data.levels, is_dequantized=data.is_dequantized)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Turn images into bytes, as image files and networks for photographs have them.
+
+    Args:
+        x: images, any shape, finite; what lies beyond [-1, 1] is clipped.
+
+    Returns:
+        ``floor(128 (x + 1))`` in {0, ..., 255}, uint8: of 8-bit images that were rounded, the level itself.
+    """
+    return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
+
+
+def check_images(real: Tensor, generated: Tensor) -> None:
+    """Refuse sets of images that no metric should compare.
+
+    Args:
+        real: images, ``(n, C, H, W)``, in [-1, 1].
+        generated: images, ``(m, C, H, W)``, in [-1, 1].
+
+    Raises:
+        InputError: no images, different shapes, pixels that are not finite or beyond [-1, 1], a set of one constant
+            value, or one set in [0, 1] and the other in [-1, 1].
+    """
+    if real.ndim != 4 or real.shape[1:] != generated.shape[1:] or not (len(real) and len(generated)):
+        raise InputError(
+            f"real and generated images must be of one shape (n, C, H, W) with n >= 1, got {tuple(real.shape)} and "
+            f"{tuple(generated.shape)}; take both from the same data set"
+        )
+    ranges = {name: _range(images, name) for name, images in (("real", real), ("generated", generated))}
+    for (name, (low, _)), (other, (other_low, _)) in (
+        tuple(ranges.items()),
+        tuple(reversed(ranges.items())),
+    ):
+        # A set without any pixel darker than middle grey, beside one that has black.
+        if low >= 0 and other_low < -0.5:
+            raise InputError(
+                f"{name} and {other} images must have one range, got {name} ones in [0, 1] and {other} ones in "
+                f"[-1, 1]; map the {name} ones to [-1, 1] by 2 x - 1"
+            )
+
+
+def _range(images: Tensor, name: str) -> tuple[float, float]:
+    low, high = float(images.min()), float(images.max())
+    # Written so that NaN fails it.
+    if not (low >= -1 and high <= 1):
+        raise InputError(
+            f"{name} images must lie in [-1, 1], got pixels in [{low:.4g}, {high:.4g}]; "
+            "bring them there with ppl_vaebm.pixels.quantised"
+        )
+    if low == high:
+        raise InputError(
+            f"{name} images must not all be one constant, got {low:.4g} at every pixel; look at the samples"
+        )
+    return low, high

@@ -1,0 +1,1 @@
+"""The numbers by which a fitted run is judged."""

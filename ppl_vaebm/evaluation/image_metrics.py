@@ -1,0 +1,282 @@
+"""Metrics of image samples in the features of a named network, for any set of images of one data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vaebm.data.load import Data, without_augmentation, without_noise
+from ppl_vaebm.data.pixels import check_images, quantised_as
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation.base import Arrays, Cell, Effort, Part, Section, random_order
+from ppl_vaebm.evaluation.metrics.classification import (
+    Estimate,
+    class_coverage,
+    coverage_of_even_draws,
+    density_coverage,
+    frechet_bias,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    precision_recall_error,
+)
+from ppl_vaebm.evaluation.metrics.classifier import accuracy
+from ppl_vaebm.evaluation.metrics.features import Classifier, FeatureNet, Outputs, StackedDigits, network_outputs
+from ppl_vaebm.rng import stream
+
+BLOCK = 500
+"""Images read at a time."""
+BATCH = 50
+"""Images that a network sees at a time: for Inception-v3 on a CPU they take 2 GB."""
+NUM_SPLITS = 10
+"""Parts of the samples that have an Inception Score each; the custom since Salimans et al. 2016."""
+FRECHET = "Frechet distance"
+STACKED, NUM_STACKED = "stacked-mnist", 1_000
+"""The data set whose classes are counted, and how many it has."""
+METRICS = (FRECHET, "KID", "Inception Score", "precision", "recall", "density", "coverage")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A network, and the data that samples are measured against."""
+
+    net: FeatureNet
+    data: Data
+    reference: Outputs
+    """Of training images in random order."""
+    held_out: Outputs
+    """Of test images in random order, no more than samples are asked for."""
+    real: Tensor
+    """Some training images, whose size and range samples must have."""
+    seed: int
+
+    def describe(self, x: Tensor) -> Outputs:
+        """Round images to their levels and show them to the network.
+
+        Args:
+            x: draws, ``(n, C, H, W)``, on any device.
+
+        Returns:
+            Features and logits.
+
+        Raises:
+            InputError: images of another size or range than the data's, or pixels that are not finite.
+        """
+        images = quantised_as(x.cpu(), self.data)
+        check_images(self.real, images)
+        return network_outputs(self.net, images, BATCH)
+
+
+def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[Tensor]:
+    """Read images of the part train or test, rounded to their levels; neither is mirrored or cropped at random.
+
+    Args:
+        data: the data set.
+        part: which part.
+        indices: which images, ``(n,)``.
+        seed: of the dequantisation, which the rounding undoes, and of binarised pixels.
+
+    Yields:
+        Blocks ``(up to BLOCK, C, H, W)``.
+    """
+    split = without_augmentation(without_noise({"train": data.train, "test": data.test}[part]))
+    noise = stream(seed, "dequantise", part)
+    for rows in indices.split(BLOCK):
+        yield quantised_as(split.batch(rows, noise), data)
+
+
+def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
+    """Refuse fewer samples or images than the metrics need.
+
+    Args:
+        data: images.
+        effort: training images to measure against, and samples.
+        parts: that need them.
+
+    Raises:
+        InputError: naming the numbers, and the parts to leave out.
+    """
+    num_train, num_test = min(effort.num_reference, len(data.train)), len(data.test)
+    # The training images are split in halves, for what the metrics say of data.
+    if min(num_train // 2, num_test, effort.num_samples) < NUM_SPLITS:
+        raise InputError(
+            f"metrics of images need at least {NUM_SPLITS} samples, {NUM_SPLITS} test images and {2 * NUM_SPLITS} "
+            f"training images, got {effort.num_samples}, {num_test} and {num_train}; ask for more, or leave "
+            f"{' and '.join(parts)} out with --only"
+        )
+
+
+def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
+    """Describe the data that samples are to be measured against.
+
+    Args:
+        net: the network.
+        data: images.
+        effort: training images to measure against, and samples.
+        seed: of the choice of images.
+
+    Returns:
+        The judge.
+
+    Raises:
+        InputError: as :func:`check_sizes`.
+    """
+    check_sizes(data, effort, ("samples",))
+    num_train, num_test = min(effort.num_reference, len(data.train)), min(effort.num_samples, len(data.test))
+    described = {}
+    for part, split, num in (("train", data.train, num_train), ("test", data.test, num_test)):
+        indices = random_order(split, seed, part)[:num]
+        described[part] = joined(
+            [network_outputs(net, images, BATCH) for images in image_blocks(data, part, indices, seed)]
+        )
+    real = next(image_blocks(data, "train", random_order(data.train, seed, "train")[:BLOCK], seed))
+    return Judge(net, data, described["train"], described["test"], real, seed)
+
+
+def joined(parts: list[Outputs]) -> Outputs:
+    """Join blocks of one set."""
+    return Outputs(torch.cat([part.features for part in parts]), torch.cat([part.logits for part in parts]))
+
+
+class Row(NamedTuple):
+    """The metrics of one set of images."""
+
+    name: str
+    cells: dict[str, Cell]
+    """By the names of :data:`METRICS`."""
+
+
+def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[Row]:
+    """Measure sets of samples, and data as if they were samples.
+
+    Args:
+        judge: network and data.
+        sets: samples by name.
+        num: how many there are in each.
+
+    Returns:
+        A row for training images against other training images, which is what the metrics say of the data's own law at
+        that number; one for held-out data; and one for each set.
+    """
+    reference = judge.reference
+    half = min(num, len(reference.features) // 2)
+    some, others = (Outputs(*(part[rows] for part in reference)) for rows in (slice(half), slice(half, None)))
+    return [
+        Row(f"training data, {half} images against {len(others.features)} others", _cells(some, others, judge.seed)),
+        Row(f"held-out data, {len(judge.held_out.features)} images", _cells(judge.held_out, reference, judge.seed)),
+        *(Row(name, _cells(found, reference, judge.seed)) for name, found in sets.items()),
+    ]
+
+
+def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Cell]:
+    # Both are in random order, so the first ones are a fair choice.
+    num = min(len(found.features), len(reference.features))
+    pair = (reference.features[:num], found.features[:num])
+    shares = zip(precision_recall(*pair), precision_recall_error(*pair), strict=True)
+    precision, recall = (estimate_cell(Estimate(value, error)) for value, error in shares)
+    kernel = kernel_distance(found.features, reference.features, stream(seed, "kernel distance"))
+    score = inception_score(found.logits, NUM_SPLITS)
+    distance = frechet_distance(found.features, reference.features)
+    values = (distance, estimate_cell(kernel), estimate_cell(score), precision, recall, *density_coverage(*pair))
+    return dict(zip(METRICS, values, strict=True))
+
+
+def estimate_cell(estimate: Estimate) -> dict[str, float]:
+    """Turn an estimate into a cell."""
+    return {"value": estimate.value, "error": estimate.error}
+
+
+def metric_sections(judge: Judge, rows: list[Row], num: int) -> dict[str, Section]:
+    """Lay rows out as one section for each metric, all of one family.
+
+    Args:
+        judge: network and data.
+        rows: of :func:`metric_rows`.
+        num: samples in each set.
+
+    Returns:
+        Sections, the first of them the Frechet distances.
+    """
+    return {
+        f"{metric} [{judge.net.name}], {num} samples": {row.name: row.cells[metric] for row in rows}
+        for metric in METRICS
+    }
+
+
+def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
+    """Say what stands behind the metrics, and what to beware of.
+
+    Args:
+        judge: network and data.
+        samples: some of those that were measured, for the bias of their distance.
+        num: samples in each set.
+
+    Returns:
+        One section, with the network's accuracy where it was trained on the data's labels; it has a warning where there
+        are fewer samples than features.
+    """
+    num_reference, num_features = len(judge.reference.features), judge.net.num_features
+    section: Section = {
+        "measured against": f"{num_reference} training images, clipped and rounded to {judge.data.levels} levels",
+        "features": num_features,
+    }
+    labels = judge.data.test.labels
+    if labels is not None and isinstance(judge.net, (Classifier, StackedDigits)):
+        num_test = len(judge.held_out.logits)
+        shown = labels[random_order(judge.data.test, judge.seed, "test")[:num_test]]
+        section[f"accuracy on {num_test} test images"] = estimate_cell(accuracy(judge.held_out.logits, shown))
+    if num < num_features:
+        found = frechet_bias(judge.reference.features, samples.features, stream(judge.seed, "bias"))
+        section["warning"] = (
+            f"{num} samples are fewer than the {num_features} features, so the Frechet distance is too large, "
+            f"by {found.low:.4g} to {found.high:.4g}: take at least {2 * num_features}"
+        )
+    if num > num_reference:
+        section["precision and recall, density and coverage"] = (
+            f"of the first {num_reference} samples, for there are no more training images, and sets of one size are due"
+        )
+    return {f"about these metrics [{judge.net.name}]": section}
+
+
+def class_sections(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[str, Section]:
+    """Count the classes of StackedMNIST that samples fall in, and how evenly (Metz et al. 2017, arXiv:1611.02163).
+
+    Args:
+        judge: network and data; its logits must be those of the classes, or nothing is counted.
+        sets: samples by name.
+        num: samples in each.
+
+    Returns:
+        Two sections of the metrics' family, each with what independent draws of even classes have on average; none for
+        other data.
+    """
+    if judge.data.name != STACKED or judge.held_out.logits.shape[1] != NUM_STACKED:
+        return {}
+    everything = {f"held-out data, {len(judge.held_out.logits)} images": judge.held_out, **sets}
+    found = {name: class_coverage(outputs.logits.argmax(-1), NUM_STACKED) for name, outputs in everything.items()}
+    family = f"[{judge.net.name}], {num} samples"
+    counted: Section = {name: coverage.num_modes for name, coverage in found.items()}
+    divergence: Section = {name: coverage.kl_to_uniform for name, coverage in found.items()}
+    # All sets but the held-out data have one size.
+    even, name = coverage_of_even_draws(num, NUM_STACKED), "independent draws of even classes"
+    counted[name], divergence[name] = even.num_modes, even.kl_to_uniform
+    return {f"classes of {NUM_STACKED} {family}": counted, f"KL to even classes (nats) {family}": divergence}
+
+
+def metric_arrays(rows: list[Row], **others: object) -> Arrays:
+    """Lay rows out as arrays, for pictures: ``value`` and ``error``, ``(rows, metrics)``, and the names of both."""
+
+    def part(cell: Cell, key: str) -> float:
+        if isinstance(cell, dict):
+            return cell[key]
+        return float(cell) if key == "value" else float("nan")
+
+    values = {key: np.array([[part(row.cells[m], key) for m in METRICS] for row in rows]) for key in ("value", "error")}
+    names = {"rows": np.array([row.name for row in rows]), "metrics": np.array(METRICS)}
+    return {**values, **names, **{name: np.asarray(value) for name, value in others.items()}}

@@ -1,0 +1,280 @@
+"""Kernels side by side: each from the same starts, until it has spent the same evaluations and the same time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation.metrics.classification import HIGH_QUALITY_NUM_STD
+from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
+from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
+from ppl_vaebm.inference.diagnostics.convergence import FloatArray
+from ppl_vaebm.inference.diagnostics.functionals import noise_functionals
+from ppl_vaebm.inference.kernels.chains import Chains, Functionals, run_chains
+from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params
+from ppl_vaebm.inference.latent_exchange import with_exchange
+from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
+from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.rng import seed_for, stream
+
+LEAPFROG_HMC = "hmc-leapfrog"
+"""Our HMC with leapfrog for its integrator; ``hmc`` has the one of the configuration."""
+KERNELS: tuple[str, ...] = (
+    *get_args(KernelName),
+    LEAPFROG_HMC,
+    *get_args(PyroKernelName),
+    *get_args(JaxKernelName),
+)
+PACKAGES = {
+    name: ("jax", library)
+    for library in ("numpyro", "blackjax")
+    for name in get_args(JaxKernelName)
+    if name.startswith(library)
+}
+"""What kernels need beyond what every installation has."""
+UNADJUSTED = ("langevin",)
+"""Of our kernels those that no Metropolis test makes exact; JAX's say it themselves."""
+
+NUM_EXACT = 20_000
+MAX_PROPOSALS = 2_000_000
+# Most draws per chain where time is to be filled: 200 MB of functionals for 8 chains in two dimensions.
+MAX_DRAWS = 50_000
+# Trees and trajectories that nothing bounds would spend a budget in a few draws: these bound one draw of Pyro's HMC to
+# 16 evaluations at the step that its trajectory starts from, and one of any NUTS to 63.
+MAX_NUM_STEPS = 16
+MAX_TREE_DEPTH = 6
+# Pyro's chains run one after another for equal times, and are cut to the one with the fewest draws, which leaves less
+# than the time of all: so much more is asked for. Chosen by us.
+PYRO_SLACK = 1.5
+
+
+class Budget(NamedTuple):
+    """What every kernel may spend."""
+
+    num_chains: int
+    num_warmup: int
+    """Steps of warm-up; they are counted and timed apart."""
+    num_evals: int
+    """Evaluations of the potential per chain for the draws."""
+    num_seconds: float = 0.0
+    """Draws go on until so much time has passed too, over all chains."""
+
+
+class Reference(NamedTuple):
+    """What is known of the target without chains."""
+
+    energy: float
+    """Mean E of exact draws, nats; nan where these cannot be had."""
+    energy_error: float
+    """Its standard error."""
+    modes: FloatArray | None = None
+    """Centres of the data's modes, ``(m, d)``, where they are known."""
+    mode_std: float = math.nan
+    """Standard deviation of each."""
+    mode_weights: FloatArray | None = None
+    """Their probabilities under the target, ``(m,)``: shares of exact draws; ``None`` where these cannot be had."""
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse a list of kernels with an unknown or repeated name, or with one whose packages are missing.
+
+    Raises:
+        InputError: naming it and the known ones.
+    """
+    for name in names:
+        if name not in KERNELS:
+            raise InputError(f"unknown kernel {name!r}: expected some of {', '.join(KERNELS)}, separated by commas")
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"expected a list of different kernels, got {', '.join(names) or 'none'}")
+    for name in names:
+        missing = missing_packages(name)
+        if missing:
+            raise InputError(
+                f"kernel {name} needs {' and '.join(PACKAGES[name])}, found no {' and no '.join(missing)}; "
+                "install them with pip install 'ppl_vaebm[jax]', or leave that kernel out"
+            )
+
+
+def missing_packages(name: str) -> list[str]:
+    """List the packages that a kernel needs and that are not installed."""
+    return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+
+
+def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_start: int = 1) -> Tensor:
+    """Draw where chains begin: fresh noise, the same for every kernel.
+
+    Args:
+        potential: of the VAEBM.
+        num_chains: C, a multiple of ``chains_per_start``.
+        seed: of the chains.
+        chains_per_start: neighbouring chains that begin at one place.
+
+    Returns:
+        ``(C, D)``.
+    """
+    device = next(potential.vaebm.parameters()).device
+    places = potential.draw_reference(stream(seed, "start", device=device), num_chains // chains_per_start)
+    return places.repeat_interleave(chains_per_start, 0)
+
+
+def run_kernel(
+    name: str,
+    potential: NoisePotential,
+    config: KernelConfig,
+    start: Tensor,
+    budget: Budget,
+    seed: int,
+    functionals: Functionals | None = None,
+) -> Chains:
+    """Run one kernel, ours or another library's, within a budget.
+
+    Where the energy has a term of the first latent alone, our kernels exchange it with chains of that term.
+
+    Args:
+        name: of the kernel, one of :data:`KERNELS`.
+        potential: of the VAEBM.
+        config: options; step size and target acceptance are used only by the kernel that the configuration names.
+        start: ``(num_chains, D)``.
+        budget: what it may spend.
+        seed: of the chains.
+        functionals: what to store of every draw; those of :func:`noise_functionals` if not given.
+
+    Returns:
+        The chains, under that name. Their ``attrs`` have the seed and whether a Metropolis test makes the kernel
+        exact, ``is_adjusted``.
+    """
+    functionals = functionals or noise_functionals(potential)
+    if name in get_args(PyroKernelName):
+        chains = _run_pyro(cast(PyroKernelName, name), potential, config, start, budget, seed, functionals)
+    elif name in get_args(JaxKernelName):
+        chains = run_jax(
+            cast(JaxKernelName, name),
+            potential,
+            start,
+            seed=seed_for(seed, name),
+            num_draws=_most_draws(budget),
+            num_warmup=budget.num_warmup,
+            functionals=functionals,
+            max_tree_depth=MAX_TREE_DEPTH,
+            max_evals=budget.num_evals,
+            min_seconds=budget.num_seconds,
+        )
+    else:
+        config = _own_config(name, config)
+        chains = run_chains(
+            with_exchange(build_kernel(config, potential), potential),
+            stream(seed, "chains", name, device=start.device),
+            start,
+            start_params(config, start),
+            num_draws=_most_draws(budget),
+            num_warmup=budget.num_warmup,
+            functionals=functionals,
+            max_evals=budget.num_evals,
+            min_seconds=budget.num_seconds,
+        )
+    return replace(
+        chains, kernel=name, attrs={"is_adjusted": int(name not in UNADJUSTED), **chains.attrs, "seed": seed}
+    )
+
+
+def _most_draws(budget: Budget) -> int:
+    return max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals
+
+
+def _own_config(name: str, config: KernelConfig) -> KernelConfig:
+    if name != LEAPFROG_HMC:
+        return config.of(cast(KernelName, name))
+    if config.name == "hmc" and config.integrator == "leapfrog":
+        return config
+    # Step and target were chosen for another integrator.
+    return replace(config, name="hmc", integrator="leapfrog", step_size=None, target_acceptance=None)
+
+
+def _run_pyro(
+    name: PyroKernelName,
+    potential: NoisePotential,
+    config: KernelConfig,
+    start: Tensor,
+    budget: Budget,
+    seed: int,
+    functionals: Functionals,
+) -> Chains:
+    return run_pyro(
+        name,
+        potential,
+        potential.packing,
+        start,
+        seed=seed_for(seed, name),
+        num_draws=_most_draws(budget),
+        num_warmup=budget.num_warmup,
+        step_size=DEFAULT_STEP_SIZES["hmc"],
+        trajectory_length=(config.num_steps or MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
+        max_tree_depth=MAX_TREE_DEPTH,
+        functionals=functionals,
+        max_evals=budget.num_evals,
+        min_seconds=PYRO_SLACK * budget.num_seconds,
+    )
+
+
+def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
+    """Find out what can be known of the target without chains.
+
+    Args:
+        potential: of the VAEBM.
+        data: whose modes may be known.
+        seed: of the exact draws.
+
+    Returns:
+        The reference; nan, and no weights, where the energy is not finite or rejection from the VAE gives up.
+    """
+    modes = None if data.modes is None else data.modes.double().numpy()
+    unknown = Reference(math.nan, math.nan, modes, data.mode_std or math.nan)
+    device = next(potential.vaebm.parameters()).device
+    with torch.no_grad():
+        pilot = potential(potential.draw_reference(stream(seed, "pilot", device=device), 64))
+    if not pilot.isfinite().all():
+        return unknown  # rejection would wait for proposals that never come
+    try:
+        draws = exact_draws(
+            potential, stream(seed, "exact", device=device), NUM_EXACT, max_proposals=MAX_PROPOSALS
+        ).position
+    except RejectionError:
+        return unknown
+    with torch.no_grad():
+        rows = draws.split(potential.rows_per_pass)
+        energy = torch.cat([potential(part) for part in rows]).double()
+    known = unknown._replace(energy=float(energy.mean()), energy_error=float(energy.std()) / math.sqrt(len(energy)))
+    if modes is None:
+        return known
+    x = torch.cat([potential.decode(part).flatten(1) for part in rows]).double().cpu().numpy()
+    counts = mode_counts(x, modes, known.mode_std)
+    return known._replace(mode_weights=counts / counts.sum())
+
+
+def mode_counts(x: FloatArray, modes: FloatArray, mode_std: float) -> FloatArray:
+    """Count the draws at every mode.
+
+    Args:
+        x: ``(n, d)``; one that is not finite is at no mode.
+        modes: centres, ``(m, d)``.
+        mode_std: of each; a draw is at its nearest mode if it is within three of these of it, the convention of
+            :mod:`ppl_vaebm.evaluation.metrics.classification`.
+
+    Returns:
+        ``(m,)``.
+    """
+    x = x[np.isfinite(x).all(axis=1)]
+    squares = np.square(x[:, None] - modes).sum(axis=-1)
+    is_near = np.sqrt(squares.min(axis=1, initial=math.inf)) <= HIGH_QUALITY_NUM_STD * mode_std
+    nearest = squares[is_near].argmin(axis=1)
+    return np.bincount(nearest, minlength=len(modes)).astype(np.float64)

@@ -1,0 +1,171 @@
+"""The normalised log-likelihood of test data, with every Monte Carlo error that it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.config import Config
+from ppl_vaebm.data.load import Data, gaussians25_log_prob, random_subset
+from ppl_vaebm.evaluation.base import Effort, Section, mean_cell
+from ppl_vaebm.inference.ebm.learner import data_latents
+from ppl_vaebm.inference.ebm.train import has_discrete_x
+from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogLikelihood, log_p, reference_energies
+from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
+from ppl_vaebm.rng import seed_for, stream
+from ppl_vaebm.runs.loading import LoadedRun
+
+
+class Terms(NamedTuple):
+    """What log h of the test data is made of."""
+
+    x: Tensor
+    """Test points, ``(n, *event_shape)``."""
+    log_p: LogLikelihood
+    """Of each under the VAE."""
+    energy: Tensor
+    """E of each, ``(n,)``, float64, nats."""
+    reference_energy: Tensor
+    """E of draws of the VAE, ``(num_z_draws,)``, nats."""
+
+    @property
+    def log_z(self) -> LogZ:
+        """Estimate log Z from the draws of the VAE."""
+        return log_mean_exp(-self.reference_energy)
+
+
+def likelihood_terms(loaded: LoadedRun, effort: Effort, seed: int) -> Terms:
+    """Evaluate test points under the VAE and the energy, and draws of the VAE under the energy.
+
+    Args:
+        loaded: the fitted VAEBM.
+        effort: test points and draws.
+        seed: of all draws, and of the choice of test points where there are more.
+
+    Returns:
+        The terms.
+    """
+    data, potential = loaded.data, loaded.potential
+    test = random_subset(data.test, effort.num_test, stream(seed, "order", "test"))
+    x = test.batch(torch.arange(len(test)), stream(seed, "dequantise", "test")).to(loaded.config.device)
+    reference_energy = reference_energies(potential, stream(seed, "log_z", device=x.device), effort.num_z_draws)
+    estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance)
+    energy = data_energies(loaded, x, seed_for(seed, "posterior"))
+    return Terms(x, estimate, energy, reference_energy)
+
+
+def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
+    """Evaluate the energy of data.
+
+    An energy of x and z takes one draw of z from the guide for each point. Then ``log p - E`` bounds log h + log Z
+    from below on average, as far as the guide is the posterior.
+
+    Args:
+        loaded: the fitted VAEBM.
+        x: ``(n, *event_shape)``, on the model's device.
+        seed: of the draws of z.
+
+    Returns:
+        ``(n,)``, float64, nats.
+    """
+    blocks = x.split(min(1_000, loaded.vaebm.vae.rows_per_pass))
+    parts = []
+    with torch.no_grad():
+        for block, rows in enumerate(blocks):
+            z = data_latents(loaded.config, loaded.vaebm.vae, rows, seed_for(seed, block))
+            parts.append(loaded.vaebm.energy(rows, z))
+    return torch.cat(parts).double()
+
+
+def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> Section:
+    """Estimate log p, log Z and log h on test data.
+
+    Args:
+        loaded: the fitted VAEBM.
+        effort: test points and draws.
+        seed: of all draws.
+        terms: of :func:`likelihood_terms`, where they are there already.
+
+    Returns:
+        The numbers, with standard errors over test points and draws. ``log p`` is a lower bound in expectation.
+    """
+    data = loaded.data
+    x, estimate, energy, _ = terms = terms or likelihood_terms(loaded, effort, seed)
+    log_z = terms.log_z
+    gain = -energy - log_z.value
+    section: Section = {
+        "log p (VAE)": mean_cell(estimate.value),
+        "log h (VAEBM)": mean_cell(estimate.value + gain, log_z.error),
+        "log h - log p": mean_cell(gain, log_z.error),
+        "log Z": {"value": log_z.value, "error": log_z.error},
+        "effective draws behind log Z": log_z.ess,
+        "log Z certified": "yes" if log_z.ess >= CERTIFIED_ESS else f"no: fewer than {CERTIFIED_ESS:g} effective draws",
+        "mean Monte Carlo error of log p per point": float(estimate.error.mean()),
+    }
+    section |= _bits(loaded, x, section, effort, seed)
+    if data.max_log_density_nats is not None:
+        config = loaded.config.data
+        truth = gaussians25_log_prob(x.cpu(), config.spacing, config.std).to(x.device)
+        section["entropy bound (mean log density of the data's own law)"] = data.max_log_density_nats
+        section["the data's own law on these test points"] = mean_cell(truth)
+        section["KL(data, VAE), same test points"] = mean_cell(truth - estimate.value)
+        kl = mean_cell(truth - estimate.value - gain, log_z.error)
+        section["KL(data, VAEBM), same test points"] = kl
+        # The data's own law as a control variate: most of log h's spread over test points is that of the points.
+        bound_less_kl = data.max_log_density_nats - kl["value"]
+        section["log h (VAEBM), as the bound less that KL"] = {"value": bound_less_kl, "error": kl["error"]}
+    return section
+
+
+def _bits(loaded: LoadedRun, x: Tensor, section: Section, effort: Effort, seed: int) -> Section:
+    """Convert a likelihood to bits per dimension; where the decoder scores levels, add the VAE's by that law."""
+    data = loaded.data
+    if not has_bits(loaded.config, data):
+        return {}
+    found: Section = {}
+    for name in ("log p (VAE)", "log h (VAEBM)"):
+        nats = section[name]
+        assert isinstance(nats, dict)
+        found[f"{name}, bits per dimension"] = bits_per_dim(nats, data)
+    if scores_levels(loaded.config):
+        by_level = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, by_level=True)
+        found["the VAE by level, bits per dimension"] = bits_per_dim(mean_cell(by_level.value), data)
+    return found
+
+
+def has_bits(config: Config, data: Data) -> bool:
+    """Say whether a likelihood in nats has an equivalent in bits per dimension.
+
+    Points have no levels; and of binarised images only a discrete decoder's likelihood is that of levels.
+    """
+    return data.levels is not None and not data.noise_sd and (data.is_dequantized or has_discrete_x(config))
+
+
+def scores_levels(config: Config) -> bool:
+    """Say whether the decoder scores data by a law of levels that its draws do not have."""
+    return config.model.kind == "nvae" and config.model.nvae.decoder.startswith("logistic")
+
+
+def bits_per_dim(nats: Mapping[str, float], data: Data) -> dict[str, float]:
+    """Turn a log-likelihood into bits per dimension.
+
+    A density of dequantised data bounds the log probability of their levels, once ``log(2 / levels)`` per coordinate is
+    added (Theis et al. 2016, arXiv:1511.01844, section 3.1): the number is an upper bound. For binarised data it is the
+    log probability already.
+
+    Args:
+        nats: value and error of a mean log-likelihood, per image.
+        data: the images, with levels; :func:`has_bits` says whether the number means something.
+
+    Returns:
+        Value and error; lower is better, and the uniform distribution has ``log2(levels)``.
+    """
+    assert data.levels is not None
+    num = data.event_shape.numel()
+    volume = num * math.log(2 / data.levels) if data.is_dequantized else 0.0
+    scale = num * math.log(2)
+    return {"value": -(nats["value"] + volume) / scale, "error": nats["error"] / scale}

@@ -1,0 +1,131 @@
+"""How far samples are from data, from given features, logits, scores or points; everything in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation.metrics.frechet import FrechetBias, frechet_bias, frechet_distance, kernel_distance
+from ppl_vaebm.evaluation.metrics.inputs import Estimate, checked
+from ppl_vaebm.evaluation.metrics.modes import (
+    HIGH_QUALITY_NUM_STD,
+    ClassCoverage,
+    EvenDraws,
+    ModeStatistics,
+    class_coverage,
+    coverage_of_even_draws,
+    mode_statistics,
+)
+from ppl_vaebm.evaluation.metrics.neighbours import (
+    DensityCoverage,
+    Neighbours,
+    PrecisionRecall,
+    density_coverage,
+    nearest_neighbours,
+    precision_recall,
+    precision_recall_error,
+)
+
+__all__ = [
+    "HIGH_QUALITY_NUM_STD",
+    "ClassCoverage",
+    "DensityCoverage",
+    "Estimate",
+    "EvenDraws",
+    "FrechetBias",
+    "ModeStatistics",
+    "Neighbours",
+    "PrecisionRecall",
+    "auroc_estimate",
+    "class_coverage",
+    "coverage_of_even_draws",
+    "density_coverage",
+    "frechet_bias",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "mode_statistics",
+    "nearest_neighbours",
+    "precision_recall",
+    "precision_recall_error",
+]
+
+
+# --- one set of logits ---------------------------------------------------------------------------
+
+
+def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
+    """Compute the Inception Score, ``exp(mean KL(p(y | x), p(y)))`` (Salimans et al. 2016, arXiv:1606.03498).
+
+    It lies between 1 and the number of classes, and asks of samples that each be of a clear class and all classes be
+    there; it does not see the data. Name the result after the network that made the logits.
+
+    Args:
+        logits: of samples in random order, ``(n, k)``.
+        num_splits: parts of which each has a score of its own; 10 by custom.
+
+    Returns:
+        Mean and standard deviation of the splits' scores, the latter with divisor ``num_splits``, as is the custom.
+
+    Raises:
+        InputError: fewer rows than splits, or numbers that are not finite.
+    """
+    logits = checked(logits, "an Inception Score", max(1, num_splits))
+    log_p = logits.log_softmax(1)
+    scores = []
+    for part in log_p.tensor_split(num_splits):
+        log_marginal = part.logsumexp(0) - math.log(len(part))
+        scores.append((part.exp() * (part - log_marginal)).sum(1).mean().exp())
+    values = torch.stack(scores)
+    return Estimate(float(values.mean()), float(values.std(correction=0)))
+
+
+# --- scores inside and outside of a distribution -------------------------------------------------
+
+
+def auroc_estimate(inside: Tensor, outside: Tensor) -> Estimate:
+    """Estimate the area under the receiver operating characteristic.
+
+    That is the probability that a point of the distribution scores higher than one from outside.
+    Mann and Whitney's statistic, ties counting half, and the standard error of DeLong, DeLong and Clarke-Pearson
+    (1988), which takes the two sets as independent samples. Where the scores do not overlap that error is 0, and says
+    nothing.
+
+    Args:
+        inside: scores of points of the distribution, ``(n,)``, n >= 2; minus infinity, for a point that is impossible,
+            is a score as any other.
+        outside: scores of other points, ``(m,)``, m >= 2.
+
+    Returns:
+        The probability: 1 if the scores tell the two apart, 1/2 if they know nothing.
+
+    Raises:
+        InputError: fewer than two scores, or one that is NaN or plus infinity.
+    """
+    inside, outside = _scores(inside, "inside"), _scores(outside, "outside")
+    # Of each point, the share of the other set that it beats.
+    wins = _share_below(inside, outside)
+    losses = 1 - _share_below(outside, inside)
+    error = math.sqrt(float(wins.var() / len(inside) + losses.var() / len(outside)))
+    return Estimate(float(wins.mean()), error)
+
+
+def _scores(scores: Tensor, which: str) -> Tensor:
+    is_bad = scores.isnan() | (scores == torch.inf)
+    if scores.ndim != 1 or len(scores) < 2 or bool(is_bad.any()):
+        raise InputError(
+            f"an AUROC needs scores of shape (n,) with n >= 2, none of them NaN or plus infinity, got shape "
+            f"{tuple(scores.shape)} with {int(is_bad.sum())} such scores {which} the distribution; look at the model"
+        )
+    return scores.double()
+
+
+def _share_below(x: Tensor, others: Tensor) -> Tensor:
+    """Return what share of the others is below each of x, ties counting half, ``(n,)``."""
+    others = others.sort().values
+    below = torch.searchsorted(others, x)
+    not_above = torch.searchsorted(others, x, right=True)
+    return (below + not_above).double() / (2 * len(others))

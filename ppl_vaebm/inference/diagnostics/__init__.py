@@ -1,0 +1,1 @@
+"""What chains say about their convergence, and their exchange with ArviZ."""

@@ -1,0 +1,1 @@
+"""Stage ebm: learn the energy on top of a frozen VAE."""

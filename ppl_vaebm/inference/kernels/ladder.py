@@ -1,0 +1,194 @@
+"""Ladders of inverse temperatures: how they start, and how swaps space them.
+
+Syed, Bouchard-Cote, Deligiannidis and Doucet 2022, "Non-reversible parallel tempering: a scalable highly parallel MCMC
+scheme": the rejection rates of neighbours add up to the communication barrier, whatever the levels between 0 and 1,
+and round trips are most frequent when all neighbours share it equally.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.inference.kernels.adaptation import MAX_STEP_SIZE, STEP_SIZE_GAIN
+from ppl_vaebm.inference.kernels.base import Counts, KernelParams, Ladder
+
+# The first levels are b = (k / K)^3. Chosen by us: most of a barrier is near b = 0, where an energy first bites.
+START_POWER = 3.0
+# Rejection rate that every pair is credited with at least, so that the barrier rises everywhere. Chosen by us.
+MIN_REJECTION = 1e-3
+# Share of the way to their new places that the levels go per training update: the rates of one update are noisy. Chosen
+# by us.
+SPACING_GAIN = 0.02
+
+
+def start_ladder(num_levels: int, params: KernelParams, num_steps: int) -> Ladder:
+    """Make the ladder that a warm-up starts from.
+
+    Args:
+        num_levels: K + 1, at least 2.
+        params: their step size is that of all levels with b > 0.
+        num_steps: integration steps of a move; at b = 0 they add up to a quarter turn, which forgets the start.
+
+    Returns:
+        The ladder.
+    """
+    levels = torch.linspace(0, 1, num_levels, dtype=params.step_size.dtype, device=params.step_size.device)
+    step_sizes = params.step_size.expand(num_levels).clone()
+    step_sizes[0] = MAX_STEP_SIZE / num_steps
+    return Ladder(levels.pow(START_POWER), step_sizes)
+
+
+def stored_ladder(state: Mapping[str, Any], like: Tensor) -> Ladder:
+    """Take a ladder from a checkpoint's state, where its fields stand by their names.
+
+    Args:
+        state: as ``Ladder._asdict`` gave it.
+        like: of the device and the type that the ladder is to have.
+
+    Returns:
+        The ladder.
+    """
+    return Ladder(*(state[name].to(like) for name in Ladder._fields))
+
+
+def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts:
+    """Begin to count: replicas are labelled by the level that they stand at.
+
+    Args:
+        num_chains: C.
+        num_levels: K + 1.
+        device: of the counts.
+
+    Returns:
+        Counts of nothing.
+    """
+    label = torch.arange(num_levels, device=device).expand(num_chains, -1)
+    return Counts(
+        num_sweeps=0,
+        swap_rate_sums=torch.zeros(num_chains, num_levels - 1, dtype=torch.float64, device=device),
+        num_swaps=torch.zeros(num_levels - 1, dtype=torch.int64, device=device),
+        move_rate_sums=torch.zeros(num_levels, dtype=torch.float64, device=device),
+        label=label,
+        was_cold=label == num_levels - 1,
+        has_been_hot=torch.zeros_like(label, dtype=torch.bool),
+        num_round_trips=torch.zeros(num_chains, dtype=torch.int64, device=device),
+    )
+
+
+def add_swaps(counts: Counts, lower: Tensor, rate: Tensor, order: Tensor) -> Counts:
+    """Take in the swaps of one sweep.
+
+    Args:
+        counts: before.
+        lower: the hotter level of each pair that was proposed, ``(P,)``.
+        rate: acceptance probabilities, ``(C, P)``.
+        order: which level each level's new replica came from, ``(C, K + 1)``.
+
+    Returns:
+        Counts after.
+    """
+    sums, num_swaps = counts.swap_rate_sums.clone(), counts.num_swaps.clone()
+    sums[:, lower] += rate
+    num_swaps[lower] += 1
+    label = counts.label.gather(1, order)
+    hot, cold = label[:, :1], label[:, -1:]
+    has_been_hot = counts.has_been_hot.scatter(1, hot, counts.was_cold.gather(1, hot))
+    num_round_trips = counts.num_round_trips + has_been_hot.gather(1, cold).squeeze(1)
+    return Counts(
+        num_sweeps=counts.num_sweeps + 1,
+        swap_rate_sums=sums,
+        num_swaps=num_swaps,
+        move_rate_sums=counts.move_rate_sums,
+        label=label,
+        was_cold=counts.was_cold.scatter(1, cold, True),
+        has_been_hot=has_been_hot.scatter(1, cold, False),
+        num_round_trips=num_round_trips,
+    )
+
+
+def swap_rates(counts: Counts) -> Tensor:
+    """Average each pair's acceptance probability over chains and sweeps, ``(K,)``; nan for a pair never proposed."""
+    return counts.swap_rate_sums.mean(0) / counts.num_swaps
+
+
+def respace(ladder: Ladder, rates: Tensor) -> Ladder:
+    """Move the levels so that all neighbours would reject equally often, as the paper does.
+
+    Between the present levels the barrier is taken to rise linearly, where the paper has a monotone cubic: rounds of
+    adaptation repeat the move, and the fixed point is the same.
+
+    Args:
+        ladder: the present one.
+        rates: acceptance of each pair of neighbours, ``(K,)``.
+
+    Returns:
+        Levels with the same ends, and their step sizes, read off between those of the present levels.
+    """
+    levels = ladder.inverse_temperatures.tolist()
+    rejections = (1 - rates).clamp(min=MIN_REJECTION)
+    barrier = [0.0, *rejections.cumsum(0).tolist()]
+    shares = [barrier[-1] * k / len(rejections) for k in range(1, len(rejections))]
+    inner = [_interpolate(share, barrier, levels) for share in shares]
+    spaced = [levels[0], *inner, levels[-1]]
+    log_steps = ladder.step_sizes.log().tolist()
+    # The step at b = 0 is no matter of acceptance: below the first other level, its step serves.
+    log_steps = [log_steps[0], *(_interpolate(b, levels[1:], log_steps[1:]) for b in spaced[1:])]
+    like = ladder.inverse_temperatures
+    return Ladder(like.new_tensor(spaced), like.new_tensor([math.exp(value) for value in log_steps]))
+
+
+def follow_rates(ladder: Ladder, counts: Counts, target_acceptance: float) -> Ladder:
+    """Move a ladder a little towards what its last sweeps ask for, for a density that changes under its chains.
+
+    Args:
+        ladder: the present one.
+        counts: of the last sweeps, two at least, so that every pair was proposed.
+        target_acceptance: of every level's moves but those at b = 0, which are always accepted.
+
+    Returns:
+        Levels that have gone a share of the way of :func:`respace`, and steps that follow their acceptance.
+    """
+    errors = counts.move_rate_sums / max(1, counts.num_sweeps) - target_acceptance
+    steps = (ladder.step_sizes.log() + STEP_SIZE_GAIN * errors.to(ladder.step_sizes)).exp().clamp(max=MAX_STEP_SIZE)
+    steps[0] = ladder.step_sizes[0]
+    spaced = respace(ladder, swap_rates(counts)).inverse_temperatures
+    return Ladder(ladder.inverse_temperatures.lerp(spaced, SPACING_GAIN), steps)
+
+
+def report(counts: Counts, ladder: Ladder) -> dict[str, float | list[float]]:
+    """Say how well the ladder carries replicas.
+
+    Args:
+        counts: of a run.
+        ladder: of the run.
+
+    Returns:
+        ``inverse_temperatures``; ``swap_rates`` of neighbours; ``communication_barrier``, the sum of their rejection
+        rates, of which about ``2 barrier + 1`` levels are best; ``num_round_trips`` over all chains; and
+        ``round_trips_per_1000_sweeps``, of one chain on average.
+    """
+    rates = swap_rates(counts)
+    num_chain_sweeps = max(1, counts.num_sweeps * len(counts.num_round_trips))
+    num_round_trips = int(counts.num_round_trips.sum())
+    return {
+        "inverse_temperatures": ladder.inverse_temperatures.tolist(),
+        "swap_rates": rates.tolist(),
+        "communication_barrier": float((1 - rates).sum()),
+        "num_round_trips": num_round_trips,
+        "round_trips_per_1000_sweeps": 1000 * num_round_trips / num_chain_sweeps,
+    }
+
+
+def _interpolate(x: float, knots: list[float], values: list[float]) -> float:
+    """Interpolate linearly between increasing knots, and constantly beyond them."""
+    if x <= knots[0]:
+        return values[0]
+    for left, right, one, other in zip(knots, knots[1:], values, values[1:], strict=False):
+        if x <= right:
+            return one + (other - one) * (x - left) / (right - left)
+    return values[-1]

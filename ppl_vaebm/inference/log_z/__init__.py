@@ -1,0 +1,1 @@
+"""Estimates of log Z on any batched potential, and their errors."""

@@ -1,0 +1,169 @@
+"""Annealed importance sampling (Neal 2001), down the path from N(0, I) to the target and back up it.
+
+Down, the mean of the weights is unbiased for Z, so by Jensen's inequality the log of the mean is a lower bound of log Z
+in expectation. Up, from draws of the target, the inverse weights' mean is unbiased for 1 / Z, and minus its log an
+upper bound in expectation (Grosse, Ghahramani and Adams 2015, arXiv:1511.02543). So in expectation neither is off by
+more than the gap between the two.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ppl_vaebm.inference.kernels.base import Ladder, Potential
+from ppl_vaebm.inference.log_z.annealing import (
+    BuildKernel,
+    check_ladder,
+    check_particles,
+    default_kernel,
+    kernel_at,
+    move,
+)
+from ppl_vaebm.inference.log_z.base import LogZ, bootstrap_error, log_mean_exp
+
+Direction = Literal["forward", "reverse"]
+
+
+class AnnealedWeights(NamedTuple):
+    """What annealing brought, by particle and by temperature."""
+
+    log_weights: Tensor
+    """``sum_k -(b_k - b_(k-1)) Phi(q)``, each Phi where the particle stood between the two levels; ``(N,)``, float64,
+    nats, of one sign in both directions."""
+    position: Tensor
+    """Where the particles ended, ``(N, D)``."""
+    acceptance_rate: Tensor
+    """Mean over particles at each level with a move, ``(K - 1,)``, hottest first."""
+    num_divergent: int
+    """Divergent moves of all particles and levels."""
+    num_evals: int
+    """Evaluations of Phi, over all particles."""
+
+
+class AnnealedEstimate(NamedTuple):
+    """A bound of log Z in expectation, from below if forward and from above if reverse."""
+
+    log_z: LogZ
+    """From the mean weight; its error is the bootstrap's over particles."""
+    mean_log_weight: LogZ
+    """The mean of the log weights, a wider bound of the same kind; its error is that of a mean."""
+    num_not_finite: int
+    """Particles whose log weight is not finite. Nothing is mended: a nan makes the estimates nan."""
+
+
+def forward(
+    potential: Potential,
+    generator: torch.Generator,
+    position: Tensor,
+    ladder: Ladder,
+    *,
+    build: BuildKernel = default_kernel,
+) -> AnnealedWeights:
+    """Anneal draws of N(0, I) towards the target.
+
+    Args:
+        potential: Phi.
+        generator: source of the moves.
+        position: independent draws of N(0, I), ``(N, D)``.
+        ladder: K + 1 levels and their step sizes, not chosen by these particles.
+        build: makes the kernels.
+
+    Returns:
+        The weights: with these, where the particles ended, at level ``b_(K-1)``, is a sample of the target.
+
+    Raises:
+        InputError: fewer than two particles, or a ladder that does not rise from 0 to 1.
+    """
+    return _anneal(potential, generator, position, ladder, build, "forward")
+
+
+def reverse(
+    potential: Potential,
+    generator: torch.Generator,
+    position: Tensor,
+    ladder: Ladder,
+    *,
+    build: BuildKernel = default_kernel,
+) -> AnnealedWeights:
+    """Anneal draws of the target towards N(0, I).
+
+    Args:
+        potential: Phi.
+        generator: source of the moves.
+        position: independent draws of the target, ``(N, D)``; from chains that have not converged the bound is as good
+            as they are.
+        ladder: as in :func:`forward`.
+        build: makes the kernels.
+
+    Returns:
+        The weights, with the sign that they have in :func:`forward`.
+
+    Raises:
+        InputError: as in :func:`forward`.
+    """
+    return _anneal(potential, generator, position, ladder, build, "reverse")
+
+
+def _anneal(
+    potential: Potential,
+    generator: torch.Generator,
+    position: Tensor,
+    ladder: Ladder,
+    build: BuildKernel,
+    direction: Direction,
+) -> AnnealedWeights:
+    check_particles(position)
+    check_ladder(ladder)
+    levels, steps = ladder.inverse_temperatures.tolist(), ladder.step_sizes.tolist()
+    gaps = list(range(1, len(levels)))  # gap k lies between levels k - 1 and k
+    if direction == "reverse":
+        gaps.reverse()
+    state = kernel_at(potential, 1.0, build).init(position)
+    log_weights = torch.zeros(len(position), dtype=torch.float64, device=position.device)
+    rates: list[float] = []
+    num_divergent, num_evals = 0, len(position)
+    for gap, next_gap in zip(gaps, [*gaps[1:], None], strict=True):
+        log_weights -= (levels[gap] - levels[gap - 1]) * state.potential.double()
+        if next_gap is None:
+            break
+        shared = min(gap, next_gap)
+        state, info = move(potential, build, generator, state, levels[shared], steps[shared])
+        rates.append(float(info.acceptance_rate.mean()))
+        num_divergent += int(info.is_divergent.sum())
+        num_evals += int(info.num_evals.sum())
+    if direction == "reverse":
+        rates.reverse()
+    return AnnealedWeights(
+        log_weights, state.position, torch.tensor(rates, dtype=torch.float64), num_divergent, num_evals
+    )
+
+
+def estimate(log_weights: Tensor, generator: torch.Generator, direction: Direction) -> AnnealedEstimate:
+    """Estimate log Z from annealed weights.
+
+    Args:
+        log_weights: of :class:`AnnealedWeights`, ``(N,)``.
+        generator: source of the bootstrap.
+        direction: that they were made in.
+
+    Returns:
+        Both bounds of this direction; effective sizes are those of the weights, or of the inverse weights if reverse.
+
+    Raises:
+        InputError: fewer than two weights.
+    """
+    check_particles(log_weights.unsqueeze(1))
+    sign = 1 if direction == "forward" else -1
+    log_weights = log_weights.double()
+    signed = sign * log_weights
+    found = log_mean_exp(signed)
+    mean_error = float(log_weights.std()) / math.sqrt(len(log_weights))
+    return AnnealedEstimate(
+        LogZ(sign * found.value, bootstrap_error(signed, generator), found.ess),
+        LogZ(float(log_weights.mean()), mean_error, found.ess),
+        int((~log_weights.isfinite()).sum()),
+    )

@@ -1,0 +1,279 @@
+"""The log Z of a VAEBM by everything that can estimate it, and whether to believe it.
+
+Annealing gives a bound from either side. Every other estimate has another weakness: draws of the VAE and the bridge
+need overlap, a ladder needs round trips, a sequential sampler needs ancestors. Where they agree, none of these bites.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns, nested_r_hat
+from ppl_vaebm.inference.kernels.base import KernelState, Ladder, init_params, value_only
+from ppl_vaebm.inference.kernels.chains import Chains, run_chains
+from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
+from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
+from ppl_vaebm.inference.log_z import ais, smc
+from ppl_vaebm.inference.log_z.annealing import default_kernel
+from ppl_vaebm.inference.log_z.annealing_pilot import Pilot, num_temperatures_for, run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
+from ppl_vaebm.inference.log_z.bridge import bridge
+from ppl_vaebm.inference.log_z.thermodynamic import Integral, integrate, ladder_bridge
+from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.rng import stream
+
+# What is spent beside the particles. Chosen by us, so that digits take a few minutes on one core.
+NUM_PILOT = 128
+NUM_POPULATIONS = 8
+"""Independent sequential samplers; they share the particles."""
+NUM_EXACT = 2_000
+"""Exact draws of h that are asked for; chains take their place where rejection cannot give so many."""
+NUM_CHAIN_WARMUP, NUM_CHAIN_DRAWS = 50, 50
+"""Steps of those chains, one for each particle, from where the sequential samplers ended."""
+NUM_LADDERS, NUM_LADDER_WARMUP, NUM_LADDER_DRAWS = 32, 150, 200
+IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES = 0.1, 50, 1_000
+"""So many temperatures that moves which forget where they came from would leave this gap; within these numbers."""
+
+Annealing = Callable[..., ais.AnnealedWeights]
+LOWER, UPPER = "annealing, forward: a lower bound", "annealing, reverse: an upper bound"
+
+
+class Effort(NamedTuple):
+    """How much to spend on log Z."""
+
+    num_particles: int
+    """Of each direction of annealing, and of all sequential samplers together; at least two for each of these."""
+    num_temperatures: int | None = None
+    """Steps of annealing; ``None`` follows the pilot."""
+
+
+class TargetDraws(NamedTuple):
+    """Draws of h for what starts there."""
+
+    position: Tensor
+    """One for each particle, ``(N, D)``."""
+    energy: Tensor
+    """E of the draws, ``(chains, draws)``; exact ones are chains of one draw. Nats."""
+    source: str
+    """Where they come from."""
+    r_hat: float | None
+    """Of the chains, nested, each population's a group; the worse of E and |eps|^2 / D. ``None`` for exact draws."""
+
+
+class Normaliser(NamedTuple):
+    """The estimates and how they were made."""
+
+    estimates: dict[str, LogZ | str]
+    """By name; a sentence where a way failed."""
+    lower: ais.AnnealedEstimate
+    upper: ais.AnnealedEstimate
+    integral: Integral
+    """Behind ``thermodynamic integration``."""
+    ladder_r_hat: float
+    """The worst over the energies at the levels of its ladders."""
+    ladder_report: dict[str, float | list[float]]
+    """What its kernel reports."""
+    pilot: Pilot
+    down: ais.AnnealedWeights
+    up: ais.AnnealedWeights
+    populations: list[smc.Population]
+    target: TargetDraws
+
+    @property
+    def middle(self) -> LogZ:
+        """The middle of the two bounds, which err by like amounts in opposite directions."""
+        low, high = self.lower.log_z, self.upper.log_z
+        error = 0.5 * math.hypot(low.error, high.error)
+        return LogZ(0.5 * (low.value + high.value), error, min(low.ess, high.ess))
+
+
+def estimate_normaliser(potential: NoisePotential, effort: Effort, reference_energy: Tensor, seed: int) -> Normaliser:
+    """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from draws of the VAE.
+
+    Args:
+        potential: of the VAEBM.
+        effort: how much to spend.
+        reference_energy: E of draws of the VAE, ``(n,)``, nats; rejection may take as many again.
+        seed: of all draws.
+
+    Returns:
+        The estimates.
+
+    Raises:
+        InputError: annealing was not possible; the sentence says why.
+    """
+
+    def named(purpose: str) -> torch.Generator:
+        return stream(seed, "normaliser", purpose, device=reference_energy.device)
+
+    generator, num_pilot = named("pilot"), max(2, min(NUM_PILOT, potential.rows_per_pass))
+    pilot = run_pilot(potential, generator, potential.draw_reference(generator, num_pilot))
+    num_temperatures = effort.num_temperatures or num_temperatures_for(
+        pilot, IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES
+    )
+    ladder = spaced_ladder(pilot, num_temperatures)
+    generator = named("forward")
+    start = potential.draw_reference(generator, effort.num_particles)
+    down = _in_blocks(ais.forward, potential, generator, start, ladder)
+    populations = _populations(potential, named("smc"), effort.num_particles, ladder)
+    target = target_draws(potential, named("target"), populations, ladder, len(reference_energy))
+    up = _in_blocks(ais.reverse, potential, named("reverse"), target.position, ladder)
+    lower = ais.estimate(down.log_weights, named("bootstrap down"), "forward")
+    upper = ais.estimate(up.log_weights, named("bootstrap up"), "reverse")
+    levels, energy, chains = ladder_energies(potential, named("ladders"))
+    integral = integrate(levels, energy)
+    estimates: dict[str, LogZ | str] = {
+        LOWER: lower.log_z,
+        UPPER: upper.log_z,
+        "sequential samplers": smc.combine(populations),
+        "thermodynamic integration": integral.log_z,
+        "bridges between levels": _attempt(lambda: ladder_bridge(levels, energy)),
+        "bridge from the VAE to h": _attempt(lambda: bridge(-reference_energy.unsqueeze(1), -target.energy).log_z),
+        "draws of the VAE": log_mean_exp(-reference_energy),
+    }
+    report = {name: value for name, value in chains.attrs.items() if isinstance(value, (float, int, list))}
+    return Normaliser(
+        estimates, lower, upper, integral, _worst_r_hat(energy), report, pilot, down, up, populations, target
+    )
+
+
+def _attempt(estimator: Callable[[], LogZ]) -> LogZ | str:
+    try:
+        return estimator()
+    except InputError as error:
+        return str(error)
+
+
+def _in_blocks(
+    anneal: Annealing, potential: NoisePotential, generator: torch.Generator, position: Tensor, ladder: Ladder
+) -> ais.AnnealedWeights:
+    """Anneal as many particles at a time as fit in one pass."""
+    parts = [anneal(potential, generator, rows, ladder) for rows in _blocks(position, potential.rows_per_pass)]
+    return ais.AnnealedWeights(
+        torch.cat([part.log_weights for part in parts]),
+        torch.cat([part.position for part in parts]),
+        torch.stack([part.acceptance_rate for part in parts]).mean(0),
+        sum(part.num_divergent for part in parts),
+        sum(part.num_evals for part in parts),
+    )
+
+
+def _blocks(position: Tensor, num_rows: int) -> list[Tensor]:
+    """Cut positions into blocks of like sizes: one row left over would be too few particles."""
+    num_blocks = max(1, min(-(-len(position) // num_rows), len(position) // 2))
+    return list(position.tensor_split(num_blocks))
+
+
+def _populations(
+    potential: NoisePotential, generator: torch.Generator, num_particles: int, ladder: Ladder
+) -> list[smc.Population]:
+    size = max(2, num_particles // NUM_POPULATIONS)
+    return [
+        smc.run_smc(potential, generator, potential.draw_reference(generator, size), ladder)
+        for _ in range(NUM_POPULATIONS)
+    ]
+
+
+def target_draws(
+    potential: NoisePotential,
+    generator: torch.Generator,
+    populations: list[smc.Population],
+    ladder: Ladder,
+    max_proposals: int,
+) -> TargetDraws:
+    """Draw from h: exactly if rejection can, else by chains from where sequential samplers ended.
+
+    Args:
+        potential: of the VAEBM.
+        generator: source of the draws.
+        populations: at their end.
+        ladder: the last step size is that of the chains.
+        max_proposals: draws of the VAE that rejection may take.
+
+    Returns:
+        As many draws as the populations have particles.
+    """
+    starts = torch.cat([smc.equal_draws(population, generator) for population in populations])
+    try:
+        exact = exact_draws(potential, generator, max(NUM_EXACT, len(starts)), max_proposals)
+    except RejectionError:
+        return _chain_draws(potential, generator, starts, float(ladder.step_sizes[-1]), len(populations))
+    energy = torch.cat([value_only(potential, rows) for rows in exact.position.split(potential.rows_per_pass)])
+    source = f"exact draws, by rejection from the VAE (acceptance {exact.acceptance_rate:.2g})"
+    return TargetDraws(exact.position[: len(starts)], energy.unsqueeze(1), source, None)
+
+
+def _chain_draws(
+    potential: NoisePotential, generator: torch.Generator, starts: Tensor, step_size: float, num_populations: int
+) -> TargetDraws:
+    kernel = default_kernel(potential)
+    # The pilot tuned the step, so the warm-up has nothing to tune: its draws are thrown away.
+    blocks = [
+        run_chains(
+            kernel,
+            generator,
+            rows,
+            init_params(rows, step_size),
+            num_draws=NUM_CHAIN_WARMUP + NUM_CHAIN_DRAWS,
+            functionals=_energy_and_square,
+        )
+        for rows in _blocks(starts, potential.rows_per_pass)
+    ]
+    draws = torch.cat([chains.draws["columns"] for chains in blocks])[:, NUM_CHAIN_WARMUP:]
+    source = (
+        f"the ends of {len(starts)} {kernel.name} chains of {NUM_CHAIN_WARMUP + NUM_CHAIN_DRAWS} steps, from where "
+        "the sequential samplers ended"
+    )
+    position = torch.cat([chains.position for chains in blocks])
+    groups = np.arange(num_populations).repeat(len(starts) // num_populations)
+    columns = draws.double().cpu().numpy()
+    r_hat = max(nested_r_hat(columns[:, :, column], groups) for column in range(columns.shape[2]))
+    return TargetDraws(position, draws[:, :, 0], source, r_hat)
+
+
+def _energy_and_square(state: KernelState) -> dict[str, Tensor]:
+    return {"columns": torch.stack([state.potential, state.position.square().mean(1)], dim=1)}
+
+
+def ladder_energies(potential: NoisePotential, generator: torch.Generator) -> tuple[Tensor, Tensor, Chains]:
+    """Run tempered chains from fresh noise and store the energy at every level.
+
+    Args:
+        potential: of the VAEBM.
+        generator: source of the chains.
+
+    Returns:
+        Inverse temperatures ``(K + 1,)``; energies ``(C, N, K + 1)``, nats; the chains.
+    """
+    config = KernelConfig(name="tempered")
+    num = max(2, min(NUM_LADDERS, potential.rows_per_pass // config.num_levels))
+    start = potential.draw_reference(generator, num)
+    chains = run_chains(
+        build_kernel(config, potential),
+        generator,
+        start,
+        start_params(config, start),
+        num_draws=NUM_LADDER_DRAWS,
+        num_warmup=NUM_LADDER_WARMUP,
+        functionals=_level_energies,
+    )
+    assert chains.params.ladder is not None
+    return chains.params.ladder.inverse_temperatures, chains.draws["energy"], chains
+
+
+def _level_energies(state: KernelState) -> dict[str, Tensor]:
+    assert state.replicas is not None
+    return {"energy": torch.cat([state.replicas.potential, state.potential.unsqueeze(1)], dim=1)}
+
+
+def _worst_r_hat(draws: Tensor) -> float:
+    """Return the largest R-hat over the columns of draws ``(C, N, k)``; nan where any is."""
+    return float(torch.from_numpy(diagnose_columns(draws.double().cpu().numpy()).r_hat).max())

@@ -1,0 +1,1 @@
+"""Stage svi: fit the VAE by stochastic variational inference."""

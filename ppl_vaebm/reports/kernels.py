@@ -1,0 +1,298 @@
+"""Pictures of kernels side by side: efficiency, effective draws over cost, energies, ranks, and where chains go."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from numpy.typing import NDArray
+
+from ppl_vaebm.evaluation.kernel_table import Row, draws_within_evals, draws_within_seconds, elapsed_seconds, mean_evals
+from ppl_vaebm.evaluation.kernels import Reference
+from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, cut, scalar_draws
+from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, Convergence, diagnose_columns
+from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
+from ppl_vaebm.reports.chains import autocorrelation, draw_ranks, draw_trace
+from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, picture
+from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid
+
+NUM_POINTS = 8  # of a curve over cost
+FIRST_SHARE = 0.05  # of the budget: where such a curve begins
+MAX_SHOWN_R_HAT = 10
+MAX_LAG_EVALS = 400  # of the autocorrelations
+MAX_PATH_DRAWS = 400  # of each chain in the plane
+NUM_PATHS = 4  # chains in the plane
+PATH_MAP = "viridis"
+
+Colours = Mapping[str, tuple[str, str]]
+"""Colour and line style of every kernel, the same in all pictures."""
+
+
+class Shown(NamedTuple):
+    """What the pictures show of one kernel: the run with the first seed that has one."""
+
+    idata: InferenceData
+    """All its draws."""
+    within: InferenceData
+    """Those within the budget's evaluations."""
+
+
+def shown_of(idata: InferenceData, num_evals: int) -> Shown:
+    """Take what the pictures need of a run."""
+    return Shown(idata, cut(idata, draws_within_evals(idata, num_evals)))
+
+
+def colours_of(kernels: Sequence[str]) -> Colours:
+    """Give every kernel a colour and a line style of its own."""
+    styles = itertools.product(("-", "--", ":"), (f"C{index}" for index in range(10)))
+    return {kernel: (colour, style) for kernel, (style, colour) in zip(kernels, styles, strict=False)}
+
+
+# --- efficiency --------------------------------------------------------------------------------------
+
+BARS: tuple[tuple[str, Callable[[Row], tuple[float, float]]], ...] = (
+    ("ESS per 1000 evaluations", lambda row: (row.mean.ess_per_1000_evals, row.sd.ess_per_1000_evals)),
+    ("ESS per second of draws", lambda row: (row.mean.ess_per_second, row.sd.ess_per_second)),
+    (
+        "ESS per second, warm-up included",
+        lambda row: (row.mean.ess_per_second_with_warmup, row.sd.ess_per_second_with_warmup),
+    ),
+)
+
+
+def bars_picture(rows: Sequence[Row], colours: Colours) -> Picture:
+    """Draw the efficiency of every kernel, with the spread over seeds.
+
+    Args:
+        rows: the table.
+        colours: of the kernels.
+
+    Returns:
+        The picture; kernels that did not run, or whose chains disagree, are marked at their names.
+    """
+    figure, (axes,) = axes_grid(1, len(BARS), height=0.6 + 0.24 * max(4, len(rows)))
+    places = np.arange(len(rows))
+    for ax, (title, of) in zip(axes, BARS, strict=True):
+        values = np.array([of(row) for row in rows])
+        ax.barh(
+            places,
+            np.nan_to_num(values[:, 0]),
+            xerr=np.nan_to_num(values[:, 1]),
+            color=[colours[row.kernel][0] for row in rows],
+            error_kw={"linewidth": 0.8},
+        )
+        ax.set_title(title, fontsize=TITLE_POINTS)
+        ax.set_yticks(places, [row.kernel + _mark(row) for row in rows] if ax is axes[0] else [""] * len(rows))
+        ax.invert_yaxis()
+        if (values[:, 0] > 0).any():
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+    note = (
+        "Effective draws of the functional that has the fewest, mean over seeds; the line is one standard deviation "
+        f"over them. Good: long bars, among kernels without a mark. (*) R-hat above {MAX_R_HAT}: the chains have not "
+        "agreed within the budget, and their effective numbers mean little. (u) no Metropolis test: the draws are "
+        "biased by the step, and the table says how much. (-) did not run."
+    )
+    return picture("efficiency", figure, note)
+
+
+def _mark(row: Row) -> str:
+    if not row.num_seeds:
+        return " (-)"
+    return ("" if row.is_adjusted else " (u)") + ("" if row.mean.max_r_hat <= MAX_R_HAT else " (*)")
+
+
+def cost_picture(shown: Mapping[str, Shown], colours: Colours, num_seconds: float) -> Picture:
+    """Draw how effective draws grow and R-hat falls with evaluations, and with time where there is a budget of it.
+
+    Args:
+        shown: the runs.
+        colours: of the kernels.
+        num_seconds: the budget; 0 for none.
+
+    Returns:
+        The picture.
+    """
+    figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=3.4)
+    titles = (
+        "effective draws by evaluations per chain",
+        "R-hat - 1 by evaluations per chain",
+        "effective draws by seconds",
+    )
+    for kernel, (idata, within) in shown.items():
+        colour, style = colours[kernel]
+        spent, found = _growth(idata, within["posterior"].sizes["draw"])
+        evals = mean_evals(idata)[spent - 1]
+        r_hat = np.minimum([part.r_hat.max() for part in found], MAX_SHOWN_R_HAT)
+        curves = [(evals, _worst_ess(found)), (evals, r_hat - 1)]
+        if num_seconds:
+            spent, found = _growth(idata, draws_within_seconds(idata, num_seconds))
+            curves.append((elapsed_seconds(idata)[spent - 1] if len(spent) else np.empty(0), _worst_ess(found)))
+        for ax, curve in zip(axes, curves, strict=False):
+            ax.plot(*curve, color=colour, linestyle=style, marker=".", markersize=3, linewidth=1, label=kernel)
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_title(title, fontsize=TITLE_POINTS)
+        # Axes without a positive number have no logarithm.
+        if any((np.asarray(line.get_ydata()) > 0).any() for line in ax.lines):
+            ax.set(xscale="log", yscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.3)
+    axes[1].set_ylim(0.2 * (MAX_R_HAT - 1), 1.3 * (MAX_SHOWN_R_HAT - 1))
+    axes[1].axhline(MAX_R_HAT - 1, color="black", linestyle="--", linewidth=0.8)
+    axes[2].set_visible(bool(num_seconds))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    note = (
+        "Of the worst functional at each time, first seed. Good: effective draws that grow in proportion to the cost, "
+        f"and an R-hat that falls below the dashed line; {MAX_SHOWN_R_HAT} stands for any larger one. Effective draws "
+        "that become fewer were counted by chains that had yet to find out that they disagree."
+    )
+    return picture("what more draws bring", figure, note)
+
+
+def _growth(idata: InferenceData, num_draws: int) -> tuple[NDArray[np.int64], list[Convergence]]:
+    """Judge growing shares of the draws: their numbers, and what was found of each."""
+    if num_draws < MIN_DRAWS:
+        return np.empty(0, dtype=np.int64), []
+    first = max(MIN_DRAWS, int(FIRST_SHARE * num_draws))
+    counts = np.unique(np.geomspace(first, num_draws, NUM_POINTS).round().astype(np.int64))
+    columns = np.stack(list(scalar_draws(idata).values()), axis=-1)
+    return counts, [diagnose_columns(columns[:, :count]) for count in counts]
+
+
+def _worst_ess(found: Sequence[Convergence]) -> FloatArray:
+    return np.array([part.ess_bulk.min() for part in found])
+
+
+# --- chains ------------------------------------------------------------------------------------------
+
+
+def _panels(shown: Mapping[str, Shown], height: float) -> tuple[Figure, list[tuple[Axes, str, Shown]]]:
+    """Make a figure with a panel for every kernel."""
+    figure, grid = axes_grid(math.ceil(len(shown) / PANELS_PER_ROW), PANELS_PER_ROW, height)
+    axes = list(itertools.chain.from_iterable(grid))
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
+    return figure, [(ax, kernel, run) for ax, (kernel, run) in zip(axes, shown.items(), strict=False)]
+
+
+def energy_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
+    """Draw the energies of every kernel's chains over their evaluations.
+
+    Args:
+        shown: the runs.
+        reference: whose mean energy is dashed where it is known.
+
+    Returns:
+        The picture.
+    """
+    figure, panels = _panels(shown, height=1.9)
+    energies = {kernel: scalar_draws(run.within)["energy"] for kernel, run in shown.items()}
+    finite = np.concatenate([values[np.isfinite(values)] for values in energies.values()])
+    for ax, kernel, run in panels:
+        values = energies[kernel]
+        draw_trace(ax, values, scale=mean_evals(run.within)[-1] / values.shape[1])
+        if math.isfinite(reference.energy):
+            ax.axhline(reference.energy, color="black", linestyle="--", linewidth=0.8)
+        if len(finite):
+            ax.set_ylim(*np.quantile(finite, [0.001, 0.995]))
+        ax.set_title(f"{kernel}: E (nats) by evaluations", fontsize=TITLE_POINTS)
+    note = (
+        "Every chain of the first seed, one scale for all kernels. Good: chains that look alike, without drift, around "
+        "the mean of exact draws (dashed, where it is known)."
+    )
+    return picture("energy of every chain", figure, note)
+
+
+def ranks_picture(shown: Mapping[str, Shown]) -> Picture:
+    """Draw the ranks of the energies of every kernel's chains."""
+    figure, panels = _panels(shown, height=1.7)
+    for ax, kernel, run in panels:
+        draw_ranks(ax, scalar_draws(run.within)["energy"])
+        ax.set_title(f"{kernel}: ranks of E, every chain", fontsize=TITLE_POINTS)
+    note = (
+        "How often each chain's energies stand at each place among those of all chains. Good: flat lines in the grey "
+        "band (it is for independent draws; autocorrelated ones leave it now and then)."
+    )
+    return picture("ranks of the energy", figure, note)
+
+
+def correlation_picture(shown: Mapping[str, Shown], colours: Colours) -> Picture:
+    """Draw the autocorrelation of the energy, and of the squared noise, by evaluations."""
+    figure, (axes,) = axes_grid(1, 2, height=3.2)
+    for kernel, run in shown.items():
+        colour, style = colours[kernel]
+        draws = scalar_draws(run.within)
+        per_draw = mean_evals(run.within)[-1] / next(iter(draws.values())).shape[1]
+        slow = next(name for name in draws if name.startswith("projection"))
+        for ax, name in zip(axes, ("energy", slow), strict=True):
+            values = autocorrelation(draws[name], max(1, int(MAX_LAG_EVALS / per_draw)))
+            ax.plot(per_draw * np.arange(len(values)), values, color=colour, linestyle=style, linewidth=1, label=kernel)
+    for ax, title in zip(axes, ("E", "a random direction of the noise"), strict=True):
+        ax.axhline(0, color="black", linestyle="--", linewidth=0.8)
+        ax.set_title(f"autocorrelation of {title} by evaluations", fontsize=TITLE_POINTS)
+        ax.set_xlim(left=0)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
+    note = "About the mean of all chains, first seed. Good: a curve that falls to 0 early and stays there."
+    return picture("autocorrelation", figure, note)
+
+
+def path_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
+    """Draw where a few chains of every kernel go in the plane, dark at their start and bright at their end.
+
+    Args:
+        shown: the runs, whose draws have ``x`` with two values.
+        reference: whose modes are marked where they are known.
+
+    Returns:
+        The picture.
+    """
+    figure, panels = _panels(shown, height=3.3)
+    paths = {kernel: run.within["posterior"]["x"].to_numpy()[:NUM_PATHS] for kernel, run in shown.items()}
+    points = np.concatenate([path.reshape(-1, 2) for path in paths.values()])
+    points = points[np.isfinite(points).all(axis=1)]
+    for ax, kernel, _ in panels:
+        path = paths[kernel][:, :: math.ceil(paths[kernel].shape[1] / MAX_PATH_DRAWS)]
+        if reference.modes is not None:
+            ax.plot(*reference.modes.T, linestyle="none", marker="+", color="lightgrey", markersize=5, zorder=0)
+        for chain in path:
+            ax.plot(*chain.T, color="grey", linewidth=0.2, alpha=0.5, zorder=1)
+            ax.scatter(
+                chain[:, 0], chain[:, 1], c=np.linspace(0, 1, len(chain)), cmap=PATH_MAP, s=4, linewidths=0, zorder=2
+            )
+        if len(points):
+            low, high = np.quantile(points, [0.002, 0.998], axis=0)
+            margin = 0.08 * float((high - low).max()) or 1.0
+            ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+        ax.set_aspect("equal")
+        ax.set_title(f"{kernel}: {len(path)} chains over time", fontsize=TITLE_POINTS)
+    note = (
+        f"x of the first {NUM_PATHS} chains, dark where they start and bright where they end. Good: every chain goes "
+        "everywhere, so that all colours are mixed in every place; a place of one colour was visited once."
+    )
+    return picture("chains over time", figure, note)
+
+
+def images_picture(kernel: str, images: NDArray[np.float32], stride: int) -> Picture:
+    """Draw the images that a few chains of one kernel pass through.
+
+    Args:
+        kernel: its name.
+        images: ``(chains, times, C, H, W)`` in [-1, 1].
+        stride: draws from one image to the next.
+
+    Returns:
+        The picture.
+    """
+    num_chains, num_times = images.shape[:2]
+    grid = image_grid(images.reshape(-1, *images.shape[2:]), columns=num_times)
+    note = (
+        f"Each row is a chain, from its first draw on, one image every {stride} draws. Good: plausible images that "
+        "change along the row; a row that keeps its image is a chain that does not move."
+    )
+    return grid_picture(f"{kernel}: {num_chains} chains over time", grid, GRID_PIXELS * 2, note)

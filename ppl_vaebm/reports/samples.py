@@ -1,0 +1,202 @@
+"""Pictures of samples: points as scatter plots, images pixel by pixel in grids."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib import image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.files import write_atomic
+from ppl_vaebm.reports.figures import (
+    PANELS_PER_ROW,
+    TITLE_POINTS,
+    FloatArray,
+    Picture,
+    axes_grid,
+    encoded,
+    picture,
+    png_of,
+)
+
+GRID_SIDE = 10  # images per row and per column
+GRID_PIXELS = 320  # smallest side of a saved grid; smaller images are enlarged by whole factors
+NOT_FINITE_RGB = (1.0, 0.0, 1.0)  # magenta: seen at once among images
+MAX_POINTS = 5_000  # drawn per scatter plot
+
+
+def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
+    """Draw sets of samples: points side by side in one picture, images in one grid for each set.
+
+    Args:
+        sets: points ``(n, 2)`` or images ``(n, C, H, W)`` in [-1, 1], C 1 or 3, by what to call them.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        InputError: not such arrays.
+    """
+    samples = {title: _checked_samples(x) for title, x in sets.items()}
+    if all(map(_are_points, samples.values())):
+        return [picture("samples side by side", _scatters(samples))]
+    return [grid_picture(title, image_grid(x[: GRID_SIDE**2])) for title, x in samples.items()]
+
+
+def save_samples_png(path: str | Path, x: ArrayLike) -> None:
+    """Draw samples to a PNG file: points as a scatter plot, images as a grid.
+
+    Args:
+        path: of the file.
+        x: ``(n, 2)`` points, or ``(n, C, H, W)`` images in [-1, 1].
+
+    Raises:
+        ValueError: neither points nor images.
+    """
+    draw = save_points_png if _are_points(_checked_samples(x)) else save_image_grid_png
+    draw(path, x)
+
+
+def save_points_png(path: str | Path, x: ArrayLike) -> None:
+    """Save a scatter plot on equal axes.
+
+    Args:
+        path: the PNG file.
+        x: points ``(n, 2)``; at most 5,000 are drawn.
+
+    Raises:
+        InputError: not such an array.
+    """
+    points = _checked_samples(x)
+    if not _are_points(points):
+        raise InputError(f"expected points of shape (n, 2), found {points.shape}: use save_image_grid_png for images")
+    figure = Figure(figsize=(5, 5), layout="constrained", facecolor="white")
+    _scatter(figure.subplots(), "samples", points[:MAX_POINTS], _frame(points))
+    write_atomic(Path(path), png_of(figure))
+
+
+def save_image_grid_png(path: str | Path, x: ArrayLike) -> None:
+    """Save the first 100 images as a grid of 10 by 10, pixels exact, small ones enlarged by a whole factor.
+
+    Args:
+        path: the PNG file.
+        x: images ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are cut off, values that are not
+            finite are magenta.
+
+    Raises:
+        InputError: not such an array.
+    """
+    images = _checked_samples(x)
+    if images.ndim != 4:
+        raise InputError(f"expected images of shape (n, C, H, W), found {images.shape}: use save_points_png for points")
+    save_grid_png(Path(path), image_grid(images[: GRID_SIDE**2]))
+
+
+def _checked_samples(x: ArrayLike) -> FloatArray:
+    samples = np.asarray(x, dtype=np.float64)
+    is_image = samples.ndim == 4 and samples.shape[1] in (1, 3)
+    if not len(samples) or not (_are_points(samples) or is_image):
+        raise InputError(
+            "expected samples to draw: points (n, 2) or images (n, 1 or 3, height, width), n at least 1; "
+            f"found shape {samples.shape}: give samples of such a data set"
+        )
+    return samples
+
+
+def _are_points(x: FloatArray) -> bool:
+    return x.ndim == 2 and x.shape[1] == 2
+
+
+def _scatters(sets: Mapping[str, FloatArray]) -> Figure:
+    num_points = min(MAX_POINTS, min(map(len, sets.values())))
+    frame = _frame(next(iter(sets.values())))
+    figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=3.6)
+    for ax, (title, points) in zip(axes, sets.items(), strict=False):
+        _scatter(ax, title, points[:num_points], frame)
+    for ax in axes[len(sets) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def _frame(points: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return the lower and the upper corner of a box around the finite points, with a margin."""
+    finite = points[np.isfinite(points).all(axis=1)]
+    if not len(finite):
+        return np.full(2, -1.0), np.full(2, 1.0)
+    low, high = finite.min(axis=0), finite.max(axis=0)
+    margin = 0.08 * (high - low).max() or 1.0
+    return low - margin, high + margin
+
+
+def _scatter(ax: Axes, title: str, points: FloatArray, frame: tuple[FloatArray, FloatArray]) -> None:
+    low, high = frame
+    num_outside = len(points) - int(((points >= low) & (points <= high)).all(axis=1).sum())
+    ax.plot(*points.T, linestyle="none", marker=".", markersize=2, alpha=0.5, markeredgewidth=0)
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    ax.set_title(
+        f"{title}: {len(points)} points" + (f", {num_outside} of them outside" if num_outside else ""),
+        fontsize=TITLE_POINTS,
+    )
+
+
+def _grid_png(grid: NDArray[np.uint8]) -> bytes:
+    buffer = io.BytesIO()
+    image.imsave(buffer, grid, format="png")
+    return buffer.getvalue()
+
+
+def grid_picture(title: str, grid: NDArray[np.uint8], width: int = GRID_PIXELS, note: str = "") -> Picture:
+    """Show a grid of images pixel by pixel.
+
+    Args:
+        title: what it shows.
+        grid: as :func:`image_grid` returns it.
+        width: on the page, CSS pixels.
+        note: what good looks like.
+
+    Returns:
+        The picture.
+    """
+    return Picture(title, encoded(_grid_png(grid)), width, note)
+
+
+def save_grid_png(path: Path, grid: NDArray[np.uint8]) -> None:
+    """Save a grid of images in one step.
+
+    Args:
+        path: the PNG file.
+        grid: as :func:`image_grid` returns it.
+    """
+    write_atomic(path, _grid_png(grid))
+
+
+def image_grid(images: ArrayLike, columns: int = GRID_SIDE) -> NDArray[np.uint8]:
+    """Arrange images row by row, one white pixel apart, then enlarge small ones by a whole factor.
+
+    Args:
+        images: ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are cut off, values that are not finite are
+            magenta.
+        columns: images side by side.
+
+    Returns:
+        RGB, ``(height, width, 3)``.
+    """
+    shown = np.asarray(images, dtype=np.float64).transpose(0, 2, 3, 1)
+    is_finite = np.isfinite(shown).all(axis=-1, keepdims=True)
+    pixels = np.where(is_finite, ((shown + 1) / 2).clip(0, 1), NOT_FINITE_RGB)
+    num, height, width = pixels.shape[:3]
+    columns = min(num, columns)
+    rows = math.ceil(num / columns)
+    grid = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, 3))
+    for index in range(num):
+        top, left = index // columns * (height + 1), index % columns * (width + 1)
+        grid[top : top + height, left : left + width] = pixels[index]
+    factor = math.ceil(GRID_PIXELS / max(grid.shape))
+    return (grid * 255).round().astype(np.uint8).repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,170 @@
+"""Pictures of stage 1: reconstructions, draws of the prior, the groups' KL, a walk along one group.
+
+Each is drawn from the arrays of one file of the samples folder, whose name it goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+
+from ppl_vaebm.reports.figures import DPI, TITLE_POINTS, Picture, axes_grid, picture
+from ppl_vaebm.reports.samples import image_grid, sample_pictures
+
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Grid: TypeAlias = NDArray[np.uint8]
+
+RECONSTRUCTIONS, PRIOR, GROUP_KL, TRAVERSAL = "svi_reconstructions", "svi_prior", "svi_group_kl", "svi_traversal"
+LARGE_SIDE = 64  # pixels; of larger images fewer are shown
+LABELLED_PIXELS = 900  # stored ones that a grid with labels is enlarged to, by a whole factor
+LABEL_INCHES, TOP_INCHES, EDGE_INCHES = 0.9, 0.3, 0.05  # left of a grid with labels, above, and elsewhere
+_GAP = ((0, 0), (6, 6), (0, 0))  # pixels beside a grid that stands among others
+MIN_BARS = 12  # places for bars, so that few are not as wide as the page
+MAX_NAMED_BARS = 40  # of more groups, not all have their name under their bar
+
+
+def images_per_row(side: int) -> int:
+    """Return how many images of this side, in pixels, stand side by side."""
+    return 8 if side <= LARGE_SIDE else 4
+
+
+def gallery_grids(name: str, arrays: Arrays) -> dict[str, Grid]:
+    """Arrange the images of a file of the gallery.
+
+    Args:
+        name: of the file, without its ending.
+        arrays: its content.
+
+    Returns:
+        RGB grids ``(height, width, 3)`` by what to call them; none where the file holds no images.
+    """
+    x = arrays.get("x")
+    if x is None or x.ndim < 4:
+        return {}
+    columns = images_per_row(x.shape[-1])
+    if name == RECONSTRUCTIONS:
+        return {"reconstructions": image_grid(_in_pairs_of_rows(arrays["data"], x, columns), columns)}
+    if name == PRIOR:
+        return {f"prior t={t:g}": image_grid(x[:, i], columns) for i, t in enumerate(arrays["temperatures"])}
+    return {f"traversal {arrays['group']}": image_grid(x.reshape(-1, *x.shape[2:]), x.shape[1])}
+
+
+def side_by_side(grids: Mapping[str, Grid]) -> Grid:
+    """Put the grids of a file, which are of one size, beside each other, with white between them."""
+    padded = [np.pad(grid, _GAP if len(grids) > 1 else 0, constant_values=255) for grid in grids.values()]
+    return np.concatenate(padded, axis=1)
+
+
+def gallery_pictures(name: str, arrays: Arrays) -> list[Picture]:
+    """Draw a file of the gallery for the page.
+
+    Args:
+        name: of the file, without its ending.
+        arrays: its content.
+
+    Returns:
+        The pictures, each with a sentence on what good looks like.
+    """
+    return _DRAW[name](arrays)
+
+
+def _in_pairs_of_rows(above: NDArray[Any], below: NDArray[Any], columns: int) -> NDArray[Any]:
+    """Alternate rows of one set with the matching rows of another."""
+    rows = [part[start : start + columns] for start in range(0, len(above), columns) for part in (above, below)]
+    return np.concatenate(rows)
+
+
+def _reconstructions(arrays: Arrays) -> list[Picture]:
+    (grid,) = gallery_grids(RECONSTRUCTIONS, arrays).values()
+    num, columns = len(arrays["x"]), images_per_row(arrays["x"].shape[-1])
+    labels = ["test image", "mean"] * -(-num // columns)
+    note = (
+        f"{num} test images, the first of the set, and under each the decoder's mean for one draw of its latents from "
+        "the posterior. Good: the two look alike; what is lost, the latents do not carry."
+    )
+    return [picture("reconstructions", _labelled(grid, labels, []), note)]
+
+
+def _prior(arrays: Arrays) -> list[Picture]:
+    temperatures, statistics = arrays["temperatures"], str(arrays["statistics"])
+    if arrays["x"].ndim == 3:
+        sets = {"test data": arrays["data"]}
+        sets |= {f"VAE, temperature {t:g}": arrays["x"][:, i] for i, t in enumerate(temperatures)}
+        note = "Test data, and draws of the VAE. Good: the two cannot be told apart."
+        return [shown._replace(title="draws of the prior", note=note) for shown in sample_pictures(sets)]
+    note = (
+        "The decoder's means for latents from the prior, all their noise times the temperature t above; the same noise "
+        f"in every grid{statistics and '; '}{statistics}. Good: at t = 1 the images are plausible and as varied as the "
+        "data; if only a low t looks right, the prior has room that no posterior fills."
+    )
+    grid = side_by_side(gallery_grids(PRIOR, arrays))
+    labels = [f"t = {t:g}" for t in temperatures]
+    return [picture("draws of the prior by temperature", _labelled(grid, [""], labels), note)]
+
+
+def _traversal(arrays: Arrays) -> list[Picture]:
+    (grid,) = gallery_grids(TRAVERSAL, arrays).values()
+    num, group = len(arrays["x"]), arrays["group"]
+    note = (
+        f"Each row is a draw of the prior at temperature {float(arrays['temperature']):g}. Along it the noise of "
+        f"{group} turns towards a random direction by the angle above, in radians, and all other noise stays; 0 is the "
+        "draw itself. Good: the images change smoothly and stay plausible; if nothing changes, the group is not used."
+    )
+    figure = _labelled(grid, [f"draw {i}" for i in range(1, num + 1)], [f"{a:g}" for a in arrays["angles"]])
+    return [picture(f"traversal of latent group {group}", figure, note)]
+
+
+def _group_kl(arrays: Arrays) -> list[Picture]:
+    note = (
+        f"Mean over {int(arrays['num_points'])} held-out data points, in the order of the way down. Each bar is what "
+        "the posterior of a group tells about x beyond the groups before it. Good: no long run of bars at 0, which are "
+        "groups that the decoder ignores."
+    )
+    return [picture("KL of every latent group", _bars(arrays), note)]
+
+
+def _bars(arrays: Arrays) -> Figure:
+    kl, sides = arrays["kl_nats"], [int(side) for side in arrays["sides"]]
+    figure, ((ax,),) = axes_grid(1, 1)
+    colours = {side: f"C{index}" for index, side in enumerate(dict.fromkeys(sides))}
+    ax.bar(np.arange(len(kl)), kl, color=[colours[side] for side in sides])
+    step = -(-len(kl) // MAX_NAMED_BARS)
+    ax.set_xticks(np.arange(0, len(kl), step), arrays["names"][::step])
+    ax.set_xlim(-0.6, max(len(kl), MIN_BARS) - 0.4)
+    ax.set_title(f"KL (nats per data point); in all {float(kl.sum()):.4g}", fontsize=TITLE_POINTS)
+    names = {side: f"{side} x {side} grid" if side else "vector" for side in colours}
+    ax.legend(handles=[Patch(color=colour, label=names[side]) for side, colour in colours.items()], fontsize=7)
+    return figure
+
+
+def _labelled(grid: Grid, row_labels: Sequence[str], column_labels: Sequence[str]) -> Figure:
+    """Put words beside and above the rows and columns of a grid, whose pixels stay exact."""
+    height, width = grid.shape[:2]
+    factor = max(1, LABELLED_PIXELS // width)
+    inches = (width * factor / DPI, height * factor / DPI)
+    left = LABEL_INCHES if any(row_labels) else EDGE_INCHES
+    top = TOP_INCHES if column_labels else EDGE_INCHES
+    size = (left + inches[0] + EDGE_INCHES, EDGE_INCHES + inches[1] + top)
+    figure = Figure(figsize=size, facecolor="white")
+    ax = figure.add_axes((left / size[0], EDGE_INCHES / size[1], inches[0] / size[0], inches[1] / size[1]))
+    ax.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, max(1, len(column_labels)), len(row_labels), 0))
+    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels)
+    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels)
+    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    return figure
+
+
+_DRAW: dict[str, Callable[[Arrays], list[Picture]]] = {
+    RECONSTRUCTIONS: _reconstructions,
+    PRIOR: _prior,
+    TRAVERSAL: _traversal,
+    GROUP_KL: _group_kl,
+}
+GALLERY = tuple(_DRAW)
+"""Names of the gallery's files, in the order of the page."""

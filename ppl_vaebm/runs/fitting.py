@@ -1,0 +1,146 @@
+"""A stage of a run from its options to its report: checks first, then the loop, then what is shown of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ppl_vaebm.config import Config
+from ppl_vaebm.config.parsing import as_yaml
+from ppl_vaebm.data.load import Data, KeyedSampler, load_data
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.files import write_atomic
+from ppl_vaebm.inference.ebm.step_search import Trial, chosen, table, trained_copy, tune, with_trial
+from ppl_vaebm.inference.ebm.train import check_kernel, fit_ebm, new_vaebm
+from ppl_vaebm.inference.svi.svi import fit_svi
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.processes import Process
+from ppl_vaebm.reports.gallery import show_gallery, write_gallery
+from ppl_vaebm.reports.html import write_report
+from ppl_vaebm.runs.checkpoint import Checkpoint
+from ppl_vaebm.runs.fitted_vae import load_fitted_vae
+from ppl_vaebm.runs.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
+from ppl_vaebm.runs.run import Run
+from ppl_vaebm.runs.tensorboard import StageBoards, check_installed, open_board
+
+MAX_NAMED = 5
+"""Skipped images that are named."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for."""
+
+    stage: Literal["svi", "ebm"]
+    folder: Path
+    """Of the run."""
+    resume: bool = False
+    """Continue from the last checkpoint."""
+    overwrite: bool = False
+    """Start again where the stage has checkpoints."""
+
+
+def fit_stage(
+    request: Request, config: Config, process: Process, device: str, announce: Callable[[Config], str]
+) -> None:
+    """Fit a stage; of several processes the first speaks and writes.
+
+    Args:
+        request: what is asked for.
+        config: the run's configuration.
+        process: this process's place.
+        device: this process's own.
+        announce: prints a configuration with its steps resolved, and returns it as it is written to the run.
+
+    Raises:
+        InputError: options, data or the run do not fit; nothing was touched.
+        TrainingError: training ran away and nothing may be done about it; the last checkpoint is kept.
+    """
+    if process.world > 1 and request.stage == "ebm":
+        raise InputError("expected one process for stage ebm, found several: run it without torchrun")
+    data = load_data(config.data, config.seed)
+    config = _with_steps(request, config, data, process)
+    resolved = announce(config) if process.is_first else ""
+    if process.is_first:
+        _tell_skipped(data)
+    asked, config = config, replace(config, device=device)
+    resume, vae = _checked(request, config, data)
+    if vae is not None and config.ebm.tune and resume is None:
+        trial = _tuned(config, data, vae)
+        config, resolved = with_trial(config, trial), as_yaml(with_trial(asked, trial))
+    run = Run(request.folder)
+    if process.is_first:
+        run = Run.create(request.folder)
+        if resume is None:
+            clear(run, request.stage)
+        write_atomic(run.config_file, resolved)
+    with _board(run, request, config.tensorboard and process.is_first, resume) as board:
+        run = run if board is None else replace(run, mirror=board)
+        if vae is None:
+            _fit_svi(run, config, data, resume, board, process)
+        else:
+            fit_ebm(run, config, data, vae, resume)
+    if process.is_first:
+        print(f"report: {write_report(run)}")
+
+
+def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
+    """Find step size and number of transitions, and show how."""
+    trials = tune(config, trained_copy(config, data, new_vaebm(config, vae)))
+    trial = chosen(trials, config.ebm.tune_rejection)
+    print(f"tuned on the energy after {config.ebm.tune_steps} steps of the ratio:\n{table(trials, trial)}")
+    if trial.rejection > config.ebm.tune_rejection:
+        print(f"note: no step size has a rejection of at most {config.ebm.tune_rejection:g}; the least is taken")
+    return trial
+
+
+def _with_steps(request: Request, config: Config, data: Data, process: Process) -> Config:
+    """Turn stage svi's epochs into steps, and refuse batches that the data do not fill."""
+    loop = config.svi if request.stage == "svi" else config.ebm
+    sampler = KeyedSampler(len(data.train), loop.batch_size, config.seed, process.rank, process.world)
+    return replace(config, svi=config.svi.resolved(sampler.steps_per_epoch)) if request.stage == "svi" else config
+
+
+def _tell_skipped(data: Data) -> None:
+    if data.skipped:
+        shown = ", ".join(data.skipped[:MAX_NAMED])
+        print(f"note: {len(data.skipped)} images could not be read and were skipped: {shown}")
+
+
+def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint | None, HierarchicalVAE | None]:
+    """Refuse whatever may be refused before anything is touched; return what the stage begins from."""
+    run, resume = Run(request.folder), None
+    if request.stage == "ebm":
+        check_kernel(config)
+    if request.resume:
+        resume = load_to_resume(run, request.stage, config)
+    elif not request.overwrite:
+        check_absent(run, request.stage)
+    vae = load_finished_vae(run, config, data) if request.stage == "ebm" else None
+    check_models(config, data, request.stage)
+    if config.tensorboard:
+        check_installed()
+    return resume, vae
+
+
+@contextmanager
+def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | None) -> Iterator[StageBoards | None]:
+    if not is_wanted:
+        yield None
+        return
+    with open_board(run, request.stage, resume.step if resume else 0) as board:
+        yield board
+
+
+def _fit_svi(
+    run: Run, config: Config, data: Data, resume: Checkpoint | None, board: StageBoards | None, process: Process
+) -> None:
+    """Run stage 1's loop, and leave its pictures."""
+    show = None if board is None else partial(show_gallery, run, config, data, board)
+    fit_svi(run, config, data, resume, show)
+    if process.is_first:
+        write_gallery(load_fitted_vae(run, config, data), config.seed, board=board, step=config.svi.steps)

@@ -1,0 +1,302 @@
+"""From a run's folder back to the model, its data and its potential; what stands there when a stage begins."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ppl_vaebm.config import Config
+from ppl_vaebm.config.parsing import differences, from_dict, load_yaml, to_dict
+from ppl_vaebm.data.load import Data, load_data
+from ppl_vaebm.devices import check_device
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.ebm import guard, latent_balance, latent_term
+from ppl_vaebm.inference.ebm.train import has_discrete_x, new_vaebm
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
+from ppl_vaebm.inference.svi.batch_norm import set_statistics
+from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.runs import checkpoint as checkpoints
+from ppl_vaebm.runs.run import Run
+
+# What a checkpoint's weights depend on; the other options may change between stages.
+BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "energy")}
+FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
+# What the rest of a stage depends on too.
+RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
+EBM_STAGES = (guard.STAGE, latent_term.STAGE, latent_balance.STAGE)
+"""Stages under which stage ebm and its parts write their records."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A fitted VAEBM and what it was fitted to."""
+
+    run: Run
+    config: Config
+    data: Data
+    vaebm: VAEBM
+    potential: NoisePotential
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What tells this density from any other: a hash of all weights of VAE and energy, and of what they are of."""
+        return fingerprint(self.vaebm, self.config)
+
+
+def fingerprint(vaebm: VAEBM, config: Config) -> str:
+    """Hash a density.
+
+    Args:
+        vaebm: its weights and statistics count, bit for bit; on which device they lie does not.
+        config: of its options those that decide what the weights mean: seed, data, model, energy and temperature.
+
+    Returns:
+        The first :data:`FINGERPRINT_DIGITS` hexadecimal digits of SHA-256.
+    """
+    options = to_dict(config)
+    meaning = {name: options[name] for name in BINDING["ebm"]} | {"temperature": config.ebm.temperature}
+    digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
+    for name, tensor in sorted(vaebm.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def run_config(run: Run) -> Config:
+    """Read a run's configuration.
+
+    Args:
+        run: the run.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        InputError: an unknown key, a wrong value, or not YAML.
+    """
+    return from_dict(load_yaml(run.config_file), str(run.config_file))
+
+
+def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -> HierarchicalVAE:
+    """Load stage 1's best weights.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        data: its data.
+        has_prior_statistics: whether the batch normalisations of the generator get the statistics of prior draws. If
+            not, those of training stay, with which the validation ELBO was taken.
+
+    Returns:
+        The VAE with averaged weights, in evaluation mode.
+
+    Raises:
+        InputError: no checkpoint of stage svi, one of another model, or one without statistics of prior draws.
+    """
+    saved = _fitted(run, "svi", "best", config)
+    vae = new_vae(config, data)
+    vae.load_state_dict(saved.weights["vae_average"])
+    if has_prior_statistics:
+        if "prior_statistics" not in saved.weights:
+            raise InputError(
+                f"expected batch statistics of prior draws in {run.path}, found none: fit stage svi with "
+                "--svi.norm-temperature, or leave out ebm.prior-statistics"
+            )
+        set_statistics(vae.model, saved.weights["prior_statistics"])
+    return vae.eval()
+
+
+def _fitted(run: Run, stage: str, which: Literal["last", "best"], config: Config) -> checkpoints.Checkpoint:
+    """Load a stage's checkpoint, given that it has one and belongs to the configuration."""
+    if not checkpoints.available(run.checkpoints(stage)):
+        raise InputError(
+            f"expected a checkpoint of stage {stage} in {run.path}, found none; "
+            f"fit it first: python -m ppl_vaebm.fit --stage {stage} --run {run.path}"
+        )
+    saved = checkpoints.load(run.checkpoints(stage), which)
+    check_same(saved.config, config, BINDING[stage], f"stage {stage} in {run.path}")
+    return saved
+
+
+def load_run(path: Path | str) -> LoadedRun:
+    """Load a run with both stages fitted: stage 1's best weights and stage 2's last, averaged ones.
+
+    Args:
+        path: the run's folder.
+
+    Returns:
+        Model, data and potential.
+
+    Raises:
+        InputError: not a run, or a stage is missing or of another model.
+    """
+    run = Run.open(path)
+    config = run_config(run)
+    check_device(config.device)
+    data = load_data(config.data, config.seed)
+    vae = load_vae(run, config, data, config.ebm.prior_statistics)
+    # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
+    saved = _fitted(run, "ebm", "last", config)
+    temperature = _completed(saved.config)["ebm"]["temperature"]
+    if temperature != config.ebm.temperature:
+        raise InputError(
+            f"expected ebm.temperature {temperature:g} in {run.config_file}, with which its energy was fitted, found "
+            f"{config.ebm.temperature:g}; put it back, or fit stage ebm again with --overwrite"
+        )
+    vaebm = new_vaebm(config, vae)
+    vaebm.energy.load_state_dict(saved.weights["energy_average"])
+    vaebm.requires_grad_(False)
+    return LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
+
+
+def check_absent(run: Run, stage: str) -> None:
+    """Refuse to start a stage that the run already holds.
+
+    Args:
+        run: the run.
+        stage: the stage.
+
+    Raises:
+        InputError: it has checkpoints.
+    """
+    steps = checkpoints.available(run.checkpoints(stage))
+    if steps:
+        raise InputError(
+            f"{run.path} already holds stage {stage}, {steps[-1]} steps; "
+            "continue it with --resume, start it again with --overwrite, or name another --run"
+        )
+
+
+def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoint:
+    """Load the checkpoint to continue a stage from.
+
+    Args:
+        run: the run.
+        stage: the stage.
+        config: the configuration asked for.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        InputError: there is none, or it was made with other options.
+    """
+    folder = run.checkpoints(stage)
+    if not checkpoints.available(folder):
+        raise InputError(f"expected a checkpoint of stage {stage} in {run.path}, found none; leave out --resume")
+    saved = checkpoints.load(folder, "last")
+    check_same(saved.config, config, RESUMING[stage], f"stage {stage} in {run.path}")
+    return saved
+
+
+def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
+    """Load the VAE that an energy is to be learned for.
+
+    Were stage svi to go on afterwards, the energy would be left with another VAE than its own.
+
+    Args:
+        run: the run.
+        config: its configuration.
+        data: its data.
+
+    Returns:
+        As :func:`load_vae`.
+
+    Raises:
+        InputError: as :func:`load_vae`, or stage svi has steps to go.
+    """
+    vae = load_vae(run, config, data, config.ebm.prior_statistics)
+    num_done = checkpoints.available(run.checkpoints("svi"))[-1]
+    if num_done < config.svi.steps:
+        raise InputError(
+            f"expected stage svi in {run.path} to be done, found {num_done} of {config.svi.steps} steps; "
+            f"finish it with --stage svi --resume, or take it as it is with --svi.steps {num_done}"
+        )
+    return vae
+
+
+def check_models(config: Config, data: Data, stage: str) -> None:
+    """Refuse networks that do not fit the data, before anything is written.
+
+    Args:
+        config: the run's configuration.
+        data: its data.
+        stage: to start; stage ebm refuses a discrete x, which stage svi can do with.
+
+    Raises:
+        InputError: naming the option.
+    """
+    vae = new_vae(config, data)
+    if stage == "ebm" or not has_discrete_x(config):
+        new_vaebm(config, vae)
+
+
+def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
+    """Make room for a stage.
+
+    The energy belongs to its VAE, so a new stage svi makes the old stage ebm void. Either makes void what was drawn
+    and measured, which the report would show as the new stage's.
+
+    Args:
+        run: the run; its configuration stays.
+        stage: the stage to start.
+
+    Raises:
+        InputError: a line of the record of metrics is not a JSON object; nothing was removed.
+    """
+    stages = ("svi", *EBM_STAGES) if stage == "svi" else EBM_STAGES
+    for void in stages:
+        run.rewind_metrics(void, -1)  # validations of step 0 too
+    for void in stages:
+        shutil.rmtree(run.checkpoints(void), ignore_errors=True)
+        shutil.rmtree(run.tensorboard_dir / void, ignore_errors=True)
+    for file in run.samples_dir.glob("*"):
+        if stage == "svi" or not file.name.startswith("svi_"):  # stage 1's pictures, which stay true
+            file.unlink()
+    files = [run.chains_file, run.positions_file, run.evaluation_file, run.comparison_file]
+    if stage == "svi":
+        files.append(run.features_file)  # of the old data's classes, which may be others now
+    for file in files:
+        file.unlink(missing_ok=True)
+    shutil.rmtree(run.comparison_dir, ignore_errors=True)
+
+
+def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:
+    """Refuse options that differ from those a checkpoint was made with.
+
+    Args:
+        saved: the checkpoint's configuration.
+        config: the one asked for.
+        sections: the options that must agree.
+        what: names the checkpoint in the message.
+
+    Raises:
+        InputError: naming every option that differs.
+    """
+    asked, given = to_dict(config), _completed(saved)
+    changed = differences({name: given.get(name) for name in sections}, {name: asked.get(name) for name in sections})
+    if changed:
+        raise InputError(
+            f"{what} was fitted with other values of {', '.join(changed)}; "
+            "leave these options out, or fit another --run with them"
+        )
+
+
+def _completed(saved: dict[str, Any]) -> dict[str, Any]:
+    """Give a checkpoint's options their form of today.
+
+    What its version did not know has its default, which does what that version did.
+    """
+    try:
+        return to_dict(from_dict(saved, "a checkpoint's options"))
+    except InputError:  # it knew options that are gone, so they differ
+        return saved

@@ -1,0 +1,344 @@
+"""Recipes and command lines become one configuration, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ppl_vaebm.config import (
+    Config,
+    DataConfig,
+    EbmConfig,
+    EnergyConfig,
+    KernelConfig,
+    LatentTermConfig,
+    ModelConfig,
+    SviConfig,
+)
+from ppl_vaebm.config.parsing import (
+    _unboxed,
+    differences,
+    from_dict,
+    load_yaml,
+    parse,
+    parse_known,
+    recipe_names,
+    recipe_path,
+    to_dict,
+    tokens,
+)
+from ppl_vaebm.errors import InputError
+
+
+def parsed(text: str) -> Config:
+    return from_dict(yaml.safe_load(text) or {}, "recipe.yaml")
+
+
+def test_nothing_gives_the_defaults() -> None:
+    assert parsed("") == Config()
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("svi: {learning_rate: 1e-3, final_learning_rate: 1e-5}", "svi.learning_rate", 1e-3),  # YAML 1.1: a string
+        ("svi: {learning_rate: 0.001, final_learning_rate: 0}", "svi.learning_rate", 1e-3),
+        ("svi: {grad-clip: 3}", "svi.grad_clip", 3.0),
+        ("svi.grad_clip: 3", "svi.grad_clip", 3.0),
+        ("seed: -5", "seed", -5),
+        ("model: {latents: [2, 3, 1]}", "model.latents", (2, 3, 1)),
+        ("model: {latents: [7]}", "model.latents", (7,)),
+        ("model: {latents: 7}", "model.latents", (7,)),
+        ("kernel: {members: [pcn, elliptical]}", "kernel.members", ("pcn", "elliptical")),
+        ("data: {download: true}", "data.download", True),
+        ("data: {download: false}", "data.download", False),
+        ("data: {image_size: null}", "data.image_size", None),
+        ("data: {image_size: 16}", "data.image_size", 16),
+        ("kernel: {step_size: null}", "kernel.step_size", None),
+        ("kernel: {num_levels: 3}", "kernel.num_levels", 3),
+        ("kernel: {max_num_steps: 64}", "kernel.max_num_steps", 64),
+        ("kernel: {fit_reference: false}", "kernel.fit_reference", False),
+        ("kernel: {step_size: 3e-1}", "kernel.step_size", 0.3),
+        ("data: {padding: 0}", "data.padding", 0),
+        ("data: {binarize: true}", "data.binarize", True),
+        ("data: {flips: never}", "data.flips", "never"),
+        ("data: {num_validation: 10000}", "data.num_validation", 10_000),
+        ("data: {root: /a folder/with spaces}", "data.root", "/a folder/with spaces"),
+        ("data: {root: --odd}", "data.root", "--odd"),
+        ("data: digits", "data.name", "digits"),
+        ("kernel: pcn", "kernel.name", "pcn"),
+        ("sampling: {kernel: {name: pcn}}", "sampling.kernel.name", "pcn"),
+        ("objective: mle", "ebm.objective", "mle"),
+        ("ratio_steps: 4", "ebm.ratio_steps", 4),
+    ],
+)
+def test_a_recipe_sets_an_option_and_no_other(text: str, option: str, value: object) -> None:
+    config: Any = parsed(text)
+    for name in option.split("."):
+        config = getattr(config, name)
+    assert config == value and type(config) is type(value)
+    changed = differences(to_dict(Config()), to_dict(parsed(text)))
+    assert set(changed) <= {option, "svi.final_learning_rate"}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("sed: 1", "--sed"),
+        ("model: {widht: 3}", "--model.widht"),
+        ("svi: {steps: many}", "--svi.steps"),
+        ("svi: {steps: 1.5}", "--svi.steps"),
+        ("svi: {steps: 1e3}", "--svi.steps"),
+        ("seed: true", "--seed"),
+        ("seed: {a: 1}", "--seed.a"),
+        ("model: 3", "--model"),
+        ("data: {image_size: false}", "--data.no-image-size"),
+        ("model: {latents: [2, x]}", "--model.latents"),
+        ("data: {name: mnits}", "--data.name"),
+        ("kernel: {name: nuts}", "--kernel.name"),
+        ("kernel: {members: [hmc, nuts]}", "--kernel.members"),
+        ("data: {std: -1}", "data.std must be positive, got -1.0"),
+        ("kernel: {members: [hmc, mala]}", "kernel.members must be a cycle with at most one kernel that has a step"),
+        ("kernel: {trajectory_length: .inf}", "kernel.trajectory-length must be positive and finite, got inf"),
+        ("data: {std: .nan}", "data.std must be positive, got nan"),
+        ("model: {latents: []}", "model.latents must be positive sizes"),
+        ("model: {latents: [2, 0]}", "model.latents must be positive sizes"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_and_key(text: str, key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parsed(text)
+    message = str(caught.value)
+    assert message.startswith("recipe.yaml: ")
+    assert key in message
+    assert message.isprintable() and not set(message) & set("\u2502\u2500\u256d\u256e\u2570\u256f")
+    assert "--help" not in message  # a recipe cannot be run
+
+
+@pytest.mark.parametrize("argv", [["--num-points", "x"], ["--no-such-option", "3"], ["--num-points", "1"]])
+def test_a_terminal_that_has_colours_changes_no_message(argv: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = []
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        with pytest.raises(InputError) as caught:
+            parse(DataConfig, argv, "points")
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1] and messages[0].isprintable()
+
+
+def test_frames_of_every_kind_come_off() -> None:
+    words = ["first words ", "last words"]
+    fine = ["\u256d\u2500 Error \u2500\u256e", *(f"\u2502 {each} \u2502" for each in words), "\u2570\u2500\u2500\u256f"]
+    coloured = [f"\x1b[31m{line}\x1b[0m" for line in fine]
+    plain = ["+- Error -+", *(f"| {each} |" for each in words), "-" * 20, "+---+"]
+    for frame in (fine, coloured, plain):
+        assert _unboxed("\n".join(frame)) == "first words last words"
+
+
+def test_a_misspelt_key_comes_with_a_suggestion() -> None:
+    with pytest.raises(InputError, match="Perhaps you meant.*--svi.learning-rate"):
+        parsed("svi: {learning_rat: 1}")
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (DataConfig, {"spacing": 0.0}, "data.spacing must be positive, got 0.0"),
+        (DataConfig, {"num_points": 9}, "data.num-points must be at least 10, got 9"),
+        (DataConfig, {"image_size": 3}, "data.image-size must be at least 4, got 3"),
+        (DataConfig, {"padding": -1}, "data.padding must be 0 or more, got -1"),
+        (DataConfig, {"num_bits": 0}, r"data.num-bits must be in 1..8, got 0"),
+        (DataConfig, {"num_bits": 9}, r"data.num-bits must be in 1..8, got 9"),
+        (DataConfig, {"num_bits": 5, "binarize": True}, "data.num-bits must be 8 with data.binarize.*, got 5"),
+        (DataConfig, {"num_validation": 0}, "data.num-validation must be at least 1, got 0"),
+        (ModelConfig, {"depth": 0}, "model.depth must be positive, got 0"),
+        (ModelConfig, {"num_fourier": -1}, "model.num-fourier must be 0 or more"),
+        (ModelConfig, {"min_x_scale": 0.0}, "model.min-x-scale must be positive"),
+        (ModelConfig, {"init_x_scale": 0.03}, r"model.init-x-scale must be above model.min-x-scale \(0.03\), got 0.03"),
+        (SviConfig, {"kl_warmup_steps": -1}, "svi.kl-warmup-steps must be 0 or more"),
+        (SviConfig, {"steps": 0}, "svi.steps must be positive"),
+        (SviConfig, {"final_learning_rate": 1.0}, r"svi.final-learning-rate must be in \[0, learning-rate\], got 1.0"),
+        (SviConfig, {"ema_decay": 1.0}, r"svi.ema-decay must be in \[0, 1\), got 1.0"),
+        (EnergyConfig, {"fourier_scale": -1.0}, "energy.fourier-scale must be positive"),
+        (EbmConfig, {"replay_probability": 1.1}, r"ebm.replay-probability must be in \[0, 1\], got 1.1"),
+        (EbmConfig, {"replay_size": 255}, r"ebm.replay-size must be at least ebm.batch-size \(256\), got 255"),
+        (EbmConfig, {"energy_l2": -1.0}, "ebm.energy-l2 must be 0 or more"),
+        (EbmConfig, {"log_every": 0}, "ebm.log-every must be positive"),
+        (KernelConfig, {"step_size": 1.6}, r"kernel.step-size must be an angle in \(0, pi/2\], got 1.6"),
+        (KernelConfig, {"num_steps": 0}, "kernel.num-steps must be positive"),
+        (KernelConfig, {"jitter": 1.0}, r"kernel.jitter must be in \[0, 1\)"),
+        (KernelConfig, {"target_acceptance": 1.0}, r"kernel.target-acceptance must be in \(0, 1\)"),
+        (KernelConfig, {"max_num_steps": 0}, "kernel.max-num-steps must be positive, got 0"),
+        (KernelConfig, {"num_levels": 1}, "kernel.num-levels must be at least 2, got 1"),
+        (KernelConfig, {"members": ()}, "kernel.members must be at least one kernel"),
+        (
+            KernelConfig,
+            {"members": ("hmc", "tempered")},
+            "kernel.members must be adjusted kernels, not langevin, chees,",
+        ),
+        (KernelConfig, {"members": ("chees",)}, r"chees, tempered or another mixture, got \('chees',\)"),
+        (KernelConfig, {"members": ("mixture",)}, r"kernel.members must be .*, got \('mixture',\)"),
+        (Config, {"threads": -1}, "threads must be 0 or more, got -1"),
+        (Config, {"ebm": EbmConfig(grad_clip=math.inf)}, "ebm.grad-clip must be finite, got inf"),
+        (Config, {"ebm": EbmConfig(max_energy_gap=math.inf)}, "ebm.max-energy-gap must be finite, got inf"),
+        (Config, {"svi": SviConfig(free_bits=math.inf)}, "svi.free-bits must be finite, got inf"),
+        (
+            EbmConfig,
+            {"objective": "mle", "tune": True, "latent": LatentTermConfig(steps=3)},
+            "ebm.tune must be off with ebm.latent.steps, .*, got True",
+        ),
+    ],
+)
+def test_a_bad_value_is_refused_at_construction(cls: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls(**options)
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]
+
+
+ODD = parsed(
+    "{seed: 7, data: {name: image-folder, root: 'a b', download: true, image_size: 8}, model: {latents: [4, 2]},"
+    " svi: {learning_rate: 0.1, final_learning_rate: 1.2345678901234567e-5}, kernel: {name: pcn, step_size: 0.1,"
+    " members: [pcn]}, sampling: {kernel: {name: elliptical, num_steps: 3}}}"
+)
+
+
+@pytest.mark.parametrize("config", [Config(), ODD], ids=["defaults", "odd"])
+def test_plain_types_and_back_is_the_same(config: Config, tmp_path: Path) -> None:
+    plain = to_dict(config)
+    assert from_dict(plain, "there and back") == config
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(plain))  # safe: nothing but plain types
+    assert from_dict(load_yaml(file), str(file)) == config
+
+
+def test_plain_types_leave_out_what_was_left_open() -> None:
+    plain = to_dict(Config())
+    assert "image_size" not in plain["data"] and "step_size" not in plain["kernel"]
+    assert plain["model"]["latents"] == [2]
+    assert plain["kernel"]["trajectory_length"] == math.pi / 2
+
+
+def test_a_part_is_completed_by_defaults() -> None:
+    assert from_dict({"model": {"width": 3}}, "part") == Config(model=ModelConfig(width=3))
+
+
+def test_tokens_are_those_of_a_command_line() -> None:
+    tree = {
+        "seed": 1,
+        "model": {"latents": [2, 3], "x_scale": "local"},
+        "data": {"download": False},
+        "resume": True,
+        "overwrite": False,
+        "kernel": {"step_size": None},
+    }
+    assert list(tokens(tree)) == [
+        "--seed=1",
+        "--model.latents",
+        "2",
+        "3",
+        "--model.x-scale=local",
+        "--data.no-download",
+        "--resume",
+        "--no-overwrite",
+        "--kernel.step-size=None",
+    ]
+
+
+def test_the_last_token_wins() -> None:
+    base = list(tokens({"seed": 1, "model": {"latents": [2, 3]}, "data": {"download": True}}))
+    user = ["--seed", "2", "--model.latents", "5", "--data.no-download"]
+    config = parse(Config, [*base, *user], "fit")
+    assert (config.seed, config.model.latents, config.data.download) == (2, (5,), False)
+
+
+def test_asking_for_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(Config, ["--help"], "fit", "What fit does.")
+    assert caught.value.code == 0
+    shown = capsys.readouterr().out
+    assert "What fit does." in shown and "--svi.learning-rate" in shown
+
+
+def test_names_the_options_that_differ() -> None:
+    one = to_dict(Config())
+    other = to_dict(parsed("{seed: 3, model: {width: 3, latents: [2, 2]}, kernel: {step_size: 0.1}}"))
+    assert differences(one, one) == []
+    assert differences(one, other) == ["kernel.step_size", "model.latents", "model.width", "seed"]
+    assert differences(other, one) == differences(one, other)
+    assert differences({"a": {"b": 1}}, {"a": 1}) == ["a"]
+    assert differences({"a": {"b": {"c": 1, "d": 2}}}, {"a": {"b": {"c": 1, "d": 3}}}) == ["a.b.d"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_ships_is_a_configuration(name: str) -> None:
+    config = from_dict(load_yaml(recipe_path(name)), name)
+    assert config != Config()
+
+
+def test_a_recipe_is_found_by_name_or_by_file(tmp_path: Path) -> None:
+    assert recipe_path("gaussians25").name == "gaussians25.yaml"
+    file = tmp_path / "mine.yaml"
+    file.write_text("seed: 1")
+    assert recipe_path(str(file)) == file
+    for missing in (str(tmp_path), str(tmp_path / "no.yaml"), "gaussian25", ""):
+        with pytest.raises(InputError, match="unknown recipe .*expected one of .*gaussians25.*or a YAML file's path"):
+            recipe_path(missing)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must hold options such as 'seed: 1', found NoneType"),
+        (b"- 1\n- 2", "found list"),
+        (b"just words", "found str"),
+        (b"a: [1", "is not a YAML file: "),
+        (b"a: !!python/object/apply:os.getcwd []", "is not a YAML file: "),
+        (b"\xff\xfe\xfa", "is not a YAML file: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load_yaml(file)
+    assert str(caught.value).startswith(str(file))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no.yaml cannot be read \(No such file or directory\)"):
+        load_yaml(tmp_path / "no.yaml")
+
+
+def test_a_file_cannot_ask_for_help() -> None:
+    with pytest.raises(InputError, match="^recipe.yaml: Unrecognized options: --help$"):
+        parsed("help: true")
+
+
+def test_another_kernel_takes_the_options_but_not_the_step() -> None:
+    config = KernelConfig("mala", step_size=0.3, target_acceptance=0.9, integrator="leapfrog", num_steps=4)
+    assert config.of("mala") is config
+    assert config.of("hmc") == KernelConfig("hmc", integrator="leapfrog", num_steps=4)
+    assert config.of("tempered") == KernelConfig("tempered", integrator="leapfrog")
+    assert KernelConfig("tempered", num_steps=2).of("hmc") == KernelConfig("hmc")
+
+
+def test_known_tokens_are_found_among_others() -> None:
+    @dataclasses.dataclass
+    class Places:
+        run: str = "here"
+
+    assert parse_known(Places, ["--svi.steps", "5", "--run", "there", "--help"], "fit").run == "there"
+    assert parse_known(Places, ["--model.latents", "2", "2"], "fit").run == "here"
+    with pytest.raises(InputError, match="^fit: Missing value for argument '--run'"):
+        parse_known(Places, ["--run"], "fit")

@@ -1,0 +1,106 @@
+"""Langevin against the paper's formula, its closed-form bias, and the textbook Metropolis ratio."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ppl_vaebm.inference.kernels import crank_nicolson, hmc, langevin, targets
+from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
+from ppl_vaebm.rng import stream
+
+TARGET = targets.ar1_gaussian(4)
+
+
+def energy_and_grad(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U and its gradient."""
+    value, grad = value_and_grad(TARGET.potential, q)
+    return value + 0.5 * q.square().sum(-1), grad + q
+
+
+def test_a_step_is_the_papers_formula_with_eta_the_square_of_h() -> None:
+    h = 0.3
+    start = TARGET.exact(stream(0, "start"), 6)
+    kernel = langevin.build_langevin(TARGET.potential)
+    state, _ = kernel.step(stream(1, "step"), kernel.init(start), init_params(start, h))
+    noise = torch.randn(start.shape, generator=stream(1, "step"), dtype=start.dtype)
+    eta = h * h
+    expected = start - eta / 2 * energy_and_grad(start)[1] + math.sqrt(eta) * noise
+    torch.testing.assert_close(state.position, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("h", [0.5, 1.0, 1.5])
+def test_the_euler_step_has_the_known_wrong_variance_on_a_standard_normal(h: float) -> None:
+    target = targets.reference(1)
+    start = target.exact(stream(2, "start"), 40_000)
+    kernel, params = langevin.build_langevin(target.potential), init_params(start, h)
+    state, generator = kernel.init(start), stream(3, "steps")
+    for _ in range(40):  # the correlation with the start is (1 - h^2/2)^40, below 1 %
+        state, _ = kernel.step(generator, state, params)
+    expected = 1 / (1 - h * h / 4)
+    standard_error = expected * math.sqrt(2 / len(start))
+    found = state.position.square().mean().item()
+    assert abs(found - expected) < 5 * standard_error
+    assert abs(found - 1) > 5 * standard_error
+
+
+def test_the_splitting_scheme_is_a_kick_a_rotation_and_a_kick_always_taken() -> None:
+    h = 1.2
+    start = TARGET.exact(stream(4, "start"), 50)
+    kernel = langevin.build_langevin(TARGET.potential, scheme="splitting")
+    state, info = kernel.step(stream(5, "step"), kernel.init(start), init_params(start, h))
+    noise = torch.randn(start.shape, generator=stream(5, "step"), dtype=start.dtype)
+    kicked = noise - h / 2 * value_and_grad(TARGET.potential, start)[1]
+    torch.testing.assert_close(state.position, start * math.cos(h) + kicked * math.sin(h))
+    assert info.is_accepted.all() and info.acceptance_rate.min() < 0.5
+
+
+@pytest.mark.parametrize("integrator", ["splitting", "leapfrog"])
+def test_mala_is_hmc_with_one_step(integrator: hmc.Integrator) -> None:
+    start = TARGET.exact(stream(6, "start"), 20)
+    params = init_params(start, 0.6)
+    mala = langevin.build_mala(TARGET.potential, integrator=integrator)
+    one_step = hmc.build(TARGET.potential, integrator=integrator, num_steps=1)
+    state, other = mala.init(start), one_step.init(start)
+    generator, other_generator = stream(7, "mala"), stream(7, "mala")
+    for _ in range(10):
+        state, info = mala.step(generator, state, params)
+        other, other_info = one_step.step(other_generator, other, params)
+        assert torch.equal(state.position, other.position)
+        assert all(torch.equal(a, b) for a, b in zip(info, other_info, strict=True))
+
+
+def test_leapfrog_mala_accepts_with_the_textbook_ratio() -> None:
+    h = 0.7
+    start = TARGET.exact(stream(8, "start"), 50)
+    langevin_step = langevin.build_langevin(TARGET.potential)
+    proposal, unadjusted = langevin_step.step(stream(9, "step"), langevin_step.init(start), init_params(start, h))
+    mala = langevin.build_mala(TARGET.potential, integrator="leapfrog")
+    _, info = mala.step(stream(9, "step"), mala.init(start), init_params(start, h))
+
+    def log_transition(there: Tensor, here: Tensor) -> Tensor:
+        return -(there - here + h * h / 2 * energy_and_grad(here)[1]).square().sum(-1) / (2 * h * h)
+
+    y = proposal.position
+    log_ratio = energy_and_grad(start)[0] - energy_and_grad(y)[0] + log_transition(start, y) - log_transition(y, start)
+    expected = log_ratio.exp().clamp(max=1)
+    assert expected.min() < 0.3
+    torch.testing.assert_close(info.acceptance_rate, expected)
+    torch.testing.assert_close(unadjusted.acceptance_rate, expected)
+
+
+def test_a_missing_gradient_is_one_more_evaluation() -> None:
+    start = TARGET.exact(stream(10, "start"), 3)
+    kernel, params = langevin.build_langevin(TARGET.potential), init_params(start, 0.1)
+    without_grad: KernelState = crank_nicolson.build_pcn(TARGET.potential).init(start)
+    state, info = kernel.step(stream(11, "fill"), without_grad, params)
+    assert info.num_evals.tolist() == [2] * 3
+    assert kernel.step(stream(11, "fill"), state, params)[1].num_evals.tolist() == [1] * 3
+
+
+def test_an_unknown_scheme_is_refused() -> None:
+    with pytest.raises(ValueError, match="euler, splitting, got 'heun'"):
+        langevin.build_langevin(TARGET.potential, scheme="heun")  # type: ignore[arg-type]
