@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "ppl_vaebm"
-SMALL = {"errors", "rng", "files", "devices", "processes"}
+SMALL = {"errors", "rng", "files", "devices", "processes", "tables"}
 KERNELS = {"inference.kernels", "inference.log_z", "inference.diagnostics"}
 INFERENCE = {"inference", "inference.bridges", "inference.svi", "inference.ebm"} | KERNELS
 FITTED = {"config", "data", "models", "runs"} | INFERENCE | SMALL
