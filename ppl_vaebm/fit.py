@@ -100,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
     if options.dry_run:
-        from ppl_vaebm.inference.ebm.train import check_continuous_x, check_kernel
+        from ppl_vaebm.inference.ebm.train import check_kernel
+        from ppl_vaebm.models.build import check_continuous_x
         from ppl_vaebm.runs.dry_run import describe
 
         if options.stage == "ebm":

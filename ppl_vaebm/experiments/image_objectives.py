@@ -27,10 +27,11 @@ from ppl_vaebm.experiments.judging import Judge
 from ppl_vaebm.experiments.objectives import with_setting
 from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.ebm.train import fit_ebm, likelihood_gain, new_vaebm
+from ppl_vaebm.inference.ebm.train import fit_ebm, likelihood_gain
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for
 from ppl_vaebm.runs import checkpoint as checkpoints
@@ -232,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         print(row(name, results["settings"][name]), flush=True)
     print(f"Frechet distance of {NUM_SAMPLES} training images to all others: {results['data, as many images']:.1f}")
     if not results["samplers"]:
-        vaebm = new_vaebm(base, vae)
+        vaebm = build_vaebm(base, vae)
         vaebm.energy.load_state_dict(
             checkpoints.load(Run(folder / SAMPLED).checkpoints("ebm")).weights["energy_average"]
         )

@@ -28,10 +28,11 @@ from ppl_vaebm.evaluation.metrics.features import load_or_train
 from ppl_vaebm.experiments.judging import Judge
 from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.ebm.train import fit_ebm, new_vaebm
+from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
@@ -167,7 +168,7 @@ def distances(folder: Path, config: Config, vae: HierarchicalVAE, judge: Judge) 
     found = []
     for parent in sorted((folder / "kept").iterdir()):
         for step in checkpoints.available(parent):
-            vaebm = new_vaebm(config, vae)
+            vaebm = build_vaebm(config, vae)
             vaebm.energy.load_state_dict(checkpoints.load(parent, step).weights["energy_average"])
             found.append(
                 {

@@ -1,14 +1,17 @@
-"""The VAE that a configuration asks for."""
+"""The models that a configuration asks for."""
 
 from __future__ import annotations
 
 import torch
 
-from ppl_vaebm.config import ModelConfig
+from ppl_vaebm.config import Config, ModelConfig
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.models.energy import build_energy
 from ppl_vaebm.models.nvae import build_nvae
 from ppl_vaebm.models.small_vae import build_small_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.rng import global_rng, seed_for
 
 
 def build_vae(
@@ -35,3 +38,38 @@ def build_vae(
             )
         return build_nvae(config.nvae, event_shape, levels)
     return build_small_vae(config, event_shape)
+
+
+def build_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
+    """Make the product density with the run's initial energy.
+
+    Args:
+        config: the run's configuration.
+        vae: stage 1's result; its model takes the temperature of stage 2.
+
+    Raises:
+        InputError: the energy does not fit the data, or x is discrete.
+    """
+    check_continuous_x(config)
+    vae.model.temperature = config.ebm.temperature
+    with global_rng(seed_for(config.seed, "energy")):
+        energy = build_energy(config.energy, vae.model.event_shape, vae.model.latent_shapes)
+    return VAEBM(vae, energy.to(config.device))
+
+
+def has_discrete_x(config: Config) -> bool:
+    """Return whether x has a discrete distribution given the latents."""
+    return config.model.kind == "nvae" and config.model.nvae.decoder == "bernoulli"
+
+
+def check_continuous_x(config: Config) -> None:
+    """Refuse a discrete x, which has no gradient in noise space.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if has_discrete_x(config):
+        raise InputError(
+            "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
+            "--model.nvae.decoder logistic-mixture or normal, without --data.binarize"
+        )

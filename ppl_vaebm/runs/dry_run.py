@@ -22,9 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ppl_vaebm.config import Config, DataConfig, SviConfig
 from ppl_vaebm.data.load import DataForm, form_without_files
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm.train import has_discrete_x
 from ppl_vaebm.inference.svi.svi import Objective
-from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.nvae_cells import BatchNorm2d
 from ppl_vaebm.models.spectral import spectral_layers

@@ -15,8 +15,9 @@ from ppl_vaebm.data.load import Data, KeyedSampler, load_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm.step_search import Trial, chosen, table, trained_copy, tune, with_trial
-from ppl_vaebm.inference.ebm.train import check_kernel, fit_ebm, new_vaebm
+from ppl_vaebm.inference.ebm.train import check_kernel, fit_ebm
 from ppl_vaebm.inference.svi.svi import fit_svi
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.processes import Process
 from ppl_vaebm.reports.gallery import show_gallery, write_gallery
@@ -90,7 +91,7 @@ def fit_stage(
 
 def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
     """Find step size and number of transitions, and show how."""
-    trials = tune(config, trained_copy(config, data, new_vaebm(config, vae)))
+    trials = tune(config, trained_copy(config, data, build_vaebm(config, vae)))
     trial = chosen(trials, config.ebm.tune_rejection)
     print(f"tuned on the energy after {config.ebm.tune_steps} steps of the ratio:\n{table(trials, trial)}")
     if trial.rejection > config.ebm.tune_rejection:

@@ -18,10 +18,10 @@ from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.devices import check_device
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm import guard, latent_balance, latent_term
-from ppl_vaebm.inference.ebm.train import has_discrete_x, new_vaebm
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi.batch_norm import set_statistics
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm, has_discrete_x
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.runs import checkpoint as checkpoints
@@ -152,7 +152,7 @@ def load_run(path: Path | str) -> LoadedRun:
             f"expected ebm.temperature {temperature:g} in {run.config_file}, with which its energy was fitted, found "
             f"{config.ebm.temperature:g}; put it back, or fit stage ebm again with --overwrite"
         )
-    vaebm = new_vaebm(config, vae)
+    vaebm = build_vaebm(config, vae)
     vaebm.energy.load_state_dict(saved.weights["energy_average"])
     vaebm.requires_grad_(False)
     return LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
@@ -237,7 +237,7 @@ def check_models(config: Config, data: Data, stage: str) -> None:
     """
     vae = new_vae(config, data)
     if stage == "ebm" or not has_discrete_x(config):
-        new_vaebm(config, vae)
+        build_vaebm(config, vae)
 
 
 def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:

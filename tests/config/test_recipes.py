@@ -11,8 +11,7 @@ import torch
 from ppl_vaebm import fit
 from ppl_vaebm.config import Config, EnergyConfig, SviConfig
 from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_names, recipe_path
-from ppl_vaebm.inference.ebm.train import has_discrete_x
-from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import build_energy
 from ppl_vaebm.models.spectral import spectral_layers
 from ppl_vaebm.runs.dry_run import count, describe, form_of

@@ -18,10 +18,10 @@ from ppl_vaebm.evaluation.base import random_order
 from ppl_vaebm.evaluation.evaluation import Effort, likelihood
 from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits, likelihood_terms
 from ppl_vaebm.evaluation.modes import modes
-from ppl_vaebm.inference.ebm.train import new_vaebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
@@ -87,7 +87,7 @@ def test_test_points_of_a_sorted_file_are_a_fair_choice(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num", [20, 5_000])
 def test_a_small_test_part_is_taken_as_it_is(tmp_path: Path, num: int) -> None:
     config, data = Config(), image_set(17)
-    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    vaebm = build_vaebm(config, new_vae(config, data).eval())
     loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
     effort = EFFORT._replace(num_test=num, num_importance=2, num_z_draws=2)
     x = likelihood_terms(loaded, effort, seed=5).x
@@ -151,7 +151,7 @@ def test_the_likelihood_of_images_comes_in_bits_too(tmp_path: Path, decoder: str
     nvae = NvaeConfig(channels=4, num_latents=2, groups_per_scale=2, encoder_cells=1, decoder_cells=1)
     nvae = replace(nvae, decoder=decoder)  # type: ignore[arg-type]
     config, data = Config(model=ModelConfig(kind="nvae", nvae=nvae)), image_set(17)
-    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    vaebm = build_vaebm(config, new_vae(config, data).eval())
     loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
     effort = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
     section: dict[str, object] = {**likelihood(loaded, effort, seed=0)}

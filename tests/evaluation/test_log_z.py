@@ -28,12 +28,12 @@ from ppl_vaebm.evaluation.store import SOURCES
 from ppl_vaebm.evaluation.tables import lines
 from ppl_vaebm.inference import likelihood as likelihood_module
 from ppl_vaebm.inference import normalizing_constant as normaliser
-from ppl_vaebm.inference.ebm.train import new_vaebm
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.log_z.base import LogZ
 from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
@@ -352,7 +352,7 @@ def test_images_have_their_bounds_in_bits_too(
     inputs: str, name: str, tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]
 ) -> None:
     config, data = Config(energy=EnergyConfig(inputs=inputs)), image_set(17)  # type: ignore[arg-type]
-    vaebm = new_vaebm(config, new_vae(config, data).eval())
+    vaebm = build_vaebm(config, new_vae(config, data).eval())
     loaded = LoadedRun(Run(tmp_path), config, data, vaebm, noise_potential(vaebm))
     few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=100)
     section: dict[str, object] = {**bound_section(loaded, measured[2], likelihood_terms(loaded, few, 0), seed=0)}

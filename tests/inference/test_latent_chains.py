@@ -22,7 +22,7 @@ from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.inference.ebm.latent_term import NUM_DRAWS, aggregate_posterior, fit_latent_term
 from ppl_vaebm.inference.ebm.learner import EnergyLearner
 from ppl_vaebm.inference.ebm.negatives import NegativePhase
-from ppl_vaebm.inference.ebm.train import fit_ebm, new_vaebm
+from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.kernels.adaptation import warm_up
 from ppl_vaebm.inference.kernels.base import KernelParams, init_params
 from ppl_vaebm.inference.kernels.langevin import build_mala
@@ -39,6 +39,7 @@ from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
@@ -311,7 +312,7 @@ def test_the_rest_of_stage_2_leaves_the_term_as_it_is(tmp_path: Path) -> None:
     config = tiny_images()
     data = load_data(config.data, config.seed)
     vae = new_vae(config, data).eval()
-    learner = EnergyLearner(config, data, new_vaebm(config, vae), Guard(config))
+    learner = EnergyLearner(config, data, build_vaebm(config, vae), Guard(config))
     assert learner.energy.latent_net is not None
     fresh = [parameter.clone() for parameter in learner.energy.latent_net.parameters()]
     learner.learn_latent_term(Run.create(tmp_path / "a"))

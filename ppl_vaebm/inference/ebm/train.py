@@ -22,10 +22,10 @@ from ppl_vaebm.inference.ebm.negatives import Phase
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogZ, log_z_from_vae
 from ppl_vaebm.inference.optim import DivergedError, learning_rate
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.models.energy import build_energy
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.rng import global_rng, seed_for, stream
+from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
@@ -42,11 +42,6 @@ class Gain(NamedTuple):
     error: float
     """Standard error over data and draws of the VAE."""
     log_z: LogZ
-
-
-def has_discrete_x(config: Config) -> bool:
-    """Say whether x has a discrete distribution given the latents."""
-    return config.model.kind == "nvae" and config.model.nvae.decoder == "bernoulli"
 
 
 def check_kernel(config: Config) -> None:
@@ -70,42 +65,6 @@ def check_kernel(config: Config) -> None:
             f"expected a kernel with a step that ebm.tune can find ({', '.join(TUNED_KERNELS)}, or a mixture with "
             f"one), found {', '.join(members)}; leave out --tune, or name another --kernel"
         )
-
-
-def check_continuous_x(config: Config) -> None:
-    """Refuse a discrete x, which has no gradient in noise space.
-
-    Args:
-        config: the run's configuration.
-
-    Raises:
-        InputError: naming the option.
-    """
-    if has_discrete_x(config):
-        raise InputError(
-            "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
-            "--model.nvae.decoder logistic-mixture or normal, without --data.binarize"
-        )
-
-
-def new_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
-    """Make the product density with the run's initial energy.
-
-    Args:
-        config: the run's configuration.
-        vae: stage 1's result; it takes on stage 2's temperature.
-
-    Returns:
-        The VAEBM.
-
-    Raises:
-        InputError: the energy does not fit the data, or x is discrete.
-    """
-    check_continuous_x(config)
-    vae.model.temperature = config.ebm.temperature
-    with global_rng(seed_for(config.seed, "energy")):
-        energy = build_energy(config.energy, vae.model.event_shape, vae.model.latent_shapes)
-    return VAEBM(vae, energy.to(config.device))
 
 
 def likelihood_gain(config: Config, potential: NoisePotential, split: Split, seed: int) -> Gain:
@@ -165,7 +124,7 @@ def fit_ebm(
         guard.rewind(run, resume.step)
     saved = resume
     while True:
-        learner = EnergyLearner(config, data, new_vaebm(config, vae), guard, saved)
+        learner = EnergyLearner(config, data, build_vaebm(config, vae), guard, saved)
         if guard.is_stopped:
             print(words(guard))
             _finish_stopped(run, config, data, learner)

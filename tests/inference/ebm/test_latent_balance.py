@@ -19,11 +19,12 @@ from ppl_vaebm.data.load import load_data
 from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.inference.ebm.latent_balance import fit_latent_balance
 from ppl_vaebm.inference.ebm.learner import EnergyLearner
-from ppl_vaebm.inference.ebm.train import fit_ebm, new_vaebm
+from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.latent_chains import LatentStore, num_first, with_first
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, stream
@@ -136,7 +137,7 @@ def test_it_is_fitted_last_and_changes_nothing_else(tmp_path: Path) -> None:
     assert float(energy.balance_net[-1].bias.abs()) > 0  # type: ignore[operator]
     # A checkpoint has it, and who goes on from there has it in training too.
     saved = checkpoint.load(run.checkpoints("ebm"), "last")
-    learner = EnergyLearner(balanced, data, new_vaebm(balanced, vae), Guard(balanced), saved)
+    learner = EnergyLearner(balanced, data, build_vaebm(balanced, vae), Guard(balanced), saved)
     for one in (learner.energy, learner.average.module):
         for name, value in one.balance_net.state_dict().items():  # type: ignore[union-attr]
             torch.testing.assert_close(value, energy.balance_net.state_dict()[name], rtol=0, atol=0)

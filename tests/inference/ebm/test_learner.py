@@ -19,10 +19,11 @@ from ppl_vaebm.data.load import load_data
 from ppl_vaebm.data.splits import Points
 from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.inference.ebm.learner import EnergyLearner, data_latents
-from ppl_vaebm.inference.ebm.train import likelihood_gain, new_vaebm
+from ppl_vaebm.inference.ebm.train import likelihood_gain
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
@@ -88,7 +89,7 @@ def learner(text: str, **options: Any) -> EnergyLearner:
         tree[section] = {**tree.get(section, {}), **values}
     config = from_dict(tree, "a test")
     data = load_data(config.data, config.seed)
-    return EnergyLearner(config, data, new_vaebm(config, new_vae(config, data).eval()), Guard(config))
+    return EnergyLearner(config, data, build_vaebm(config, new_vae(config, data).eval()), Guard(config))
 
 
 @pytest.mark.parametrize("text", [POINTS, IMAGES], ids=["points", "images"])

@@ -21,6 +21,7 @@ from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.inference.ebm.learner import EnergyLearner
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
@@ -177,7 +178,7 @@ def test_an_attempt_after_a_return_has_other_noise_and_data(tmp_path: Path) -> N
     for num_rollbacks in (0, 1):
         guard = Guard(config)
         guard.num_rollbacks = num_rollbacks
-        learner = EnergyLearner(config, data, ebm.new_vaebm(config, vae), guard)
+        learner = EnergyLearner(config, data, build_vaebm(config, vae), guard)
         batches.append(learner.batch(0)[0].tolist())
     assert batches[0] != batches[1]
 
