@@ -1,28 +1,19 @@
-"""What a user can set: frozen dataclasses that refuse bad values, and how they are read. Imports no torch."""
+"""What a user can set: frozen dataclasses that refuse wrong values, and how they are read. Imports no torch."""
 
-from ppl_vaebm.config.config import (
+from ppl_vaebm.config.config import Config
+from ppl_vaebm.config.data import DataConfig, DataName
+from ppl_vaebm.config.ebm import EbmConfig, LatentTermConfig, Negatives, Objective
+from ppl_vaebm.config.energy import EnergyConfig, EnergyLayout, NetKind
+from ppl_vaebm.config.kernel import (
     SELF_TUNING_KERNELS,
     TUNABLE_KERNELS,
-    Config,
-    DataConfig,
-    DataName,
-    DecoderName,
-    EbmConfig,
-    EnergyConfig,
-    EnergyLayout,
     KernelConfig,
     KernelName,
-    LatentTermConfig,
-    ModelConfig,
-    ModelKind,
-    Negatives,
-    NetKind,
-    NvaeConfig,
-    Objective,
     SamplingConfig,
-    SviConfig,
     TrainingKernelConfig,
 )
+from ppl_vaebm.config.model import DecoderName, ModelConfig, ModelKind, NvaeConfig
+from ppl_vaebm.config.svi import SviConfig
 
 __all__ = [
     "Config",
