@@ -22,7 +22,8 @@ from torch import Tensor
 from benchmarks.common import ratio, write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
-from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import summarize
 from ppl_vaebm.inference.kernels import targets
 from ppl_vaebm.inference.kernels.base import KernelState, value_and_grad
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains

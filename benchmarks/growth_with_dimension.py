@@ -30,7 +30,8 @@ from torch import Tensor
 
 from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
-from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import summarize
 from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin
 from ppl_vaebm.inference.kernels.base import Kernel, KernelState, Potential, init_params
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains

@@ -24,7 +24,8 @@ from torch import Tensor
 from benchmarks.common import write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
-from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, summarize
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params

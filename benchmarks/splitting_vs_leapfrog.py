@@ -20,7 +20,8 @@ from torch import Tensor
 
 from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
-from ppl_vaebm.inference.diagnostics.summary import summarize, to_inference_data
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import summarize
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.evaluation import kernels as comparison
     from ppl_vaebm.inference.diagnostics import functionals
     from ppl_vaebm.inference.diagnostics import summary as diagnostics
-    from ppl_vaebm.inference.diagnostics import text as diagnostics_text
+    from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.loading import load_run
 
@@ -77,13 +77,13 @@ def main(argv: list[str] | None = None) -> None:
         options.kernel or config.name, potential, config, start, budget, options.seed, stored
     )
     attrs = {**chains.attrs, "chains_per_start": options.chains_per_start, "fingerprint": loaded.fingerprint}
-    inference_data = diagnostics.to_inference_data(replace(chains, attrs=attrs))
+    inference_data = to_inference_data(replace(chains, attrs=attrs))
     summaries = diagnostics.summarize(inference_data)  # before anything is written, for it refuses too few draws
     coordinates = None if recorder is None else _coordinates(loaded, recorder)
-    diagnostics.save_netcdf(inference_data, loaded.run.chains_file)
+    save_netcdf(inference_data, loaded.run.chains_file)
     # Positions of other chains than those would not be told apart.
     loaded.run.positions_file.unlink(missing_ok=True)
-    print(diagnostics_text.text_table(summaries, inference_data))
+    print(diagnostics.summary_table(summaries, inference_data))
     print(f"\n{loaded.run.chains_file}")
     if recorder is not None and coordinates is not None:
         from ppl_vaebm.inference.diagnostics.coordinates import save_coordinates

@@ -20,9 +20,9 @@ from ppl_vaebm.config import KernelName
 from ppl_vaebm.config.parsing import recipe_names
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernels as comparison
+from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
-from ppl_vaebm.inference.diagnostics.summary import load_netcdf
 from ppl_vaebm.reports import comparison_page
 from ppl_vaebm.reports import html as report
 from ppl_vaebm.runs.run import Run
@@ -168,7 +168,7 @@ def test_diagnose_judges_every_coordinate_and_chains_that_share_a_start(
     assert found.num_draws == idata["posterior"].sizes["draw"] and found.stride == 1
     # The coordinate of which every draw is stored is the same chain.
     column = idata["posterior"]["coordinate"].to_numpy()[:, :, 1:2]
-    assert diagnose_columns(column).r_hat[0] == pytest.approx(found.found.r_hat[1], rel=1e-4)
+    assert diagnose_columns(column).r_hat[0] == pytest.approx(found.convergence.r_hat[1], rel=1e-4)
     diagnose.main([str(run), *options])
     assert not (run / "positions.nc").exists()  # they were of other chains
 

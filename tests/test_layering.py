@@ -45,7 +45,7 @@ KERNEL_PACKAGES = {"torch", "numpy"}
 OF_A_RUN = {"runs.run", "runs.checkpoint"}
 """All that the two training stages may know of a run."""
 PENDING = {
-    *("evaluation.metrics.features", "inference.diagnostics.functionals", "reports.gallery", "runs.conditional"),
+    *("evaluation.metrics.features", "reports.gallery", "runs.conditional"),
     *("runs.drawing", "runs.fitting", "models.vae", "evaluation", "inference/kernels", "models"),
 }
 """Being moved; to be empty."""

@@ -14,7 +14,7 @@ from ppl_vaebm.evaluation.kernels import Budget, Reference, mode_counts
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, attribute_list, cut, scalar_draws, stat
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, FloatArray, diagnose_columns
-from ppl_vaebm.inference.diagnostics.text import notes
+from ppl_vaebm.inference.diagnostics.summary import notes
 
 
 class Measures(NamedTuple):
@@ -148,9 +148,9 @@ def seed_row(idata: InferenceData, budget: Budget, reference: Reference) -> Seed
     if num_draws >= MIN_DRAWS:
         summaries = diagnostics.summarize(kept)
     else:  # the budget is spent: this kernel's line says so, and the other kernels keep theirs
-        unknown = [math.nan] * (len(diagnostics.FunctionalSummary._fields) - 2)
+        unknown = [math.nan] * (len(diagnostics.QuantitySummary._fields) - 2)
         energy_mean = float(scalar_draws(kept)["energy"].mean())
-        summaries = [diagnostics.FunctionalSummary("energy", energy_mean, *unknown)]
+        summaries = [diagnostics.QuantitySummary("energy", energy_mean, *unknown)]
     worst, slowest = diagnostics.worst(summaries)
     energy = next(row for row in summaries if row.name == "energy")
     modes_found, mode_kl = _mode_coverage(kept, reference)

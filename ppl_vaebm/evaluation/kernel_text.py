@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from ppl_vaebm.evaluation.kernel_table import Measures, Row
 from ppl_vaebm.evaluation.kernels import Budget, Reference
-from ppl_vaebm.inference.diagnostics.text import aligned, digits, r_hat_text, without_empty_columns
+from ppl_vaebm.inference.diagnostics.summary import digits, r_hat_text, without_empty_columns
+from ppl_vaebm.tables import text_table
 
 NUM_DIGITS = 4  # of a mean with a spread, at most
 
@@ -138,7 +139,7 @@ def to_text(rows: Sequence[Row], budget: Budget, reference: Reference) -> str:
     for columns in (TRUST, cost(budget)):
         kept, body = table_of(columns, rows, reference)
         head = [[column.title for column in kept], [column.unit for column in kept]]
-        blocks.append("\n".join(aligned([*head, *body])))
+        blocks.append(text_table([*head, *body], numbers=range(1, len(kept))))
     notes = [f"{row.kernel}: {row.note}" for row in rows if row.note]
     return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 

@@ -19,6 +19,7 @@ class NoisePotential:
     def __init__(self, vaebm: VAEBM) -> None:
         self.vaebm = vaebm
         self.packing = Packing(vaebm.vae.noise_shapes)
+        self.x_shape = vaebm.vae.model.event_shape
         self.rows_per_pass = vaebm.vae.rows_per_pass
 
     def __call__(self, position: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, scalar_draws
 from ppl_vaebm.inference.diagnostics.convergence import Convergence
 from ppl_vaebm.reports.figures import TITLE_POINTS, FloatArray, Picture, axes_grid, picture
 
@@ -20,9 +21,7 @@ MAX_LAG = 200  # of the autocorrelations
 NUM_RANK_BINS = 20  # Vehtari et al. (2021), doi 10.1214/20-BA1221
 
 
-def chain_pictures(
-    idata: diagnostics.InferenceData, summaries: Sequence[diagnostics.FunctionalSummary]
-) -> list[Picture]:
+def chain_pictures(idata: InferenceData, summaries: Sequence[diagnostics.QuantitySummary]) -> list[Picture]:
     """Draw the functionals with the fewest effective draws, and the energies.
 
     Args:
@@ -38,9 +37,9 @@ def chain_pictures(
     ]
 
 
-def _functionals_figure(idata: diagnostics.InferenceData, summaries: Sequence[diagnostics.FunctionalSummary]) -> Figure:
+def _functionals_figure(idata: InferenceData, summaries: Sequence[diagnostics.QuantitySummary]) -> Figure:
     by_ess = sorted(summaries, key=lambda s: math.inf if math.isnan(s.ess_bulk) else s.ess_bulk)
-    draws = diagnostics.scalar_draws(idata)
+    draws = scalar_draws(idata)
     shown = [summary.name for summary in by_ess[:MAX_FUNCTIONALS]]
     figure, axes = axes_grid(len(shown), 3, height=1.9)
     for (trace, ranks, correlation), name in zip(axes, shown, strict=True):
@@ -96,7 +95,7 @@ def autocorrelation(draws: FloatArray, max_lag: int = MAX_LAG) -> FloatArray:
     return correlation
 
 
-def _energy_figure(idata: diagnostics.InferenceData) -> Figure:
+def _energy_figure(idata: InferenceData) -> Figure:
     stats = idata["sample_stats"]
     energy = stats["energy"].transpose("chain", "draw").to_numpy().astype(np.float64)
     figure, ((histogram, bfmi, acceptance),) = axes_grid(1, 3)

@@ -16,7 +16,7 @@ from ppl_vaebm.evaluation.kernel_text import with_spread
 from ppl_vaebm.evaluation.store import SOURCES, load_arrays, read_sections, source_of
 from ppl_vaebm.evaluation.tables import TextTable, tables
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
-from ppl_vaebm.inference.diagnostics import text as diagnostics_text
+from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
 from ppl_vaebm.reports import chains as figures_chains
 from ppl_vaebm.reports import conditional as figures_conditional
@@ -141,15 +141,15 @@ def chains_section(run: Run) -> Section | None:
     """Show what ``diagnose`` found."""
     if not run.chains_file.exists():
         return None
-    idata = diagnostics.load_netcdf(run.chains_file)
+    idata = load_netcdf(run.chains_file)
     summaries = diagnostics.summarize(idata)
     num_converged = sum(map(diagnostics.is_converged, summaries))
     caption = f"{num_converged} of {len(summaries)} functionals meet the thresholds of R-hat and ESS"
-    header = [_header_cell(*column) for column in diagnostics_text.TABLE_HEADER]
-    pictures, lines = figures_chains.chain_pictures(idata, summaries), diagnostics_text.run_lines(idata)
+    header = [_header_cell(*column) for column in diagnostics.TABLE_HEADER]
+    pictures, lines = figures_chains.chain_pictures(idata, summaries), diagnostics.run_lines(idata)
     if run.positions_file.exists():
         coordinates = load_coordinates(run.positions_file)
-        pictures.append(figures_chains.coordinates_picture(coordinates.found))
+        pictures.append(figures_chains.coordinates_picture(coordinates.convergence))
         lines += coordinates.lines
     return Section(pictures, [without_empty_columns(Table(caption, header, list(map(_row, summaries))))], lines)
 
@@ -159,12 +159,12 @@ def conditioning_section(run: Run) -> Section | None:
     file = run.samples_dir / "conditional.npz"
     if not file.exists():
         return None
-    idata = diagnostics.load_netcdf(file.with_suffix(".nc"))
+    idata = load_netcdf(file.with_suffix(".nc"))
     summaries = diagnostics.summarize(idata)
     caption = f"{sum(map(diagnostics.is_converged, summaries))} of {len(summaries)} functionals meet the thresholds"
-    header = [_header_cell(*column) for column in diagnostics_text.TABLE_HEADER]
+    header = [_header_cell(*column) for column in diagnostics.TABLE_HEADER]
     table = without_empty_columns(Table(caption, header, list(map(_row, summaries))))
-    return Section([figures_conditional.conditional_picture(_arrays(file))], [table], diagnostics_text.run_lines(idata))
+    return Section([figures_conditional.conditional_picture(_arrays(file))], [table], diagnostics.run_lines(idata))
 
 
 def comparison_section(run: Run) -> Section | None:
@@ -190,7 +190,7 @@ def _compared_cell(name: str, line: Mapping[str, str]) -> Cell:
         return Cell(line[name], "name")
     value = float(line[name])
     if name == "max_r_hat":
-        return Cell(diagnostics_text.r_hat_text(value), "number" if value <= diagnostics.MAX_R_HAT else "number bad")
+        return Cell(diagnostics.r_hat_text(value), "number" if value <= diagnostics.MAX_R_HAT else "number bad")
     return Cell("" if math.isnan(value) else with_spread(value, float(line[f"{name}_sd"])), "number")
 
 
@@ -198,13 +198,13 @@ def _header_cell(title: str, unit: str) -> Cell:
     return Cell(f"{title}\n{unit}".strip(), "" if title == "functional" else "number")
 
 
-def _row(summary: diagnostics.FunctionalSummary) -> list[Cell]:
+def _row(summary: diagnostics.QuantitySummary) -> list[Cell]:
     bad = {
         "r_hat": not summary.r_hat <= diagnostics.MAX_R_HAT,
         "ess_bulk": not summary.ess_bulk >= diagnostics.MIN_ESS,
         "ess_tail": not summary.ess_tail >= diagnostics.MIN_ESS,
     }
-    name, *numbers = diagnostics_text.table_cells(summary)
+    name, *numbers = diagnostics.table_cells(summary)
     fields = summary._fields[1:]
     return [
         Cell(name),

@@ -13,7 +13,6 @@ from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.inference.conditional_starts import annealed_starts
 from ppl_vaebm.inference.conditioning import ConditionalPotential, condition
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
-from ppl_vaebm.inference.diagnostics import text as diagnostics_text
 from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.functionals import PositionRecorder, noise_functionals
@@ -222,18 +221,18 @@ def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig,
     paths = _save(loaded.run, given, posterior)
     netcdf = loaded.run.samples_dir / f"{NAME}.nc"
     save_netcdf(idata, netcdf)
-    lines = [diagnostics_text.text_table(summaries, idata), "", verdict(posterior, summaries)]
+    lines = [diagnostics.summary_table(summaries, idata), "", verdict(posterior, summaries)]
     return [*lines, *map(str, [*paths, netcdf])]
 
 
-def verdict(posterior: Posterior, summaries: list[diagnostics.FunctionalSummary]) -> str:
+def verdict(posterior: Posterior, summaries: list[diagnostics.QuantitySummary]) -> str:
     """Say in one line whether the chains agree, over functionals and over all values of x."""
     worst, fewest = diagnostics.worst(summaries)
     moving = posterior.r_hat[posterior.sd > 0]
     highest = float(np.max(moving, initial=1.0)) if np.isfinite(moving).all() else float("nan")
     text = (
-        f"R-hat: largest of functionals {diagnostics_text.r_hat_text(worst.r_hat)} ({worst.name}), of values of x "
-        f"{diagnostics_text.r_hat_text(highest)}; smallest bulk ESS {fewest.ess_bulk:.0f} ({fewest.name})"
+        f"R-hat: largest of functionals {diagnostics.r_hat_text(worst.r_hat)} ({worst.name}), of values of x "
+        f"{diagnostics.r_hat_text(highest)}; smallest bulk ESS {fewest.ess_bulk:.0f} ({fewest.name})"
     )
     if worst.r_hat <= diagnostics.MAX_R_HAT and highest <= diagnostics.MAX_R_HAT:
         return text

@@ -22,7 +22,7 @@ from ppl_vaebm.evaluation import kernel_table as comparison_table
 from ppl_vaebm.evaluation import kernel_text as comparison_text
 from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.evaluation.kernel_files import Outcome
-from ppl_vaebm.inference.diagnostics.summary import to_inference_data
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential

@@ -18,6 +18,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import Tensor
 
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.kernels.base import Potential, init_params
 from ppl_vaebm.inference.kernels.chains import run_chains
@@ -82,7 +83,7 @@ def from_chains(potential: Potential, dim: int) -> tuple[Moments, Tensor, dict[s
     mean = draws.mean((0, 1))
     squares = {"q": draws, "square": (draws - mean).square()}
     chains.draws.update(squares)
-    found = diagnostics.summarize(diagnostics.to_inference_data(chains))
+    found = diagnostics.summarize(to_inference_data(chains))
     columns = torch.tensor([[row.mean, row.mcse_mean] for row in found], dtype=torch.float64)
     moments = Moments(*columns[:dim].unbind(1), *columns[dim:].unbind(1))
     report = {"max_r_hat": max(row.r_hat for row in found), "min_ess": min(row.ess_bulk for row in found)}

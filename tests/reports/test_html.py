@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
 from ppl_vaebm.reports import html as report
@@ -98,7 +98,7 @@ def add_chains(run: Run, shift: float = 0.0) -> None:
         params=init_params(torch.zeros(4, 1), 0.25),
         seconds=2.0,
     )
-    diagnostics.save_netcdf(diagnostics.to_inference_data(chains), run.chains_file)
+    save_netcdf(to_inference_data(chains), run.chains_file)
 
 
 def add_comparison(run: Run) -> None:

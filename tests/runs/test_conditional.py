@@ -19,7 +19,8 @@ from ppl_vaebm.data.load import load_data
 from ppl_vaebm.data.splits import Data, IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.conditioning import condition
-from ppl_vaebm.inference.diagnostics.summary import FunctionalSummary, load_netcdf
+from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
+from ppl_vaebm.inference.diagnostics.summary import QuantitySummary
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.reports import html as report
 from ppl_vaebm.runs import conditional
@@ -177,9 +178,9 @@ def test_moments_are_those_of_the_linear_model() -> None:
     assert posterior.chains.draws["energy"].abs().max() < 1e-12
 
 
-def summary(r_hat: float) -> FunctionalSummary:
-    fields = dict.fromkeys(FunctionalSummary._fields, 500.0)
-    return FunctionalSummary(**{**fields, "name": "energy", "r_hat": r_hat})  # type: ignore[arg-type]
+def summary(r_hat: float) -> QuantitySummary:
+    fields = dict.fromkeys(QuantitySummary._fields, 500.0)
+    return QuantitySummary(**{**fields, "name": "energy", "r_hat": r_hat})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
-"""Chains in ArviZ's containers and files, under ArviZ 0.23 and 1.x alike."""
+"""Chains in ArviZ's containers and NetCDF files, under ArviZ 0.23 and 1.x alike."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -32,39 +33,28 @@ _PACKAGES = ("torch", "pyro-ppl", "numpy", "arviz", "jax", "numpyro", "blackjax"
 
 @functools.cache
 def arviz() -> Any:
-    """Import ArviZ when it is needed (it takes seconds), without 0.23's notice that 1.0 will differ."""
+    """Import ArviZ on first use (it takes seconds), without 0.23's notice that 1.0 will differ."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         import arviz as module
     return module
 
 
-def _has_inference_data_class() -> bool:
-    return int(arviz().__version__.split(".")[0]) < 1
-
-
 def to_inference_data(chains: Chains) -> InferenceData:
-    """Put chains into ArviZ's container.
-
-    Args:
-        chains: draws ``(C, N, ...)`` and statistics ``(C, N)``.
+    """Convert chains to ArviZ's container.
 
     Returns:
-        Groups ``posterior`` and ``sample_stats`` with dimensions ``chain, draw, ...``. Beside the chains' own, the
-        statistics have ``step_size`` and, where it is known, ``elapsed``, seconds from the start of the draws over
-        all chains. The attributes of ``posterior`` are ``kernel``, ``num_evals``, ``warmup_evals``, ``seconds``,
-        ``warmup_seconds``, ``versions``, and those of the chains (``seed``, ``thin``, ...).
+        Groups ``posterior`` and ``sample_stats`` with dimensions ``chain, draw, ...``. The statistics also have
+        ``step_size`` and, where it is known, ``elapsed``, the seconds from the start of the draws. The attributes of
+        ``posterior`` are those of the chains (``seed``, ``thin``, ...), ``kernel``, ``num_evals``, ``warmup_evals``,
+        ``seconds``, ``warmup_seconds`` and ``versions``.
     """
     stats = {name: _array(value) for name, value in chains.stats.items()}
     shape = stats["lp"].shape
     stats["step_size"] = np.broadcast_to(_array(chains.params.step_size).reshape(-1, 1), shape)
     if chains.elapsed is not None:
         stats["elapsed"] = np.broadcast_to(_array(chains.elapsed), shape)
-    groups = {
-        "posterior": {name: _array(value) for name, value in chains.draws.items()},
-        "sample_stats": stats,
-    }
-    idata = _container(groups)
+    idata = _container({name: _array(value) for name, value in chains.draws.items()}, stats)
     idata["posterior"].attrs.update(
         {
             "versions": _versions(),
@@ -83,36 +73,35 @@ def _array(tensor: Tensor) -> NDArray[Any]:
     return tensor.detach().cpu().numpy()
 
 
-def _container(groups: dict[str, dict[str, NDArray[Any]]]) -> InferenceData:
+def _container(draws: dict[str, NDArray[Any]], stats: dict[str, NDArray[Any]]) -> InferenceData:
+    groups = {"posterior": draws, "sample_stats": stats}
     with warnings.catch_warnings():
-        # Many short chains are the normal case here; ArviZ guesses that the axes are swapped.
+        # ArviZ takes many short chains, which are normal here, for swapped axes.
         warnings.filterwarnings("ignore", message="More chains|Found chain dimension", category=UserWarning)
-        if _has_inference_data_class():
-            return arviz().from_dict(**groups)
-        return arviz().from_dict(groups)
+        is_before_1 = int(arviz().__version__.split(".")[0]) < 1
+        return arviz().from_dict(**groups) if is_before_1 else arviz().from_dict(groups)
 
 
 def _versions() -> str:
-    found = [f"python {platform.python_version()}", f"ppl_vaebm {__version__}"]
+    versions = [f"python {platform.python_version()}", f"ppl_vaebm {__version__}"]
     for package in _PACKAGES:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return ", ".join(versions)
 
 
-def save_netcdf(idata: InferenceData, path: str | Path) -> None:
-    """Write a container to a NetCDF file, whole or not at all.
+def save_netcdf(data: InferenceData, path: str | Path, **options: str) -> None:
+    """Write a container, or a data set, to a NetCDF file; an older file is replaced in one step.
 
     Args:
-        idata: what to write.
-        path: the file; an older one is replaced in one step.
+        data: a container of ArviZ or xarray.
+        path: the file.
+        options: of the data's own ``to_netcdf``, such as ``group``.
     """
     path = Path(path)
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
-        idata.to_netcdf(str(temporary), engine="h5netcdf")
+        data.to_netcdf(str(temporary), engine="h5netcdf", **options)
         sync(temporary)
         replace(temporary, path)
     finally:
@@ -120,13 +109,7 @@ def save_netcdf(idata: InferenceData, path: str | Path) -> None:
 
 
 def load_netcdf(path: str | Path) -> InferenceData:
-    """Read a NetCDF file into memory; one written under either major version of ArviZ will do.
-
-    Args:
-        path: a file of :func:`save_netcdf`, or any of ArviZ's.
-
-    Returns:
-        The container.
+    """Read a NetCDF file of chains, written under any version of ArviZ, into memory.
 
     Raises:
         InputError: the file is missing, damaged, or holds no group ``posterior``.
@@ -150,20 +133,12 @@ def load_netcdf(path: str | Path) -> InferenceData:
 
 
 def _plain(value: Any) -> Any:
-    """Turn what NetCDF makes of an attribute back into what it was: a number, a text or a list of numbers."""
+    """Convert an attribute that NetCDF returns as an array back to a number or a list of numbers."""
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def attribute_list(idata: InferenceData, name: str) -> list[float]:
-    """Return an attribute that is a list of numbers; NetCDF gives one of a single number back as that number.
-
-    Args:
-        idata: of :func:`to_inference_data` or :func:`load_netcdf`.
-        name: of the attribute.
-
-    Returns:
-        The numbers; none where there is no such attribute.
-    """
+    """Return an attribute that is a list of numbers, empty where it is missing; NetCDF unpacks a list of one."""
     value = idata["posterior"].attrs.get(name, [])
     return [float(number) for number in np.atleast_1d(value)]
 
@@ -173,33 +148,26 @@ def cut(idata: InferenceData, num_draws: int) -> InferenceData:
 
     Args:
         idata: of :func:`to_inference_data`.
-        num_draws: draws per chain to keep, at least 1 and at most those there are.
+        num_draws: draws per chain to keep, from 1 to their number.
 
     Returns:
-        A container whose ``num_evals`` and ``seconds`` are those of the kept draws; the time only where ``elapsed``
-        is known, else the evaluations' share of it.
+        A container whose ``num_evals`` and ``seconds`` are those of the kept draws. Where ``elapsed`` is missing, the
+        time is in proportion to the evaluations.
     """
-    whole = idata["posterior"].attrs
+    attrs = idata["posterior"].attrs
     kept = idata.isel(draw=slice(0, num_draws))
     num_evals = int(stat(kept, "n_steps").sum())
     if "elapsed" in kept["sample_stats"]:
         seconds = float(stat(kept, "elapsed")[0, -1])
     else:
-        seconds = whole["seconds"] * num_evals / whole["num_evals"]
-    # A new dictionary, for the kept group shares that of the whole.
-    kept["posterior"].attrs = {**whole, "num_evals": num_evals, "seconds": seconds}
+        seconds = attrs["seconds"] * num_evals / attrs["num_evals"]
+    # A new dictionary: the kept group shares that of the whole.
+    kept["posterior"].attrs = {**attrs, "num_evals": num_evals, "seconds": seconds}
     return kept
 
 
 def scalar_draws(idata: InferenceData) -> dict[str, FloatArray]:
-    """Split the posterior into numbers per draw.
-
-    Args:
-        idata: a container with group ``posterior``.
-
-    Returns:
-        Draws ``(C, N)`` of every scalar element of every variable, float64, by name.
-    """
+    """Return the draws ``(C, N)`` of every scalar element of every posterior variable, float64, by name."""
     return dict(scalar_elements(idata))
 
 

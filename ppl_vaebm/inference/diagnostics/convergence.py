@@ -1,11 +1,11 @@
-"""R-hat and effective sample sizes of many columns at once, to the digits that ArviZ gives for one.
+"""R-hat and effective sample sizes of all coordinates at once, equal to ArviZ's.
 
-Rank-normalised split R-hat, bulk and tail effective sample size are those of Vehtari, Gelman, Simpson, Carpenter and
-Buerkner (2021), doi 10.1214/20-BA1221, with ArviZ's details: Blom's offset 3/8, ranks averaged over ties, R's quantiles
-of type 7, and Geyer's initial monotone sequence cut as ArviZ cuts it. ArviZ takes one column after another, some
-milliseconds for each; here blocks of columns are sorted and transformed together, so that every coordinate of a model
-with 150,000 can be judged. The nested R-hat is that of Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari and Gelman
-(2024), doi 10.1214/24-BA1453.
+ArviZ takes some milliseconds for each column; here blocks of columns are sorted and transformed together, which makes
+150,000 coordinates practical. For a few quantities use ``summary.py``, which calls ArviZ. Rank-normalised split R-hat,
+bulk and tail effective sample size are those of Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021),
+doi 10.1214/20-BA1221, with ArviZ's details: Blom's offset 3/8, ranks averaged over ties, R's quantiles of type 7, and
+ArviZ's truncation of Geyer's initial monotone sequence. The nested R-hat is that of Margossian, Hoffman, Sountsov,
+Riou-Durand, Vehtari and Gelman (2024), doi 10.1214/24-BA1453.
 """
 
 from __future__ import annotations
@@ -21,36 +21,32 @@ from numpy.typing import NDArray
 FloatArray: TypeAlias = NDArray[np.float64]
 
 MIN_DRAWS = 4
-"""Every chain is split in two, and a variance needs two draws in each half."""
+"""Each chain is split in two, and a variance needs two draws in each half."""
 TAIL_PROBABILITIES = (0.05, 0.95)
 """Quantiles of the tail effective sample size: Vehtari et al. (2021)."""
 BLOM = 3 / 8
 """Offset of the normal scores: Blom (1958), as recommended by Vehtari et al. (2021)."""
 BLOCK_VALUES = 1 << 15
-"""Draws of a block, over its columns, which bounds the memory; chosen by us, within 3 % of the fastest of 2^12 to
-2^22 where the processor's own cache is 2 MiB (``benchmarks/convergence.py``)."""
+"""Draws of a block, over its columns; chosen by us: within 3 % of the fastest (``benchmarks/convergence.py``)."""
 
 
 class Convergence(NamedTuple):
-    """What the chains say about every column; nan for one that never moves, or holds a nan."""
+    """Diagnostics of every column; nan for one that never moves, or holds a nan."""
 
     r_hat: FloatArray
     """Rank-normalised split R-hat, the larger of bulk and tail, ``(D,)``."""
     ess_bulk: FloatArray
-    """Independent draws that would fix the mean as well, ``(D,)``."""
+    """Independent draws that would estimate the mean as precisely, ``(D,)``."""
     ess_tail: FloatArray
-    """Independent draws that would fix the 5 % and 95 % quantiles as well, the worse of the two, ``(D,)``."""
+    """Independent draws that would estimate the 5 % and 95 % quantiles as precisely, the smaller, ``(D,)``."""
 
 
 def diagnose_columns(draws: NDArray[Any]) -> Convergence:
-    """Judge every column by itself.
+    """Compute the diagnostics of every column.
 
     Args:
-        draws: ``(C, N, D)``, none of them empty, any real dtype; ranks and sums are of float64. At least 4 draws per
-            chain. One chain is cut in two for R-hat, which then compares its quarters.
-
-    Returns:
-        The diagnostics, ``(D,)`` each.
+        draws: ``(C, N, D)``, not empty, at least 4 draws per chain, any real dtype (computed in float64). A single
+            chain is cut in two for R-hat, which then compares its quarters.
 
     Raises:
         ValueError: another shape, or fewer draws.
@@ -74,7 +70,7 @@ def _diagnose_block(draws: FloatArray) -> Convergence:
     has_nan = np.isnan(draws).any(axis=(1, 2))
     never_moves = (draws == draws[:, :1, :1]).all(axis=(1, 2))
     draws = np.where(np.expand_dims(has_nan, (1, 2)), 0.0, draws)
-    # Infinite draws have ranks, but no moments: their deviations are nan, and so is what follows from them.
+    # Infinite draws have ranks but no moments, so some of their diagnostics are nan.
     with np.errstate(invalid="ignore", divide="ignore"):
         halves = _split(draws)
         scores, ordered = _normal_scores(halves)
@@ -90,34 +86,30 @@ def _diagnose_block(draws: FloatArray) -> Convergence:
 
 
 def ess_of_means(draws: FloatArray) -> FloatArray:
-    """Estimate the effective sample size behind the means of columns, without ranks.
+    """Estimate the effective sample sizes ``(B,)`` of the means of draws ``(B, C, N)``, N at least 4, without ranks.
 
-    Args:
-        draws: ``(B, C, N)``, N at least 4.
-
-    Returns:
-        ``(B,)``. The integrated autocorrelation time, in draws, is ``C N`` over it.
+    The integrated autocorrelation time, in draws, is ``C N`` over it.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         return _ess(_split(draws))
 
 
 def nested_r_hat(draws: FloatArray, superchains: NDArray[np.int64]) -> float:
-    """Compare groups of chains that began at one start each: Margossian et al. (2024), equation 8.
+    """Compute R-hat between groups of chains that share a start: Margossian et al. (2024), equation 8.
 
-    The plain R-hat of many short chains is large however well they mixed, for each chain's own mean is uncertain. Here
-    the means are those of whole groups.
+    The plain R-hat of many short chains is large however well they mix, because the mean of one chain is uncertain;
+    the nested one compares the means of whole groups.
 
     Args:
-        draws: of one functional, ``(C, N)``, N at least 4.
-        superchains: which group each chain is of, ``(C,)``; at least two groups of the same size.
+        draws: of one quantity, ``(C, N)``, N at least 4.
+        superchains: group of each chain, ``(C,)``; at least two groups, all of the same size.
 
     Returns:
-        The larger of the ratios of the normal scores and of the folded draws' scores, with every chain split in two,
-        as ``rhat_nested`` of ArviZ 1.x; nan where the draws never move or hold a nan.
+        The larger of the values for normal scores and for folded draws, with every chain split in two, as
+        ``rhat_nested`` of ArviZ 1.x; nan where the draws never move or hold a nan.
 
     Raises:
-        ValueError: fewer than two groups, groups of several sizes, or fewer draws.
+        ValueError: fewer than two groups, groups of different sizes, or fewer draws.
     """
     groups, sizes = np.unique(superchains, return_counts=True)
     if draws.shape != (len(superchains), draws.shape[-1]) or draws.shape[-1] < MIN_DRAWS:
@@ -126,7 +118,7 @@ def nested_r_hat(draws: FloatArray, superchains: NDArray[np.int64]) -> float:
         raise ValueError(f"expected at least two groups of one size, got groups of {', '.join(map(str, sizes))} chains")
     if np.isnan(draws).any():
         return float("nan")
-    # The halves of a chain stand one behind the other, so that each group's are side by side.
+    # Both halves of a chain are adjacent, and so are those of a group.
     halves = _split(draws[np.argsort(superchains, kind="stable")][:, None])
     halves = halves.reshape(1, len(superchains) * 2, -1)
     scores, ordered = _normal_scores(halves)
@@ -135,7 +127,7 @@ def nested_r_hat(draws: FloatArray, superchains: NDArray[np.int64]) -> float:
 
 
 def _nested_ratio(scores: FloatArray) -> float:
-    """Take the ratio of groups ``(K, chains of each, draws)``, at least two of each."""
+    """Compute R-hat between the groups of scores ``(groups, chains, draws)``, at least two of each."""
     means = scores.mean(axis=2)
     within = (means.var(axis=1, ddof=1) + scores.var(axis=2, ddof=1).mean(axis=1)).mean()
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -146,16 +138,13 @@ def _nested_ratio(scores: FloatArray) -> float:
 
 
 def _split(draws: FloatArray) -> FloatArray:
-    """Cut ``(B, C, N)`` into ``(B, 2 C, N // 2)``; of an odd number of draws the middle one is left out."""
+    """Split ``(B, C, N)`` into ``(B, 2 C, N // 2)``; of an odd number of draws the middle one is dropped."""
     half = draws.shape[2] // 2
     return np.concatenate([draws[:, :, :half], draws[:, :, -half:]], axis=1)
 
 
 def _normal_scores(draws: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Replace draws by the normal quantiles of their ranks within a column.
-
-    Args:
-        draws: ``(B, M, n)``, no nan.
+    """Replace draws ``(B, M, n)`` by the normal quantiles of their ranks within a column.
 
     Returns:
         The scores, of the same shape; and the draws in order, ``(B, M n)``.
@@ -184,7 +173,7 @@ def _score_table(size: int) -> FloatArray:
 
 
 def _twice_mean_ranks(ordered: FloatArray) -> NDArray[np.int64]:
-    """Return twice the rank, from 0 on, of every element of ordered rows; equal ones share their mean."""
+    """Return twice the rank, from 0 on, of every element of ordered rows; equal elements share their mean rank."""
     size = ordered.shape[1]
     differs = ordered[:, 1:] != ordered[:, :-1]
     edge = np.ones((len(ordered), 1), dtype=bool)
@@ -215,7 +204,7 @@ def _worse_r_hat(halves: FloatArray, scores: FloatArray, ordered: FloatArray) ->
     has_nan = np.isnan(folded).any(axis=(1, 2))  # a median that is infinite
     folded_scores, _ = _normal_scores(np.where(np.expand_dims(has_nan, (1, 2)), 0.0, folded))
     tail = np.where(has_nan, np.nan, _r_hat(folded_scores))
-    return np.fmax(_r_hat(scores), tail)  # where all draws are as far from the median, their order alone counts
+    return np.fmax(_r_hat(scores), tail)  # the tail is nan where all draws are equally far from the median
 
 
 def _r_hat(scores: FloatArray) -> FloatArray:
@@ -230,8 +219,8 @@ def _r_hat(scores: FloatArray) -> FloatArray:
 
 
 def _tail_ess(draws: FloatArray, ordered: FloatArray) -> FloatArray:
-    """Return the worse effective sample size of two indicators: at most the quantile, or not."""
-    if draws.shape[2] % 2:  # the middle draws are missing from the halves
+    """Return the smaller effective sample size of the indicators of the two tails."""
+    if draws.shape[2] % 2:  # the halves lack the middle draws
         ordered = np.sort(draws.reshape(len(draws), -1), axis=1)
     low, high = (
         _ess(_split((draws <= _quantile(ordered, probability)[:, None, None]).astype(np.float64)))
@@ -245,19 +234,19 @@ def _quantile(ordered: FloatArray, probability: float) -> FloatArray:
     size = ordered.shape[1]
     place = size * probability + (1 - probability)
     below = int(np.floor(np.clip(place, 1, size - 1)))
-    share = float(np.clip(place - below, 0, 1))
-    return (1 - share) * ordered[:, below - 1] + share * ordered[:, below]
+    weight = float(np.clip(place - below, 0, 1))
+    return (1 - weight) * ordered[:, below - 1] + weight * ordered[:, below]
 
 
 def _ess(values: FloatArray) -> FloatArray:
     """Estimate effective sample sizes of ``(B, M, n)``: Vehtari et al. (2021), equations 10 to 14.
 
-    Constant columns get all their draws, as in ArviZ, which an indicator may be.
+    A constant column, which an indicator may be, has as many as draws, as in ArviZ.
     """
     num_chains, num_draws = values.shape[1:]
     correlation = _autocorrelation(values)
     pairs = correlation[:, : num_draws // 2 * 2].reshape(len(values), -1, 2)
-    last = max(0, (num_draws - 3) // 2)  # the last pair that ArviZ looks at
+    last = max(0, (num_draws - 3) // 2)  # the last pair that ArviZ uses
     sums = pairs[:, : last + 1].sum(axis=2)
     # The pair at which the positive sequence ends; its even member still counts once if it is positive.
     is_end = ~(sums > 0)
@@ -276,7 +265,7 @@ def _ess(values: FloatArray) -> FloatArray:
 
 
 def _autocorrelation(values: FloatArray) -> FloatArray:
-    """Estimate the autocorrelation of ``(B, M, n)`` about all chains' common law, ``(B, n)``; 1 at lag 0."""
+    """Estimate the autocorrelation of ``(B, M, n)`` from all chains together, ``(B, n)``; 1 at lag 0."""
     num_chains, num_draws = values.shape[1:]
     means = values.mean(axis=2)
     length = _fast_length(2 * num_draws)
@@ -293,8 +282,8 @@ def _autocorrelation(values: FloatArray) -> FloatArray:
 
 
 def _fast_length(minimum: int) -> int:
-    """Return the smallest length from there on whose Fourier transform is fast: a power of two times 1, 3, 5, 9 or 15.
+    """Return the smallest length from ``minimum`` on of the form 1, 3, 5, 9 or 15 times a power of two.
 
-    Zeros pad the draws to it, and do not change the result.
+    Draws are padded to it with zeros, which do not change the result, because its Fourier transform is fast.
     """
     return min(odd << max(0, -(-minimum // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))

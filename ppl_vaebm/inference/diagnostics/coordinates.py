@@ -1,8 +1,8 @@
-"""Every coordinate of the noise by itself: positions and what their chains say, in one file; and in words."""
+"""Convergence of every coordinate of the noise: a text, and a file with the positions."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,66 +11,65 @@ import xarray
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.files import TEMPORARY_PREFIX, replace, sync
+from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf
 from ppl_vaebm.inference.diagnostics.convergence import Convergence, FloatArray
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, MIN_ESS
 from ppl_vaebm.inference.kernels.packing import Packing
 
-GROUP = "posterior"  # where ArviZ looks for draws
+GROUP = "posterior"  # where ArviZ expects draws
 QUANTILES = (0.5, 0.95, 0.99)
-NUM_NAMED = 3  # coordinates with the largest R-hat that are named
+NUM_NAMED = 3  # number of coordinates that the text names, those with the largest R-hat
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What the chains say about every coordinate."""
+    """Diagnostics of every coordinate, and the kept positions that they are of."""
 
-    found: Convergence
+    convergence: Convergence
     names: NDArray[np.str_]
-    """Of the coordinates, ``(D,)``: noise and place in it."""
+    """Noise and index of each coordinate, ``(D,)``."""
     num_chains: int
     num_draws: int
-    """Positions of each chain that were kept."""
+    """Kept positions of each chain."""
     stride: int
-    """Draws of the chain per kept one."""
+    """Draws per kept position."""
 
     @property
     def lines(self) -> list[str]:
-        """Say in plain text how R-hat and effective sample sizes spread, and where they are worst."""
-        found, total = self.found, len(self.names)
-        every = "every draw" if self.stride == 1 else f"one of every {self.stride} draws"
+        """Quantiles of R-hat and effective sample sizes, and the coordinates with the largest R-hat, as text."""
+        r_hat = self.convergence.r_hat
+        draws = "every draw" if self.stride == 1 else f"one of every {self.stride} draws"
         lines = [
-            f"all {total} coordinates, {self.num_chains} chains of {self.num_draws} positions ({every}):",
-            f"R-hat {_spread(found.r_hat, QUANTILES)}, largest {_worst(found.r_hat, np.max):.4g}; "
-            f"above {MAX_R_HAT}: {int((~(found.r_hat <= MAX_R_HAT)).sum())}",
+            f"all {len(self.names)} coordinates, {self.num_chains} chains of {self.num_draws} positions ({draws}):",
+            f"R-hat {_quantiles(r_hat, QUANTILES)}, largest {_extreme(r_hat, max):.4g}; "
+            f"above {MAX_R_HAT}: {int((~(r_hat <= MAX_R_HAT)).sum())}",
         ]
-        for label, ess in (("bulk", found.ess_bulk), ("tail", found.ess_tail)):
+        for label, ess in (("bulk", self.convergence.ess_bulk), ("tail", self.convergence.ess_tail)):
             lines.append(
-                f"ESS {label} {_spread(ess, [round(1 - share, 2) for share in QUANTILES])}, smallest "
-                f"{_worst(ess, np.min):.4g}; below {MIN_ESS:.0f}: {int((~(ess >= MIN_ESS)).sum())}"
+                f"ESS {label} {_quantiles(ess, [round(1 - quantile, 2) for quantile in QUANTILES])}, smallest "
+                f"{_extreme(ess, min):.4g}; below {MIN_ESS:.0f}: {int((~(ess >= MIN_ESS)).sum())}"
             )
-        order = np.argsort(-np.nan_to_num(found.r_hat, nan=np.inf), kind="stable")[:NUM_NAMED]
-        lines.append("largest R-hat: " + ", ".join(f"{self.names[i]} {found.r_hat[i]:.4g}" for i in order))
-        num_void = int(np.isnan(found.r_hat).sum())
+        order = np.argsort(-np.nan_to_num(r_hat, nan=np.inf), kind="stable")[:NUM_NAMED]
+        lines.append("largest R-hat: " + ", ".join(f"{self.names[i]} {r_hat[i]:.4g}" for i in order))
+        num_void = int(np.isnan(r_hat).sum())
         if num_void:
             lines.append(f"note: {num_void} coordinates never moved or are not finite, and have no R-hat")
         return lines
 
 
-def _spread(values: FloatArray, shares: tuple[float, ...] | list[float]) -> str:
-    known = values[np.isfinite(values)]
-    if not len(known):
+def _quantiles(values: FloatArray, probabilities: Iterable[float]) -> str:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
         return "unknown"
-    return ", ".join(f"{share:.0%} {np.quantile(known, share):.4g}" for share in shares)
+    return ", ".join(f"{probability:.0%} {np.quantile(finite, probability):.4g}" for probability in probabilities)
 
 
-def _worst(values: FloatArray, pick: np.ufunc | object) -> float:
-    known = values[~np.isnan(values)]
-    return float(pick(known)) if len(known) else float("nan")  # type: ignore[operator]
+def _extreme(values: FloatArray, pick: Callable[..., float]) -> float:
+    return float(pick(values[~np.isnan(values)], default=np.nan))
 
 
 def coordinate_names(packing: Packing) -> NDArray[np.str_]:
-    """Name every coordinate by its noise and its place there, ``(D,)``."""
+    """Name every coordinate by its noise and its index there, ``(D,)``."""
     names = [
         f"{site}[{','.join(map(str, index))}]" for site, shape in packing.shapes.items() for index in np.ndindex(*shape)
     ]
@@ -78,39 +77,21 @@ def coordinate_names(packing: Packing) -> NDArray[np.str_]:
 
 
 def save_coordinates(path: Path, positions: NDArray[np.float32], coordinates: Coordinates) -> None:
-    """Write positions and diagnostics to a NetCDF file, whole or not at all.
-
-    Args:
-        path: the file; an older one is replaced in one step.
-        positions: what was kept, ``(C, N, D)``.
-        coordinates: what it says.
-    """
-    found = {name: ("coordinate", values) for name, values in coordinates.found._asdict().items()}
+    """Write positions ``(C, N, D)`` and their diagnostics to a NetCDF file; an older file is replaced in one step."""
+    diagnostics = {name: ("coordinate", values) for name, values in coordinates.convergence._asdict().items()}
     dataset = xarray.Dataset(
-        {"position": (("chain", "draw", "coordinate"), positions), **found},
+        {"position": (("chain", "draw", "coordinate"), positions), **diagnostics},
         coords={"coordinate": coordinates.names.astype(object)},
         attrs={"stride": coordinates.stride},
     )
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
-    try:
-        dataset.to_netcdf(temporary, group=GROUP, engine="h5netcdf")
-        sync(temporary)
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_netcdf(dataset, path, group=GROUP)
 
 
 def load_coordinates(path: Path) -> Coordinates:
-    """Read the diagnostics of every coordinate back, and leave the positions on the disk.
-
-    Args:
-        path: a file of :func:`save_coordinates`.
-
-    Returns:
-        What it says.
+    """Read the diagnostics of a file of :func:`save_coordinates`, without its positions.
 
     Raises:
-        InputError: the file is damaged, or of something else.
+        InputError: the file is damaged, or no such file.
     """
     try:
         with xarray.open_dataset(path, group=GROUP, engine="h5netcdf") as file:

@@ -1,8 +1,8 @@
-"""Simulation-based calibration: whether posteriors are as wide, and where, as they claim.
+"""Simulation-based calibration: a test of whether a sampler draws from the right posterior.
 
 Talts, Betancourt, Simpson, Vehtari and Gelman (2018), "Validating Bayesian inference algorithms with simulation-based
 calibration", arXiv:1804.06788, algorithm 2: draw from the prior, simulate an observation, draw from its posterior, and
-rank the prior draw among the posterior's. If all three are right the rank is uniform on 0, ..., L.
+rank the prior draw among the posterior draws. If all three are right, the rank is uniform on 0, ..., L.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor
 
 
 class Uniformity(NamedTuple):
-    """A histogram of ranks and the test of its uniformity."""
+    """Histogram of ranks and a test of its uniformity."""
 
     counts: list[int]
     """Simulations in each bin."""
     chi_square: float
     """Pearson's statistic against equal expected counts."""
     p_value: float
-    """Of the chi-square distribution with one degree of freedom less than bins."""
+    """Upper tail of the chi-square distribution with one degree of freedom fewer than bins."""
 
 
 def ranks(truth: Tensor, draws: Tensor) -> Tensor:
-    """Count the posterior draws below the draw of the prior.
+    """Count the posterior draws below the prior draw.
 
     Args:
-        truth: a functional of each simulation's prior draw, ``(S,)``.
-        draws: the same functional of its posterior draws, ``(S, L)``, about independent.
+        truth: a quantity of each simulation's prior draw, ``(S,)``.
+        draws: the same quantity of its posterior draws, ``(S, L)``, nearly independent.
 
     Returns:
         ``(S,)``, int64, in {0, ..., L}.
@@ -42,17 +42,14 @@ def uniformity(ranks: Tensor, num_draws: int, num_bins: int) -> Uniformity:
 
     Args:
         ranks: ``(S,)``, in {0, ..., num_draws}.
-        num_draws: L, posterior draws that were ranked.
-        num_bins: bins of the histogram, a divisor of ``L + 1``, so that all are equally probable.
-
-    Returns:
-        The histogram and its test.
+        num_draws: L, number of posterior draws that were ranked.
+        num_bins: number of bins, a divisor of ``L + 1``, so that all are equally probable.
 
     Raises:
         ValueError: bins of different probability.
     """
     if (num_draws + 1) % num_bins:
-        raise ValueError(f"expected a divisor of the {num_draws + 1} possible ranks as the number of bins: {num_bins}")
+        raise ValueError(f"expected num_bins to divide the {num_draws + 1} possible ranks, found {num_bins}")
     counts = torch.bincount(ranks * num_bins // (num_draws + 1), minlength=num_bins)
     expected = len(ranks) / num_bins
     chi_square = (counts - expected).double().square().sum() / expected

@@ -1,4 +1,4 @@
-"""Every coordinate by itself: what is said of all of them, and the file that keeps them."""
+"""Diagnostics of every coordinate: the text and the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def positions() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     return draws
 
 
-def coordinates(stride: int = 4) -> Coordinates:
+def make_coordinates(stride: int = 4) -> Coordinates:
     draws = positions()
     num_chains, num_draws, _ = draws.shape
     return Coordinates(diagnose_columns(draws), coordinate_names(PACKING), num_chains, num_draws, stride)
@@ -46,30 +46,30 @@ def test_coordinates_are_named_by_their_noise_in_the_order_of_the_columns() -> N
     assert float(sites["eps_x"][0, 0, 1, 0]) == NAMES.index("eps_x[0,1,0]")
 
 
-def test_the_worst_coordinates_are_named_and_all_are_counted() -> None:
-    found = coordinates()
-    text = "\n".join(found.lines)
+def test_text_names_the_worst_coordinates_and_counts_all() -> None:
+    coordinates = make_coordinates()
+    text = "\n".join(coordinates.lines)
     assert "all 7 coordinates, 4 chains of 200 positions (one of every 4 draws)" in text
-    assert f"largest {found.found.r_hat[5]:.4g}; above 1.01: 2" in text  # one disagrees, one is unknown
+    assert f"largest {coordinates.convergence.r_hat[5]:.4g}; above 1.01: 2" in text  # one disagrees, one is unknown
     assert "largest R-hat: eps_z_1[2] nan, eps_x[0,1,0] " in text
     assert "note: 1 coordinates never moved" in text
-    assert "every draw)" in coordinates(stride=1).lines[0]
+    assert "every draw)" in make_coordinates(stride=1).lines[0]
 
 
-def test_coordinates_that_never_move_leave_no_quantiles() -> None:
+def test_coordinates_that_never_move_have_no_quantiles() -> None:
     nowhere = diagnose_columns(np.zeros((4, 20, 7)))
     lines = Coordinates(nowhere, coordinate_names(PACKING), 4, 20, 1).lines
     assert "R-hat unknown, largest nan; above 1.01: 7" in "\n".join(lines)
 
 
-def test_the_file_gives_back_what_was_found_and_its_positions_to_arviz(tmp_path: Path) -> None:
-    path, found = tmp_path / "positions.nc", coordinates()
+def test_saved_coordinates_load_equal_and_arviz_reads_their_positions(tmp_path: Path) -> None:
+    path, coordinates = tmp_path / "positions.nc", make_coordinates()
     path.write_text("an older file")
-    save_coordinates(path, positions(), found)
+    save_coordinates(path, positions(), coordinates)
     assert os.listdir(tmp_path) == ["positions.nc"]
     loaded = load_coordinates(path)
-    assert loaded.lines == found.lines and loaded.names.tolist() == NAMES
-    for ours, theirs in zip(loaded.found, found.found, strict=True):
+    assert loaded.lines == coordinates.lines and loaded.names.tolist() == NAMES
+    for ours, theirs in zip(loaded.convergence, coordinates.convergence, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     idata = arviz.from_netcdf(str(path), engine="h5netcdf")
     stored = idata["posterior"]["position"]
@@ -79,7 +79,7 @@ def test_the_file_gives_back_what_was_found_and_its_positions_to_arviz(tmp_path:
 
 
 @pytest.mark.parametrize("content", ["no file of positions", None])
-def test_a_damaged_file_or_another_is_an_input_error(tmp_path: Path, content: str | None) -> None:
+def test_a_damaged_or_foreign_positions_file_is_an_input_error(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "positions.nc"
     if content is None:
         xarray.Dataset({"lp": 1.0}).to_netcdf(path, group="posterior", engine="h5netcdf")

@@ -25,7 +25,7 @@ def test_chi_square_of_known_counts() -> None:
     assert found.chi_square == pytest.approx(2 / 3)
     assert found.p_value == pytest.approx(math.erfc(math.sqrt(1 / 3)))  # one degree of freedom
     assert uniformity(torch.arange(8) % 4, 3, 4).p_value == 1.0
-    with pytest.raises(ValueError, match="expected a divisor of the 4 possible ranks"):
+    with pytest.raises(ValueError, match="expected num_bins to divide the 4 possible ranks"):
         uniformity(torch.tensor([0]), num_draws=3, num_bins=3)
 
 

@@ -15,9 +15,16 @@ import xarray
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.diagnostics import arviz_io as containers
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
-from ppl_vaebm.inference.diagnostics import text as diagnostics_text
+from ppl_vaebm.inference.diagnostics.arviz_io import (
+    InferenceData,
+    attribute_list,
+    cut,
+    load_netcdf,
+    save_netcdf,
+    scalar_draws,
+    to_inference_data,
+)
 from ppl_vaebm.inference.diagnostics.convergence import nested_r_hat
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
@@ -49,8 +56,8 @@ def make_chains(draws: dict[str, NDArray[np.float64]], energy: NDArray[np.float6
     )
 
 
-def make_idata(**draws: NDArray[np.float64]) -> diagnostics.InferenceData:
-    return diagnostics.to_inference_data(make_chains(draws))
+def make_idata(**draws: NDArray[np.float64]) -> InferenceData:
+    return to_inference_data(make_chains(draws))
 
 
 def autoregression(rho: float, num_chains: int, num_draws: int, seed: int) -> NDArray[np.float64]:
@@ -97,25 +104,25 @@ def test_chains_that_disagree_have_a_large_r_hat(change: str) -> None:
     assert not diagnostics.is_converged(summary)
 
 
-def test_agrees_with_arviz_summary() -> None:
+def test_summaries_equal_those_of_arviz() -> None:
     idata = make_idata(x=autoregression(0.8, 4, 300, seed=2), v=normals(4, 300, 2, seed=3))
     expected = arviz.summary(idata, round_to="none").astype(float)
     ours = diagnostics.summarize(idata)
     assert [summary.name for summary in ours] == ["x", "v[0]", "v[1]"] == list(expected.index)
     for column in ("mean", "sd", "mcse_mean", "r_hat", "ess_bulk"):
         np.testing.assert_allclose([getattr(summary, column) for summary in ours], expected[column], rtol=1e-12)
-    for summary, draws in zip(ours, diagnostics.scalar_draws(idata).values(), strict=True):
+    for summary, draws in zip(ours, scalar_draws(idata).values(), strict=True):
         assert summary.ess_tail == pytest.approx(float(arviz.ess(draws, method="tail", prob=(0.05, 0.95))), rel=1e-12)
 
 
 def test_elements_of_arrays_are_named_by_index_and_keep_their_draws() -> None:
     matrix = normals(2, 5, 2, 3)
-    draws = diagnostics.scalar_draws(make_idata(m=matrix))
+    draws = scalar_draws(make_idata(m=matrix))
     assert list(draws) == ["m[0,0]", "m[0,1]", "m[0,2]", "m[1,0]", "m[1,1]", "m[1,2]"]
     np.testing.assert_array_equal(draws["m[1,2]"], matrix[:, :, 1, 2])
 
 
-def test_a_functional_that_never_moves_earns_nothing() -> None:
+def test_a_quantity_that_never_moves_has_no_effective_draws() -> None:
     idata = make_idata(stuck=np.full((4, 50), 1.5), x=normals(4, 50))
     stuck, moving = diagnostics.summarize(idata)
     assert (stuck.mean, stuck.sd) == (1.5, 0.0)
@@ -125,7 +132,7 @@ def test_a_functional_that_never_moves_earns_nothing() -> None:
     assert diagnostics.worst([moving, stuck]) == (stuck, stuck)
 
 
-def test_draws_that_are_not_finite_are_reported_not_repaired() -> None:
+def test_draws_that_are_not_finite_are_reported_as_they_are() -> None:
     has_nan, has_inf = normals(4, 50), normals(4, 50)
     has_nan[1, 7], has_inf[1, 7] = np.nan, np.inf
     nan, inf = diagnostics.summarize(make_idata(has_nan=has_nan, has_inf=has_inf))
@@ -135,23 +142,23 @@ def test_draws_that_are_not_finite_are_reported_not_repaired() -> None:
     assert inf.r_hat < 1.1
 
 
-def test_worst_takes_the_largest_r_hat_and_the_smallest_ess() -> None:
+def test_worst_returns_the_largest_r_hat_and_the_smallest_ess() -> None:
     template = diagnostics.summarize(make_idata(x=normals(4, 50)))[0]
     summaries = [template._replace(r_hat=1.0, ess_bulk=30.0), template._replace(r_hat=1.2, ess_bulk=90.0)]
     assert diagnostics.worst(summaries) == (summaries[1], summaries[0])
 
 
-def test_one_chain_is_compared_with_itself_and_marked() -> None:
+def test_r_hat_of_one_chain_compares_its_quarters_and_has_a_note() -> None:
     steady, drifting = normals(1, 400), normals(1, 400) + np.linspace(0, 5, 400)
     idata = make_idata(steady=steady, drifting=drifting)
     good, bad = diagnostics.summarize(idata)
     assert good.r_hat < 1.03
     assert bad.r_hat > 1.5
-    assert "note: R-hat of 1 chain cannot see" in diagnostics_text.text_table([good, bad], idata)
-    assert "R-hat of" not in diagnostics_text.text_table([good, bad], make_idata(x=normals(4, 8)))
+    assert "note: R-hat of 1 chain cannot detect" in diagnostics.summary_table([good, bad], idata)
+    assert "R-hat of" not in diagnostics.summary_table([good, bad], make_idata(x=normals(4, 8)))
 
 
-def test_too_few_draws_are_refused_in_one_sentence() -> None:
+def test_fewer_than_four_draws_are_refused() -> None:
     with pytest.raises(InputError, match="at least 4 draws per chain, found 3"):
         diagnostics.summarize(make_idata(x=normals(4, 3)))
     assert len(diagnostics.summarize(make_idata(x=normals(4, 4)))) == 1
@@ -160,7 +167,7 @@ def test_too_few_draws_are_refused_in_one_sentence() -> None:
 def test_bfmi_of_known_energies() -> None:
     # Independent energies: E[(e' - e)^2] = 2 Var(e). AR(1): 2 (1 - rho) Var(e).
     energies = np.concatenate([normals(2, 20_000), autoregression(0.95, 2, 20_000, seed=4)])
-    idata = diagnostics.to_inference_data(make_chains({"x": energies}, energies))
+    idata = to_inference_data(make_chains({"x": energies}, energies))
     values = diagnostics.bfmi(idata)
     np.testing.assert_allclose(values, [2, 2, 0.1, 0.1], rtol=0.1)
     np.testing.assert_allclose(values, arviz.bfmi(energies), rtol=1e-12)
@@ -174,11 +181,11 @@ def test_chains_that_each_stand_still_elsewhere_disagree_without_bound() -> None
 
 
 def test_bfmi_of_an_energy_that_never_moves_is_nan() -> None:
-    idata = diagnostics.to_inference_data(make_chains({"x": normals(2, 9)}, np.ones((2, 9))))
+    idata = to_inference_data(make_chains({"x": normals(2, 9)}, np.ones((2, 9))))
     assert np.isnan(diagnostics.bfmi(idata)).all()
 
 
-def test_container_has_arviz_names_shapes_and_dtypes() -> None:
+def test_inference_data_has_the_names_shapes_and_dtypes_of_arviz() -> None:
     x = normals(2, 5, 3)
     idata = make_idata(x=x)
     assert idata["posterior"]["x"].dims[:2] == ("chain", "draw")
@@ -209,9 +216,9 @@ def test_netcdf_round_trip_is_exact(tmp_path: Path) -> None:
     idata = make_idata(x=normals(3, 6, 2), y=normals(3, 6, seed=5).astype(np.float32))
     path = tmp_path / "chains.nc"
     path.write_text("an older file")
-    diagnostics.save_netcdf(idata, path)
+    save_netcdf(idata, path)
     assert os.listdir(tmp_path) == ["chains.nc"]
-    loaded = diagnostics.load_netcdf(path)
+    loaded = load_netcdf(path)
     path.unlink()  # everything is in memory
     for group in ("posterior", "sample_stats"):
         assert dict(loaded[group].attrs) == dict(idata[group].attrs)
@@ -223,76 +230,76 @@ def test_netcdf_round_trip_is_exact(tmp_path: Path) -> None:
     assert diagnostics.summarize(loaded) == diagnostics.summarize(idata)
 
 
-def test_a_failed_write_keeps_the_older_file(tmp_path: Path) -> None:
+def test_a_failed_save_keeps_the_older_file(tmp_path: Path) -> None:
     path = tmp_path / "chains.nc"
     path.write_text("an older file")
     idata = make_idata(x=normals(2, 5))
     idata["posterior"].attrs["bad"] = object()
     with pytest.raises(TypeError):
-        diagnostics.save_netcdf(idata, path)
+        save_netcdf(idata, path)
     assert os.listdir(tmp_path) == ["chains.nc"]
     assert path.read_text() == "an older file"
 
 
 @pytest.mark.parametrize("content", [None, b"not a NetCDF file"])
-def test_a_missing_or_damaged_file_is_an_input_error(tmp_path: Path, content: bytes | None) -> None:
+def test_a_missing_or_damaged_chains_file_is_an_input_error(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "chains.nc"
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match="chains.nc"):
-        diagnostics.load_netcdf(path)
+        load_netcdf(path)
 
 
-def test_a_truncated_file_is_an_input_error(tmp_path: Path) -> None:
+def test_a_truncated_chains_file_is_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "chains.nc"
-    diagnostics.save_netcdf(make_idata(x=normals(2, 50)), path)
+    save_netcdf(make_idata(x=normals(2, 50)), path)
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(InputError, match="not a readable NetCDF file"):
-        diagnostics.load_netcdf(path)
+        load_netcdf(path)
 
 
-def test_a_file_without_posterior_is_an_input_error(tmp_path: Path) -> None:
+def test_a_chains_file_without_posterior_is_an_input_error(tmp_path: Path) -> None:
     path = tmp_path / "other.nc"
     xarray.Dataset({"lp": 1.0}).to_netcdf(path, group="sample_stats", engine="h5netcdf")
     with pytest.raises(InputError, match="expected a group 'posterior'"):
-        diagnostics.load_netcdf(path)
+        load_netcdf(path)
 
 
-def test_text_table_is_aligned_and_complete() -> None:
+def test_summary_table_is_aligned_and_complete() -> None:
     idata = make_idata(x=normals(4, 500), a_longer_name=normals(4, 500, seed=1) * 1000)
     summaries = diagnostics.summarize(idata)
-    lines = diagnostics_text.text_table(summaries, idata).splitlines()
+    lines = diagnostics.summary_table(summaries, idata).splitlines()
     titles, units, first, second, blank, *footer = lines
-    assert titles.split()[:5] == ["functional", "mean", "sd", "MCSE", "R-hat"]
+    assert titles.split()[:5] == ["quantity", "mean", "sd", "MCSE", "R-hat"]
     assert units.split()[:2] == ["own", "unit"]
     assert first.startswith("x   ") and second.startswith("a_longer_name ") and blank == ""
     assert len(first) == len(second) == len(units)
     assert f"{summaries[1].ess_bulk:.0f}" in second.split()
     text = " ".join(footer)
-    assert footer[-1] == "R-hat is at most 1.01 for 2 of 2 functionals"
+    assert footer[-1] == "R-hat is at most 1.01 for 2 of 2 quantities"
     for part in ("kernel hmc", "step size 0.25", "acceptance 0.750", "draws 2 of 2000", "16000 evaluations", "1234"):
         assert part in text
 
 
-def test_table_cells_are_readable_over_the_whole_range() -> None:
+def test_table_cells_are_readable_for_large_and_small_numbers() -> None:
     nan = float("nan")
     numbers = (-10234.56, 101.234, 0.01234, 1.0, nan, 3999.6, 55.2, 1.2345, 0.123456, 12345.6)
-    summary = diagnostics.FunctionalSummary("lp", *numbers)
-    assert diagnostics_text.table_cells(summary) == [
+    summary = diagnostics.QuantitySummary("lp", *numbers)
+    assert diagnostics.table_cells(summary) == [
         *("lp", "-10235", "101", "0.012", "1.000", "", "4000", "55", "1.23", "0.123", "12346"),
     ]
-    assert diagnostics_text.table_cells(summary._replace(r_hat=nan, mean=6.5e15))[1:5:3] == ["6.5e+15", "nan"]
-    assert diagnostics_text.table_cells(summary._replace(r_hat=3e15, r_hat_nested=1.5))[4:6] == ["> 1000", "1.500"]
+    assert diagnostics.table_cells(summary._replace(r_hat=nan, mean=6.5e15))[1:5:3] == ["6.5e+15", "nan"]
+    assert diagnostics.table_cells(summary._replace(r_hat=3e15, r_hat_nested=1.5))[4:6] == ["> 1000", "1.500"]
 
 
 # --- attributes, prefixes, and words ----------------------------------------------------------------
 
 
-def with_attrs(chains: Chains, **attrs: str | float | int | list[float]) -> diagnostics.InferenceData:
-    return diagnostics.to_inference_data(dataclasses.replace(chains, attrs={**chains.attrs, **attrs}))
+def with_attrs(chains: Chains, **attrs: str | float | int | list[float]) -> InferenceData:
+    return to_inference_data(dataclasses.replace(chains, attrs={**chains.attrs, **attrs}))
 
 
-def test_what_a_kernel_reports_survives_the_file(tmp_path: Path) -> None:
+def test_the_report_of_a_kernel_survives_saving(tmp_path: Path) -> None:
     report: dict[str, str | float | int | list[float]] = {
         "swap_rates": [0.25, 0.5, 0.75],
         "inverse_temperatures": [0.0, 0.25, 0.5, 1.0],
@@ -303,15 +310,15 @@ def test_what_a_kernel_reports_survives_the_file(tmp_path: Path) -> None:
     }
     idata = with_attrs(make_chains({"x": normals(4, 20)}), **report)
     path = tmp_path / "chains.nc"
-    diagnostics.save_netcdf(idata, path)
-    loaded = diagnostics.load_netcdf(path)
+    save_netcdf(idata, path)
+    loaded = load_netcdf(path)
     attrs = loaded["posterior"].attrs
     assert {name: attrs[name] for name in report if name != "one_level"} == {
         name: value for name, value in report.items() if name != "one_level"
     }
-    assert containers.attribute_list(loaded, "one_level") == [0.5]
-    assert containers.attribute_list(loaded, "absent") == []
-    for lines in (diagnostics_text.run_lines(idata), diagnostics_text.run_lines(loaded)):
+    assert attribute_list(loaded, "one_level") == [0.5]
+    assert attribute_list(loaded, "absent") == []
+    for lines in (diagnostics.run_lines(idata), diagnostics.run_lines(loaded)):
         (line,) = (line for line in lines if line.startswith("inverse temperatures"))
         assert line == (
             "inverse temperatures 0, 0.25, 0.5, 1; swaps of neighbours accepted 0.25 to 0.75; "
@@ -319,12 +326,12 @@ def test_what_a_kernel_reports_survives_the_file(tmp_path: Path) -> None:
         )
 
 
-def test_exchanges_of_the_first_latent_are_told_with_their_ladder() -> None:
+def test_run_lines_describe_swaps_of_the_first_latent_and_its_ladder() -> None:
     ladder: dict[str, list[float]] = {"swap_rates": [0.25, 0.75], "inverse_temperatures": [0.0, 0.5, 1.0]}
     report = {f"first_latent_{name}": values for name, values in ladder.items()}
     idata = with_attrs(make_chains({"x": normals(4, 20)}), exchange_rate=0.6543, **report)
-    told = diagnostics_text.run_lines(idata)
-    assert "exchanges of the first latent with chains of its own accepted 0.65" in told
+    told = diagnostics.run_lines(idata)
+    assert "swaps of the first latent with chains of its own accepted 0.65" in told
     assert "those chains: inverse temperatures 0, 0.5, 1; swaps of neighbours accepted 0.25 to 0.75" in told
 
 
@@ -333,17 +340,17 @@ def test_a_prefix_is_what_the_run_would_have_been(tmp_path: Path) -> None:
         make_chains({"x": normals(4, 50), "y": normals(4, 50, 2)}), elapsed=torch.linspace(0.04, 2, 50).double()
     )
     path = tmp_path / "chains.nc"
-    diagnostics.save_netcdf(diagnostics.to_inference_data(chains), path)
-    for idata in (diagnostics.to_inference_data(chains), diagnostics.load_netcdf(path)):
+    save_netcdf(to_inference_data(chains), path)
+    for idata in (to_inference_data(chains), load_netcdf(path)):
         before = dict(idata["posterior"].attrs)
-        part = diagnostics.cut(idata, 20)
+        part = cut(idata, 20)
         assert part["posterior"].sizes["draw"] == part["sample_stats"].sizes["draw"] == 20
         np.testing.assert_array_equal(part["posterior"]["y"], chains.draws["y"][:, :20])
         attrs = part["posterior"].attrs
         assert attrs["num_evals"] == 4 * 20 * 8 and attrs["seconds"] == pytest.approx(0.8)
         assert attrs["warmup_seconds"] == 0.5 and attrs["kernel"] == "hmc"
         assert dict(idata["posterior"].attrs) == before  # the whole is left as it was
-    no_times = diagnostics.cut(diagnostics.to_inference_data(dataclasses.replace(chains, elapsed=None)), 20)
+    no_times = cut(to_inference_data(dataclasses.replace(chains, elapsed=None)), 20)
     assert no_times["posterior"].attrs["seconds"] == pytest.approx(0.8)  # the evaluations' share
 
 
@@ -355,38 +362,34 @@ def test_chains_that_share_starts_have_a_nested_r_hat() -> None:
         idata = with_attrs(make_chains({"x": draws}), chains_per_start=per_start)
         (summary,) = diagnostics.summarize(idata)
         assert math.isnan(summary.r_hat_nested) != is_known
-        header = diagnostics_text.text_table([summary], idata).splitlines()[1]
+        header = diagnostics.summary_table([summary], idata).splitlines()[1]
         assert ("nested" in header) == is_known
         if is_known:
             assert summary.r_hat_nested == nested_r_hat(draws, np.arange(8) // per_start)
 
 
-def test_what_is_wrong_with_chains_is_said_in_words() -> None:
+def test_notes_say_what_is_wrong_with_chains() -> None:
     good = make_chains({"x": normals(4, 500)})
     good = dataclasses.replace(good, stats={**good.stats, "diverging": torch.zeros(4, 500, dtype=torch.bool)})
-    assert diagnostics_text.notes(diagnostics.to_inference_data(good)) == []
+    assert diagnostics.notes(to_inference_data(good)) == []
 
     never = {**good.stats, "acceptance_rate": torch.full((4, 500), 0.002)}
-    idata = diagnostics.to_inference_data(dataclasses.replace(good, stats=never))
-    (note,) = diagnostics_text.notes(idata)
-    assert note.startswith("the step size never accepts: 0.2 %")
+    idata = to_inference_data(dataclasses.replace(good, stats=never))
+    (note,) = diagnostics.notes(idata)
+    assert note.startswith("the chains stand still: 0.2 %")
     unadjusted = with_attrs(dataclasses.replace(good, stats=never), is_adjusted=0)
-    assert diagnostics_text.notes(unadjusted) == []  # nothing is rejected there
+    assert diagnostics.notes(unadjusted) == []  # nothing is rejected there
 
-    (note,) = diagnostics_text.notes(make_idata(x=normals(4, 500)))
+    (note,) = diagnostics.notes(make_idata(x=normals(4, 500)))
     assert note.startswith("2 of 2000 draws diverged")
 
     draws = normals(4, 500)
     draws[0, 0] = np.nan
-    (note,) = diagnostics_text.notes(
-        diagnostics.to_inference_data(dataclasses.replace(good, draws={"x": torch.from_numpy(draws)}))
-    )
+    (note,) = diagnostics.notes(to_inference_data(dataclasses.replace(good, draws={"x": torch.from_numpy(draws)})))
     assert "draws of x are not all finite" in note
 
     slow = autoregression(0.99, 4, 500, seed=3)
-    idata = diagnostics.to_inference_data(
-        dataclasses.replace(good, stats={**good.stats, "energy": torch.from_numpy(slow)})
-    )
-    (note,) = diagnostics_text.notes(idata)
+    idata = to_inference_data(dataclasses.replace(good, stats={**good.stats, "energy": torch.from_numpy(slow)}))
+    (note,) = diagnostics.notes(idata)
     assert note.startswith("the BFMI of a chain is below 0.3")
-    assert f"note: {note}" in diagnostics_text.run_lines(idata)
+    assert f"note: {note}" in diagnostics.run_lines(idata)

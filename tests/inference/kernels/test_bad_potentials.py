@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import adaptation, targets
 from ppl_vaebm.inference.kernels import registry as kernels
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
@@ -90,7 +91,7 @@ def test_a_wholly_bad_energy_holds_every_chain_where_it_is_and_every_draw_is_cou
     assert chains.stats["lp"].isfinite().all()
     if name != "elliptical":  # its bracket shrinks until the point that it takes rounds to the chain's own
         assert (chains.stats["acceptance_rate"] == 0).all()
-    idata = diagnostics.to_inference_data(chains)
+    idata = to_inference_data(chains)
     assert diagnostics.num_divergent(idata) == chains.stats["diverging"].numel()
     assert not any(diagnostics.is_converged(summary) for summary in diagnostics.summarize(idata))
 
@@ -109,7 +110,7 @@ def test_a_partly_bad_energy_is_a_wall_that_exact_kernels_sample_in_front_of(nam
     truth = -math.exp(-0.5 * LIMIT**2) / math.sqrt(2 * math.pi) / (0.5 * (1 + math.erf(LIMIT / math.sqrt(2))))
     chains.draws.clear()
     chains.draws["first"] = first
-    (summary,) = diagnostics.summarize(diagnostics.to_inference_data(chains))
+    (summary,) = diagnostics.summarize(to_inference_data(chains))
     assert summary.mcse_mean < 0.1
     if name == "langevin":
         return  # biased
@@ -177,7 +178,7 @@ def test_a_step_that_never_accepts_is_visible(name: str) -> None:
     chains = run(name, narrow.potential, start, 20, step_size=1.0)
     assert torch.equal(chains.draws["q"], start.unsqueeze(1).expand(-1, 20, -1))
     assert (chains.stats["acceptance_rate"] == 0).all()
-    idata = diagnostics.to_inference_data(chains)
+    idata = to_inference_data(chains)
     assert not any(diagnostics.is_converged(summary) for summary in diagnostics.summarize(idata))
     if not name.startswith("chees"):  # whose trajectory of a quarter turn would be a million steps
         # With a step that suits the target none of this holds.

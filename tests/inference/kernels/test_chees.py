@@ -11,6 +11,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import chees, hmc, targets
 from ppl_vaebm.inference.kernels.adaptation import warm_up
 from ppl_vaebm.inference.kernels.base import (
@@ -267,7 +268,7 @@ def run_on_ar1(integrator: hmc.Integrator, fit_reference: bool, num_draws: int) 
 
 @pytest.mark.parametrize("integrator", ["splitting", "leapfrog"])
 def test_it_finds_scales_and_lengths_worth_20_draws_per_1000_gradients(integrator: hmc.Integrator) -> None:
-    summaries = diagnostics.summarize(diagnostics.to_inference_data(run_on_ar1(integrator, True, 250)))
+    summaries = diagnostics.summarize(to_inference_data(run_on_ar1(integrator, True, 250)))
     truth = [*([0.0] * 20), *torch.linspace(1, 5, 20).square().tolist()]
     for summary, expected in zip(summaries, truth, strict=True):
         assert abs(summary.mean - expected) < MAX_Z * summary.mcse_mean
@@ -276,5 +277,5 @@ def test_it_finds_scales_and_lengths_worth_20_draws_per_1000_gradients(integrato
 
 
 def test_splitting_about_the_wrong_gaussian_is_worth_less() -> None:
-    summaries = diagnostics.summarize(diagnostics.to_inference_data(run_on_ar1("splitting", False, 60)))
+    summaries = diagnostics.summarize(to_inference_data(run_on_ar1("splitting", False, 60)))
     assert min(summary.ess_per_1000_evals for summary in summaries) < 10

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin, targets
 from ppl_vaebm.inference.kernels import cycle as mixture
 from ppl_vaebm.inference.kernels.base import Kernel, init_params
@@ -105,7 +106,7 @@ def test_r_hat_sees_the_modes_that_hmc_alone_does_not_join() -> None:
             num_draws=500,
             functionals=lambda state: {"q": state.position[:, 0]},
         )
-        r_hats.append(diagnostics.summarize(diagnostics.to_inference_data(chains))[0].r_hat)
+        r_hats.append(diagnostics.summarize(to_inference_data(chains))[0].r_hat)
     assert r_hats[0] > 1.5
     assert r_hats[1] < 1.05
 

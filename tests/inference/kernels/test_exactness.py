@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
-from ppl_vaebm.inference.diagnostics.summary import FunctionalSummary
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
+from ppl_vaebm.inference.diagnostics.summary import QuantitySummary
 from ppl_vaebm.inference.kernels import langevin, targets, targets_curved, targets_modes
 from ppl_vaebm.inference.kernels import registry as kernels
 from ppl_vaebm.inference.kernels.base import Kernel, KernelParams, KernelState, Potential, init_params
@@ -153,7 +154,7 @@ def watched(target: targets.Target) -> Tensor:
     return torch.linspace(0, dim - 1, min(dim, NUM_WATCHED)).round().long()
 
 
-def judged(name: str, kernel: Kernel, params: Callable[[Tensor], KernelParams], thin: int) -> list[FunctionalSummary]:
+def judged(name: str, kernel: Kernel, params: Callable[[Tensor], KernelParams], thin: int) -> list[QuantitySummary]:
     """Run a kernel from over-dispersed starts, and judge coordinates first, then their squared deviations."""
     known, target = TARGETS[name], built(name)
     columns = watched(target)
@@ -176,10 +177,10 @@ def judged(name: str, kernel: Kernel, params: Callable[[Tensor], KernelParams], 
         thin=thin,
         functionals=store,
     )
-    return diagnostics.summarize(diagnostics.to_inference_data(chains))
+    return diagnostics.summarize(to_inference_data(chains))
 
 
-def worst_z(name: str, rows: list[FunctionalSummary]) -> float:
+def worst_z(name: str, rows: list[QuantitySummary]) -> float:
     """Compare means and variances with the truth, in Monte Carlo standard errors of both."""
     target, columns = built(name), watched(built(name))
     truth = torch.cat([target.mean[columns], target.variance[columns]])
@@ -240,7 +241,7 @@ def test_proposals_that_do_not_cover_the_tails_can_look_converged_and_be_wrong()
             thin=10,
             functionals=lambda state: {"square": state.position.square()},
         )
-        rows = diagnostics.summarize(diagnostics.to_inference_data(chains))
+        rows = diagnostics.summarize(to_inference_data(chains))
         z = abs(rows[1].mean - float(target.variance[1])) / rows[1].mcse_mean
         num_misled += all(diagnostics.is_converged(row) for row in rows) and z > MAX_Z
     assert num_misled >= 2

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ppl_vaebm.config import TUNABLE_KERNELS, KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import chees, crank_nicolson, elliptical, hmc, langevin, targets, tempered
 from ppl_vaebm.inference.kernels import cycle as mixture
 from ppl_vaebm.inference.kernels import registry as kernels
@@ -303,7 +304,7 @@ def test_an_adjusted_kernel_converges_from_elsewhere(name: str) -> None:
         functionals=lambda state: {"q": state.position, "square": state.position.square()},
     )
     truth = torch.cat([mean, scale.square() + mean.square()]).tolist()
-    for summary, expected in zip(diagnostics.summarize(diagnostics.to_inference_data(chains)), truth, strict=True):
+    for summary, expected in zip(diagnostics.summarize(to_inference_data(chains)), truth, strict=True):
         assert summary.r_hat < 1.05
         assert abs(summary.mean - expected) < MAX_Z * summary.mcse_mean
         assert summary.mcse_mean < 0.05  # else the line above says little

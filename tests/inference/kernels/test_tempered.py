@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
+from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import ladder, langevin, targets, targets_modes, tempered
 from ppl_vaebm.inference.kernels import registry as kernels
 from ppl_vaebm.inference.kernels.adaptation import STEP_SIZE_GAIN, warm_up, with_step_size
@@ -388,7 +389,7 @@ def test_it_joins_two_modes_that_mala_does_not() -> None:
     r_hats = {}
     for name in ("tempered", "mala"):
         chains = run_named(KernelConfig(name, num_levels=4), target, 32, 300, 1200)
-        rows = {row.name: row for row in diagnostics.summarize(diagnostics.to_inference_data(chains))}
+        rows = {row.name: row for row in diagnostics.summarize(to_inference_data(chains))}
         r_hats[name] = rows["q[0]"].r_hat
         if name == "tempered":
             assert abs(rows["q[0]"].mean) < MAX_Z * rows["q[0]"].mcse_mean
@@ -408,7 +409,7 @@ def test_on_25_modes_it_converges_where_local_kernels_do_not() -> None:
     r_hats = {}
     for config in (*global_kernels, KernelConfig("mala"), KernelConfig("hmc"), KernelConfig("chees")):
         chains = run_named(config, target, 16, 300, 12_000)
-        rows = diagnostics.summarize(diagnostics.to_inference_data(chains))
+        rows = diagnostics.summarize(to_inference_data(chains))
         r_hats[config.name] = max(row.r_hat for row in rows if row.name in ("energy", "row", "column"))
         if config in global_kernels:
             truth = {"row": 2.0, "column": 2.0, "q[0]": 0.0, "q[1]": 0.0}
