@@ -22,7 +22,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
 from benchmarks.common import machine, rates, ratio, write
-from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path
+from ppl_vaebm.config.parsing import from_dict
+from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.build import build_vae

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.kernel import check_kernels, missing_packages
+from ppl_vaebm.config.options import NOT_NEGATIVE, ChainOptions, Count
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.evaluation.kernel_files import Outcome
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
     from ppl_vaebm.runs.loading import LoadedRun
 
 DESCRIPTION = """Run several Markov kernels on a fitted VAEBM, each from the same starts, and print one table: which of
-them draws best for the same number of evaluations of the energy, and which for the same time. Every kernel runs until
-it has spent both, with several seeds; a kernel that fails says why and the others go on. Writes compare.csv (the
-table), compare/compare.html (pictures), compare/KERNEL-seedN.nc (the chains, for ArviZ) and the report."""
+them mixes best for the same number of energy evaluations, and which for the same time. Each kernel runs until it has
+used both budgets, with several seeds; when a kernel fails, the table has its message and the others continue. Writes
+compare.csv (the table), compare/compare.html (pictures), compare/KERNEL-seedN.nc (chains for ArviZ) and the report."""
 
 DEFAULT_KERNELS = (
     "langevin,mala,hmc,hmc-leapfrog,pcn,elliptical,mixture,chees,tempered,"
@@ -29,44 +30,36 @@ DEFAULT_KERNELS = (
 
 
 @dataclass(frozen=True)
-class Options(cli.ChainOptions):
+class Options(ChainOptions):
     """Options of compare."""
 
     kernels: str = DEFAULT_KERNELS
-    """Kernels, separated by commas; an unknown name is answered with all known ones.
-    Those of NumPyro and BlackJAX need pip install 'ppl_vaebm[jax]', without which the default leaves them out."""
-    num_chains: int = 8
-    """Chains of each kernel and seed, from fresh noise; Pyro's run one after another. R-hat needs 4 or more."""
-    num_warmup: int = 100
-    """Steps of warm-up, in which the step size is tuned; counted and timed apart."""
-    num_evals: int = 2_000
-    """Evaluations of the energy, most with its gradient, per chain for the draws: the first of two equal budgets."""
-    num_seconds: float = 3.0
-    """Seconds of the draws over all chains, warm-up not counted: the second budget.
-    A kernel that has spent its evaluations goes on until it has spent this too; 0 for evaluations alone."""
-    num_seeds: int = 3
-    """Times that every kernel runs, with seed, seed + 1, ...; the table has mean and spread over them."""
+    """Kernels, separated by commas; a wrong name is answered with all known ones. Those of NumPyro and BlackJAX need
+    pip install -e '.[jax]'; without it the default leaves them out."""
+    num_chains: Count = 8
+    """Chains of each kernel and seed, started from N(0, I); Pyro's run one after another. R-hat needs 4 or more."""
+    num_warmup: Count = 100
+    """Warm-up steps, which tune the step size; counted and timed apart."""
+    num_evals: Count = 2_000
+    """First budget: energy evaluations per chain after warm-up, most with the gradient."""
+    num_seconds: Annotated[float, NOT_NEGATIVE] = 3.0
+    """Second budget: seconds of all chains after warm-up. A kernel continues until it has used both; with 0 only the
+    evaluations count."""
+    num_seeds: Count = 3
+    """Runs of each kernel, with seed, seed + 1, ...; the table has their mean and spread."""
     keep: bool = False
-    """Take the kernels of an earlier compare of this run, with the same options, into the table too.
-    Those in --kernels run anew."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        super().__post_init__()
-        cli.positive("num-seeds", self.num_seeds)
-        if not 0 <= self.num_seconds < math.inf:
-            raise ValueError(f"num-seconds must be 0 or more and finite, got {self.num_seconds}")
+    """Keep the kernels of an earlier compare with the same options in the table; those in kernels run anew."""
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
+    """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "compare", DESCRIPTION)
+    names = _names(options.kernels)
+    check_kernels(names)
+    Run.open(options.run)
 
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation import kernel_files as comparison_files
     from ppl_vaebm.evaluation import kernel_table as comparison_table
     from ppl_vaebm.evaluation import kernel_text as comparison_text
@@ -76,10 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.loading import load_run
 
-    names = _names(options.kernels)
-    comparison.check_names(names)
     loaded = load_run(options.run)
-    cli.set_threads(loaded.config.threads)
+    set_threads(loaded.config.threads)
     run, seeds = loaded.run, range(options.seed, options.seed + options.num_seeds)
     budget = comparison.Budget(options.num_chains, options.num_warmup, options.num_evals, options.num_seconds)
     outcomes: dict[str, list[Outcome]] = {}
@@ -101,18 +92,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _names(kernels: str) -> list[str]:
-    """Split the option, and leave out of the default what cannot run here."""
-    from ppl_vaebm.evaluation.kernels import missing_packages
-
+    """Split the option, and leave out of the default the kernels that are not installed."""
     names = [name.strip() for name in kernels.split(",") if name.strip()]
-    left_out = [name for name in names if kernels == DEFAULT_KERNELS and missing_packages(name)]
-    if left_out:
-        print(f"left out, without pip install 'ppl_vaebm[jax]': {', '.join(left_out)}", file=sys.stderr)
-    return [name for name in names if name not in left_out]
+    absent = [name for name in names if kernels == DEFAULT_KERNELS and missing_packages(name)]
+    if absent:
+        print(f"left out, because they need pip install -e '.[jax]': {', '.join(absent)}", file=sys.stderr)
+    return [name for name in names if name not in absent]
 
 
 def _run(loaded: LoadedRun, name: str, seed: int, budget: Budget, progress: str) -> Outcome:
-    """Run one kernel with one seed, write its chains, and say so; what goes wrong is the outcome."""
+    """Run one kernel with one seed, write its chains and report it; a failure is an outcome too."""
     from ppl_vaebm.evaluation import kernel_files as comparison_files
 
     start = time.perf_counter()

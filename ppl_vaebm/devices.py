@@ -7,6 +7,12 @@ import torch
 from ppl_vaebm.errors import InputError
 
 
+def set_threads(threads: int) -> None:
+    """Set PyTorch's number of CPU threads; 0 leaves it unchanged."""
+    if threads:
+        torch.set_num_threads(threads)
+
+
 def check_device(device: str) -> None:
     """Refuse a device that cannot do what every stage needs: draw float64 from a generator of its own.
 

@@ -6,54 +6,51 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.kernel import check_kernels
+from ppl_vaebm.config.options import ChainOptions, Count, require
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
+from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.inference.diagnostics.coordinates import Coordinates
     from ppl_vaebm.inference.diagnostics.functionals import PositionRecorder
     from ppl_vaebm.runs.loading import LoadedRun
 
-DESCRIPTION = """Run real chains on a fitted VAEBM, warm-up then draws, and say how well they mixed: R-hat, effective
+DESCRIPTION = """Run Markov chains on a fitted VAEBM, warm-up then draws, and report how well they mix: R-hat, effective
 sample sizes, Monte Carlo errors, BFMI, divergences. Writes chains.nc (ArviZ's InferenceData) and the report."""
 
 
 @dataclass(frozen=True)
-class Options(cli.ChainOptions):
+class Options(ChainOptions):
     """Options of diagnose."""
 
     kernel: str | None = None
-    """Kernel, any that compare knows; the run's sampling kernel if not given."""
-    chains_per_start: int = 1
-    """Neighbouring chains that begin at one place, for many short chains; a divisor of num-chains.
-    The nested R-hat then compares the places, and needs no long chains."""
+    """Kernel, any that compare has; the default is sampling.kernel of the run."""
+    chains_per_start: Count = 1
+    """Neighbouring chains that share a start, for many short chains; must divide num-chains. The nested R-hat then
+    compares the starts, and needs no long chains."""
     all_coordinates: bool = False
-    """Judge every coordinate of the noise by itself too, and keep whole positions in positions.nc, in float32."""
-    position_mib: int = 512
-    """all-coordinates: memory, and size of positions.nc, in MiB.
-    When the draws need more, every second, fourth, ... of them is kept."""
+    """Diagnose every coordinate of the noise too, and store whole positions in positions.nc, in float32."""
+    position_mib: Count = 512
+    """With all-coordinates: memory for the positions, and size of positions.nc, in MiB. When the draws need more, only
+    every second, fourth, ... position is stored."""
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        super().__post_init__()
-        cli.positive("chains-per-start", self.chains_per_start)
-        cli.positive("position-mib", self.position_mib)
-        if self.num_chains % self.chains_per_start:
-            raise ValueError(
-                f"num-chains must be a multiple of chains-per-start, got {self.num_chains} and {self.chains_per_start}"
-            )
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
+        if self.kernel is not None:
+            check_kernels([self.kernel])
+        expected = f"a multiple of chains-per-start ({self.chains_per_start})"
+        require(self.num_chains % self.chains_per_start == 0, "num-chains", expected, self.num_chains)
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
+    """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "diagnose", DESCRIPTION)
+    Run.open(options.run)
 
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation import kernels as comparison
     from ppl_vaebm.inference.diagnostics import functionals
     from ppl_vaebm.inference.diagnostics import summary as diagnostics
@@ -61,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.loading import load_run
 
-    if options.kernel is not None:
-        comparison.check_names([options.kernel])
     loaded = load_run(options.run)
-    cli.set_threads(loaded.config.threads)
+    set_threads(loaded.config.threads)
     potential, config = loaded.potential, loaded.config.sampling.kernel
     start = comparison.starts(potential, options.num_chains, options.seed, options.chains_per_start)
     budget = comparison.Budget(options.num_chains, options.num_warmup, options.num_evals)
@@ -78,10 +73,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     attrs = {**chains.attrs, "chains_per_start": options.chains_per_start, "fingerprint": loaded.fingerprint}
     inference_data = to_inference_data(replace(chains, attrs=attrs))
-    summaries = diagnostics.summarize(inference_data)  # before anything is written, for it refuses too few draws
+    summaries = diagnostics.summarize(inference_data)  # before anything is written, because it refuses too few draws
     coordinates = None if recorder is None else _coordinates(loaded, recorder)
     save_netcdf(inference_data, loaded.run.chains_file)
-    # Positions of other chains than those would not be told apart.
+    # Old positions would be taken for those of the new chains.
     loaded.run.positions_file.unlink(missing_ok=True)
     print(diagnostics.summary_table(summaries, inference_data))
     print(f"\n{loaded.run.chains_file}")
@@ -94,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _coordinates(loaded: LoadedRun, recorder: PositionRecorder) -> Coordinates:
-    """Judge every coordinate by the positions that were kept."""
+    """Diagnose every coordinate by the stored positions."""
     from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, diagnose_columns
     from ppl_vaebm.inference.diagnostics.coordinates import Coordinates, coordinate_names
 

@@ -6,11 +6,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from ppl_vaebm.config import commands as cli
+from ppl_vaebm.config.options import Check, Checked, OptionalCount, RunFolder, at_least
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
+from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.config import Config
@@ -18,19 +19,20 @@ if TYPE_CHECKING:
     from ppl_vaebm.evaluation.base import Effort, Measured, Part
     from ppl_vaebm.evaluation.evaluation import Plan
 
-DESCRIPTION = """Measure a fitted VAEBM: its normalised log-likelihood on test data; of points the modes; of images
+DESCRIPTION = """Evaluate a fitted VAEBM: its normalized log-likelihood on test data; for points the modes; for images
 Frechet and kernel distance, Inception Score, precision, recall, density and coverage, at the run's chain length and at
-ten times that, and the training images nearest to its draws; whether training data are likelier than test data; with
---ood, whether other images are less so. Of stage svi alone: the ELBO and a tighter bound, KL of every latent group, and
-metrics of the VAE's draws. Prints tables and writes evaluate.json part by part, and the report; parts that are not
+ten times that, and the nearest training images of its samples; histograms of log densities of training and test data;
+with --ood those of other images. With stage svi alone: the ELBO and a tighter bound, KL of each latent group, and the
+metrics of VAE samples. Prints tables and writes evaluate.json after each part, and the report; parts that are not
 measured again keep their numbers as long as the weights are the same."""
+FIRST = ("run", "stage", "only", "seed", "num-test", "num-samples", "steps", "features", "ood", "log-likelihood")
 
 MIN_PARTICLES, NUM_PARTICLES = 16, 256
-"""Least and default number of particles of every estimate of log Z by annealing."""
+"""Least and default number of particles of each annealing estimate of log Z."""
 NUM_SAMPLES = {"images": 2_000, "points": 10_000}
-"""Default numbers of samples. 10,000 images, as published distances of small images have, take five times as long."""
+"""Default numbers of samples. 10,000 images, as in published distances of small images, take five times as long."""
 LONG = 10
-"""How many times the run's own chain length is measured too: a density that is right is right there as well."""
+"""Factor on the run's chain length at which samples are measured too: a correct density is right there as well."""
 USED_BY = {
     "features": ("samples", "neighbours"),
     "feature_weights": ("samples", "neighbours"),
@@ -38,98 +40,75 @@ USED_BY = {
     "num_particles": ("normaliser",),
     "num_temperatures": ("normaliser",),
 }
-"""Options that are not given by default, and the parts that look at them."""
+"""Options that are not given by default, and the parts that use them."""
+SPREAD = Check("at least 2 so that it has a standard error", lambda value: value >= 2)
+ENOUGH = Check(
+    f"at least {MIN_PARTICLES}, two for each of the sequential samplers", lambda value: value >= MIN_PARTICLES
+)
+Size = Annotated[int, SPREAD]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Options of evaluate."""
 
-    run: cli.RunFolder
+    run: RunFolder
     """Folder of the run."""
     stage: Literal["svi", "ebm"] | None = None
-    """What to measure: the VAE, or the VAEBM; the last stage that the run holds if not given."""
+    """svi: evaluate the VAE; ebm: evaluate the VAEBM; the default is the run's last stage."""
     only: str | None = None
-    """Parts to measure, separated by commas: likelihood, normaliser (that of --log-likelihood), samples, ood,
-    histograms, neighbours; if not given all that go with the data, ood where sets are named, normaliser with
-    --log-likelihood."""
-    num_test: int = 5_000
+    """Parts to measure, separated by commas: likelihood, normaliser (of --log-likelihood), samples, ood, histograms,
+    neighbours; the default is all that fit the data, with ood where sets are named."""
+    num_test: Size = 5_000
     """likelihood: test points."""
-    num_importance: int = 600
-    """likelihood: draws of the guide per test point."""
-    num_z_draws: int = 200_000
-    """ebm, likelihood: draws of the VAE for log Z."""
-    num_samples: int | None = None
-    """samples: how many; 2,000 images or 10,000 points if not given."""
-    steps: tuple[int, ...] = ()
-    """ebm, samples: chain lengths from fresh noise; the run's sampling.num-steps and ten times that if not given."""
+    num_importance: Size = 600
+    """likelihood: samples of the guide per test point."""
+    num_z_draws: Size = 200_000
+    """likelihood, stage ebm: VAE samples for log Z."""
+    num_samples: Annotated[int | None, SPREAD] = None
+    """samples: how many; the default is 2,000 images or 10,000 points."""
+    steps: Annotated[tuple[int, ...], at_least(1)] = ()
+    """samples, stage ebm: chain lengths from N(0, I); the default is sampling.num-steps of the run and ten times
+    that."""
     features: Literal["classifier", "inception"] | None = None
-    """samples, neighbours: network of the metrics; a small classifier of the run's own data if not given, or
-    Inception-v3, whose numbers compare with published ones."""
+    """samples, neighbours: network of the metrics: a small classifier of the run's own data (default), or Inception-v3,
+    which gives numbers that compare with published ones."""
     feature_weights: str | None = None
-    """File of that network's weights; the run's features.safetensors, or Inception-v3's as torch-fidelity fetches them,
-    if not given."""
-    num_reference: int = 50_000
-    """samples, neighbours: training images, at most, to measure against."""
+    """File of that network's weights; the default is features.safetensors of the run, or for Inception-v3 the file that
+    torch-fidelity downloads."""
+    num_reference: Size = 50_000
+    """samples, neighbours: largest number of training images to compare with."""
     ood: str | None = None
-    """ebm, ood: sets to tell from the test data, separated by commas: rotated, inverted, noise, constant,
-    interpolation, vae, or names of data sets; those that need no files if only the part is asked for."""
+    """ood, stage ebm: sets to tell from the test data, separated by commas: rotated, inverted, noise, constant,
+    interpolation, vae, or names of data sets; with --only ood the default is all that need no files."""
     ood_root: str | None = None
-    """ood: folder of other data sets' files; the run's data.root if not given."""
-    num_ood: int = 1_000
-    """ebm, ood and histograms: images, or points, of each set."""
-    num_ood_importance: int = 20
-    """ebm, ood and histograms: draws of the guide for each."""
+    """ood: folder of the other data sets; the default is data.root of the run."""
+    num_ood: Size = 1_000
+    """ood, histograms: images, or points, of each set."""
+    num_ood_importance: Size = 20
+    """ood, histograms: samples of the guide for each of these."""
     log_likelihood: bool = False
-    """ebm: estimate log Z by annealing both ways, sequential samplers, tempered chains and a bridge; bound log h."""
-    num_particles: int | None = None
-    """ebm: particles of each of these with --log-likelihood; 256 if not given."""
-    num_temperatures: int | None = None
-    """ebm: annealing steps with --log-likelihood; chosen by a pilot run if not given."""
+    """Also estimate log Z, with stage ebm, by annealing in both directions, sequential samplers, tempered chains and a
+    bridge, and bound log h."""
+    num_particles: Annotated[int | None, ENOUGH] = None
+    """log-likelihood: particles of each estimate; the default is 256."""
+    num_temperatures: OptionalCount = None
+    """log-likelihood: annealing steps; without it a pilot run chooses them."""
     seed: int = 0
-    """Seed of all draws."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        for name in (
-            "num_test",
-            "num_importance",
-            "num_z_draws",
-            "num_samples",
-            "num_reference",
-            "num_ood",
-            "num_ood_importance",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 2 for an error to be known, got {value}")
-        if self.num_particles is not None and self.num_particles < MIN_PARTICLES:
-            raise ValueError(
-                f"num-particles must be at least {MIN_PARTICLES}, two for each of the sequential samplers, "
-                f"got {self.num_particles}"
-            )
-        if self.num_temperatures is not None:
-            cli.positive("num-temperatures", self.num_temperatures)
-        for count in self.steps:
-            cli.positive("steps", count)
+    """Seed of all random numbers."""
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the command.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
-    options = parse(Options, sys.argv[1:] if argv is None else argv, "evaluate", DESCRIPTION)
+    """Run the command."""
+    options = parse(Options, sys.argv[1:] if argv is None else argv, "evaluate", DESCRIPTION, FIRST)
+    run = Run.open(options.run)
 
     from ppl_vaebm.evaluation.store import read_sections, store
     from ppl_vaebm.evaluation.tables import lines
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.fitted_vae import stage_of
-    from ppl_vaebm.runs.run import Run
 
-    run = Run.open(options.run)
     read_sections(run)  # refuses a damaged file before anything slow is done
     weights, parts = (_vae if stage_of(run, options.stage) == "svi" else _vaebm)(options)
     for part, measured in parts:
@@ -139,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation.vae import evaluate_vae
     from ppl_vaebm.models.energy import Energy
     from ppl_vaebm.models.vaebm import VAEBM
@@ -152,17 +132,18 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
     if options.ood is not None:
         raise InputError("ood compares scores of the VAEBM, and stage svi has none: leave the option out")
     fitted = open_fitted_vae(options.run)
-    cli.set_threads(fitted.config.threads)
+    set_threads(fitted.config.threads)
     plan = _plan(options, fitted.config, fitted.data, ("likelihood", "samples"))
     return fingerprint(VAEBM(fitted.vae, Energy()), fitted.config), evaluate_vae(fitted, plan)
 
 
 def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation.evaluation import evaluate
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)
-    cli.set_threads(loaded.config.threads)
+    set_threads(loaded.config.threads)
     parts: list[Part] = ["likelihood", "samples", "histograms"]
     parts += ["neighbours"] if len(loaded.data.event_shape) == 3 else []
     parts += ["ood"] if options.ood is not None else []

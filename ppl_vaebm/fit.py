@@ -9,55 +9,48 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from ppl_vaebm.config import Config
-from ppl_vaebm.config import commands as cli
-from ppl_vaebm.config.parsing import as_yaml, load_yaml, parse, parse_known, recipe_names, recipe_path, tokens
+from ppl_vaebm.config.options import FLAT, Checked
+from ppl_vaebm.config.parsing import as_yaml, last_value, parse, tokens
+from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
 from ppl_vaebm.errors import exits_with_one_sentence
 
-DESCRIPTION = """Fit a VAEBM. Stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
-energy. Options come from the run's config.yaml if it has one, else from the data set's own recipe; then from the recipe
-that is named, if one is; then from the command line, which wins."""
+DESCRIPTION = """Fit a VAEBM: stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
+energy. Options are read from the run's config.yaml, or without one from the recipe named like the data set; then from
+the recipe that is named; then from the command line. Later ones win. Values in brackets are those used now."""
+FIRST = ("stage", "recipe", "data.name", "run", "resume", "overwrite", "dry-run", "device", "seed", "kernel.name")
+KERNEL_TUNING = ("--kernel.step-size=", "--kernel.target-acceptance=")
+"""Tokens of options that are chosen for one kernel and are wrong for another."""
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Checked):
     """Options of fit."""
 
     stage: Literal["svi", "ebm"] = "svi"
-    """svi: the VAE; ebm: the energy, on a run whose stage svi is done."""
+    """svi: fit the VAE; ebm: learn the energy, in a run whose stage svi is complete."""
     run: str | None = None
-    """Folder of the run; runs/<recipe or data set> if not given."""
+    """Folder of the run; the default is runs/ and the name of the recipe or data set."""
     recipe: str | None = None
-    """Recipe that ships, by name, or a YAML file of the same form."""
+    """Name of a recipe that ships with the package, or a YAML file of the same form."""
     resume: bool = False
     """Continue an interrupted stage from its last checkpoint."""
     overwrite: bool = False
-    """Start the stage again, removing its checkpoints, those that depend on them, and what was drawn and measured."""
+    """Start the stage anew; removes its checkpoints, those that depend on them, and samples and results."""
     dry_run: bool = False
-    """Print the configuration and the networks, and write nothing."""
-    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    """Print the configuration, the networks and the memory they need, and write nothing."""
+    config: Annotated[Config, FLAT] = field(default_factory=Config)
 
-    def __post_init__(self) -> None:
-        """Refuse contradictions."""
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: give one")
         if self.run == "":
             raise ValueError("run must name a folder, got an empty name")
 
 
-@dataclass(frozen=True)
-class _Places:
-    """The options that say which files hold the others."""
-
-    run: str | None = None
-    recipe: str | None = None
-    data: Annotated[str, tyro.conf.arg(name="data.name", aliases=["--data"])] = Config().data.name
-
-
 def resolve(argv: list[str]) -> tuple[Options, Path]:
-    """Read the command line over the run's configuration or a recipe.
+    """Parse the command line on top of the run's configuration or a recipe.
 
     Args:
         argv: tokens of the command line.
@@ -66,37 +59,29 @@ def resolve(argv: list[str]) -> tuple[Options, Path]:
         The options and the run's folder.
 
     Raises:
-        InputError: a wrong option, here or in the files.
+        InputError: a wrong option, in the command line or in a file.
     """
-    # Not the whole command line yet: an option may be wrong beside the defaults, and right beside the recipe.
-    asked = parse_known(_Places, argv, "fit")
-    name = Path(asked.recipe).stem if asked.recipe else asked.data
-    folder = Path(asked.run) if asked.run else Path("runs") / name
+    recipe, run = last_value(argv, "--recipe"), last_value(argv, "--run")
+    name = Path(recipe).stem if recipe else last_value(argv, "--data", "--data.name") or Config().data.name
+    folder = Path(run or Path("runs") / name)
     files = [folder / "config.yaml"] if (folder / "config.yaml").is_file() else []
-    if asked.recipe:
-        files.append(recipe_path(asked.recipe))
+    if recipe:
+        files.append(recipe_path(recipe))
     elif not files and name in recipe_names():
         files.append(recipe_path(name))
     base: list[str] = []
     for file in files:
         base += tokens(load_yaml(file))
         parse(Config, base, f"fit (options in {file})")  # so that a message names the file
-    options = parse(Options, [*base, *argv], "fit", DESCRIPTION)
-    if options.config.kernel.name != parse(Config, base, "fit").kernel.name:
-        # The files chose these for another kernel than the command line names.
-        foreign = ("--kernel.step-size=", "--kernel.target-acceptance=")
-        base = [token for token in base if not token.startswith(foreign)]
-        options = parse(Options, [*base, *argv], "fit", DESCRIPTION)
-    return options, folder
+    kernel = last_value(argv, "--kernel", "--kernel.name")
+    if kernel and kernel != (last_value(base, "--kernel", "--kernel.name") or Config().kernel.name):
+        base = [token for token in base if not token.startswith(KERNEL_TUNING)]
+    return parse(Options, [*base, *argv], "fit", DESCRIPTION, FIRST), folder
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the command, alone or as one of the processes that torchrun started.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
+    """Run the command, alone or as one of the processes that torchrun started."""
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
     if options.dry_run:
@@ -111,11 +96,11 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(describe(options.config)))
         return
 
-    from ppl_vaebm.devices import check_bfloat16, check_device
+    from ppl_vaebm.devices import check_bfloat16, check_device, set_threads
     from ppl_vaebm.processes import joined, own_device
     from ppl_vaebm.runs.fitting import Request, fit_stage
 
-    cli.set_threads(options.config.threads)
+    set_threads(options.config.threads)
     device = own_device(os.environ, options.config.device)
     check_device(device)
     if (options.config.svi if options.stage == "svi" else options.config.ebm).bf16:
@@ -131,7 +116,9 @@ def _announce(stage: str, folder: Path, config: Config) -> str:
     print(f"run: {folder}\nstage: {stage}\n{resolved}", end="")
     if stage == "ebm" and not config.ebm.has_chains:
         unused = "kernel, ebm.negatives and" if config.ebm.objective == "ratio" else "kernel and"
-        print(f"note: this stage learns from draws of the VAE and runs no chains; {unused} ebm.replay-* are not used")
+        print(f"note: this stage learns from VAE samples and runs no chains; {unused} ebm.replay-* are not used")
+    elif stage == "ebm" and config.kernel.useless():
+        print(f"note: kernel {config.kernel.name} does not use {', '.join(config.kernel.useless())}")
     return resolved
 
 

@@ -17,7 +17,8 @@ import yaml
 
 from ppl_vaebm import compare, diagnose, evaluate, fit, sample
 from ppl_vaebm.config import KernelName
-from ppl_vaebm.config.parsing import recipe_names
+from ppl_vaebm.config import kernel as kernel_config
+from ppl_vaebm.config.recipes import recipe_names
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
@@ -242,12 +243,12 @@ def test_compare_pictures_images_and_goes_on_after_a_kernel_that_fails(
 def test_kernels_of_other_libraries_are_left_out_of_the_default_where_they_are_missing(
     points: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "find_spec", lambda name: None)
+    monkeypatch.setattr(kernel_config, "find_spec", lambda name: None)
     names = compare._names(compare.DEFAULT_KERNELS)
     assert names and not any(name.startswith(("numpyro", "blackjax")) for name in names)
-    assert "left out, without pip install 'ppl_vaebm[jax]': numpyro-nuts, blackjax-nuts" in capsys.readouterr().err
+    assert "left out, because they need pip install -e '.[jax]': numpyro-nuts, blackjax-nuts" in capsys.readouterr().err
     monkeypatch.undo()
-    comparison.check_names([*compare.DEFAULT_KERNELS.split(",")])
+    kernel_config.check_kernels([*compare.DEFAULT_KERNELS.split(",")])
 
 
 def test_the_report_of_a_whole_run_has_every_section(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:

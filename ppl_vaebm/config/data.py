@@ -1,13 +1,11 @@
-"""What to model."""
+"""Options of the data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import tyro
-
-from ppl_vaebm.config.checks import require
+from ppl_vaebm.config.options import NOT_NEGATIVE, POSITIVE, Alias, Checked, at_least, between, require
 
 DataName = Literal[
     "gaussians25",
@@ -26,50 +24,44 @@ DataName = Literal[
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """What to model."""
+class DataConfig(Checked):
+    """The data that are modelled."""
 
-    name: Annotated[DataName, tyro.conf.arg(aliases=["--data"])] = "gaussians25"
+    prefix = "data."
+    name: Annotated[DataName, Alias("--data")] = "gaussians25"
     """Data set."""
     root: str = "data"
-    """Folder that holds the files: a torchvision root, or the image folder itself."""
+    """Folder of the files: torchvision's root, or the image folder itself."""
     download: bool = False
-    """Let torchvision fetch missing files."""
-    image_size: int | None = None
-    """Side in pixels to resize to; the data set's own size if not given."""
-    padding: int | None = None
-    """Black pixels to add on each side, before image-size resizes; 2 for the MNIST family and 0 else if not given."""
-    num_bits: int = 8
-    """Bits to keep of each channel's 8: an image has 2**num_bits levels."""
+    """Download missing files with torchvision."""
+    image_size: Annotated[int | None, at_least(4)] = None
+    """Resize images to this side, in pixels; without it they keep the data set's size."""
+    padding: Annotated[int | None, NOT_NEGATIVE] = None
+    """Add this many black pixels on each side before resizing; the default is 2 for MNIST's relatives, 0 for others."""
+    num_bits: Annotated[int, between(1, 8)] = 8
+    """Bits kept of each 8-bit channel; pixels then have 2**num_bits values."""
     binarize: bool = False
-    """Grey images: draw every pixel of a batch anew, white (1) with probability level / 255, else black (-1)."""
-    noise_sd: float = 0.0
-    """Standard deviation of Gaussian noise added to images, of which a level is 2 / 256: what is modelled is then the
-    law of noisy images. Without it an energy learns first of all that a VAE's backgrounds are not clean."""
+    """Grey images: draw each pixel of a batch as white (1) with probability value / 255, else as black (-1)."""
+    noise_sd: Annotated[float, NOT_NEGATIVE] = 0.0
+    """Standard deviation of Gaussian noise that is added to images in [-1, 1], where one 8-bit step is 2 / 256. The
+    model is then of the noisy images. Without noise an energy mostly learns that a VAE's backgrounds are not clean."""
     flips: Literal["auto", "random", "never"] = "auto"
-    """Mirror training images left to right with probability 1/2; auto: where the data set's own recipe does."""
-    num_validation: int | None = None
-    """Training images to hold out for validation, where the data set has no such part; a tenth if not given."""
+    """Mirror training images left to right with probability 1/2; auto follows the data set's usual recipe."""
+    num_validation: Annotated[int | None, at_least(1)] = None
+    """Training images held out for validation, for data sets without a validation part; the default is a tenth."""
     skip_unreadable: bool = False
-    """Image folders: leave out files that cannot be read instead of refusing them; reads every file at the start."""
-    spacing: float = 1.0
-    """gaussians25: distance of neighbouring modes."""
-    std: float = 0.05
+    """Image folders: skip unreadable files instead of refusing the folder. This reads every file at the start."""
+    spacing: Annotated[float, POSITIVE] = 1.0
+    """gaussians25: distance between neighbouring modes."""
+    std: Annotated[float, POSITIVE] = 0.05
     """gaussians25: standard deviation of each mode."""
-    num_points: int = 100_000
-    """gaussians25: training points; validation and test have a fifth each."""
+    num_points: Annotated[int, at_least(10)] = 100_000
+    """gaussians25: training points; validation and test have a fifth of it each."""
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        require(self.spacing > 0, "data.spacing", "positive", self.spacing)
-        require(self.std > 0, "data.std", "positive", self.std)
-        require(self.num_points >= 10, "data.num-points", "at least 10", self.num_points)
-        require(self.image_size is None or self.image_size >= 4, "data.image-size", "at least 4", self.image_size)
-        require(self.padding is None or self.padding >= 0, "data.padding", "0 or more", self.padding)
-        require(1 <= self.num_bits <= 8, "data.num-bits", "in 1..8", self.num_bits)
-        expected = "8 with data.binarize, which draws from all levels"
-        require(self.num_bits == 8 or not self.binarize, "data.num-bits", expected, self.num_bits)
-        require(self.noise_sd >= 0, "data.noise-sd", "0 or more", self.noise_sd)
-        require(not (self.binarize and self.noise_sd), "data.noise-sd", "0 with data.binarize", self.noise_sd)
-        num = self.num_validation
-        require(num is None or num >= 1, "data.num-validation", "at least 1", num)
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
+        if self.binarize:
+            require(
+                self.num_bits == 8, "data.num-bits", "8 with data.binarize, which needs 8-bit values", self.num_bits
+            )
+            require(not self.noise_sd, "data.noise-sd", "0 with data.binarize", self.noise_sd)

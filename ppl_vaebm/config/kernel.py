@@ -1,85 +1,139 @@
-"""The Markov kernels on noise space, and the chains that sampling runs."""
+"""Options of the Markov kernels on noise space, and of the chains that sample the fitted model."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
+from typing import Annotated, Literal, get_args
 
-import tyro
-
-from ppl_vaebm.config.checks import require
+from ppl_vaebm.config.options import (
+    BELOW_ONE,
+    INSIDE_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Alias,
+    Check,
+    Checked,
+    OnlyFor,
+    at_least,
+    hints_of,
+    require,
+)
+from ppl_vaebm.errors import InputError, did_you_mean, shown
 
 KernelName = Literal["langevin", "mala", "hmc", "chees", "pcn", "independence", "elliptical", "mixture", "tempered"]
 TUNABLE_KERNELS = ("mala", "hmc", "chees", "pcn", "tempered")
-"""Kernels whose step warm-up tunes."""
+"""Kernels whose step size warm-up tunes."""
 SELF_TUNING_KERNELS = ("chees", "tempered")
-"""Kernels with a warm-up of their own, which tunes more than the step; a mixture has no room for it."""
+"""Kernels whose own warm-up tunes more than the step size; they cannot be members of a mixture."""
+CYCLED_KERNELS = tuple(name for name in TUNABLE_KERNELS if name not in SELF_TUNING_KERNELS)
+"""Kernels with a step size that a mixture's warm-up tunes."""
+LEAPFROG_HMC = "hmc-leapfrog"
+"""Our HMC with the leapfrog integrator; ``hmc`` has the integrator of the configuration."""
+PYRO_KERNELS = ("pyro-hmc", "pyro-nuts")
+NUMPYRO_KERNELS = ("numpyro-hmc", "numpyro-nuts")
+BLACKJAX_KERNELS = ("blackjax-nuts", "blackjax-chees", "blackjax-mclmc", "blackjax-adjusted-mclmc")
+COMPARABLE_KERNELS = (*get_args(KernelName), LEAPFROG_HMC, *PYRO_KERNELS, *NUMPYRO_KERNELS, *BLACKJAX_KERNELS)
+"""Kernels that `diagnose` and `compare` run."""
+PACKAGES = {name: ("jax", name.partition("-")[0]) for name in (*NUMPYRO_KERNELS, *BLACKJAX_KERNELS)}
+"""Packages that kernels need beyond those of every installation."""
+ANGLE = Check("an angle in (0, pi/2]", lambda value: 0 < value <= math.pi / 2)
+
+
+def missing_packages(name: str) -> list[str]:
+    """List the packages that a kernel needs and that are not installed."""
+    return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
+
+
+def check_kernels(names: Sequence[str]) -> None:
+    """Refuse a list of kernels with an unknown or repeated name, or with one whose packages are missing.
+
+    Raises:
+        InputError: with that name and the known ones.
+    """
+    for name in names:
+        if name not in COMPARABLE_KERNELS:
+            raise InputError(
+                f"unknown kernel {shown(name)}: expected some of {', '.join(COMPARABLE_KERNELS)}, separated by commas"
+                + did_you_mean(name, COMPARABLE_KERNELS)
+            )
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"expected a list of different kernels, found {', '.join(names) or 'none'}")
+    for name in names:
+        missing = missing_packages(name)
+        if missing:
+            raise InputError(
+                f"kernel {name} needs {' and '.join(PACKAGES[name])}, found no {' and no '.join(missing)}; "
+                "install them with pip install -e '.[jax]', or leave that kernel out"
+            )
 
 
 @dataclass(frozen=True)
-class KernelConfig:
-    """The Markov kernel on noise space."""
+class KernelConfig(Checked):
+    """Markov kernel of the chains that `sample`, `evaluate`, `diagnose` and `compare` run."""
 
+    prefix = "kernel."
     name: KernelName = "mixture"
-    """Kernel. mixture runs `members` in turn."""
-    step_size: float | None = None
-    """Angle h of one step (the paper's Langevin eta is h squared); tuned in warm-up where the kernel is adjusted."""
-    integrator: Literal["splitting", "leapfrog"] = "splitting"
-    """mala, hmc, chees: split off N(0, I) and follow it exactly, or leapfrog on the whole. langevin is Euler's step."""
-    num_steps: int | None = None
-    """hmc: integration steps per trajectory; trajectory-length over step-size if not given. tempered: integration steps
-    of a move at every level; 1 if not given."""
-    max_num_steps: int | None = None
-    """hmc, chees: most integration steps of one trajectory; 16 for hmc and 1000 for chees if not given."""
-    trajectory_length: float = math.pi / 2
-    """hmc: angle of one trajectory; a quarter turn forgets the start where E = 0. chees: where warm-up starts from for
-    the longest trajectory, of which each goes a uniform share."""
-    fit_reference: bool = True
-    """chees: fit a Gaussian with independent coordinates to the chains in warm-up, as leapfrog's inverse mass and as
-    what splitting splits off instead of N(0, I)."""
-    num_levels: int = 6
-    """tempered: levels between N(0, I) and the target, both included; about twice the communication barrier that it
-    reports, and one more, are best."""
-    jitter: float = 0.2
-    """hmc: relative spread of the trajectory's angle, one draw per step; 0 is a fixed trajectory."""
-    target_acceptance: float | None = None
-    """What warm-up tunes the step size to; the kernel's own target if not given."""
-    members: tuple[KernelName, ...] = ("independence", "hmc")
-    """mixture: the kernels of one cycle; at most one of them may have a step to tune, and neither chees nor tempered is
-    one."""
+    """Kernel; mixture applies the kernels of `members` in turn."""
+    step_size: Annotated[float | None, ANGLE, OnlyFor(("langevin", *TUNABLE_KERNELS))] = None
+    """Step size h, an angle; the Langevin step size eta of the VAEBM paper is h squared. Warm-up tunes it, except for
+    langevin."""
+    integrator: Annotated[Literal["splitting", "leapfrog"], OnlyFor(("mala", "hmc", "chees"))] = "splitting"
+    """splitting: solve the part of N(0, I) exactly; leapfrog: integrate the whole potential."""
+    num_steps: Annotated[int | None, POSITIVE, OnlyFor(("hmc", "tempered"))] = None
+    """Integration steps of a trajectory (hmc, default trajectory-length / step-size) or of a move at each temperature
+    (tempered, default 1)."""
+    max_num_steps: Annotated[int | None, POSITIVE, OnlyFor(("hmc", "chees"))] = None
+    """Largest number of integration steps of a trajectory; the default is 16 for hmc and 1000 for chees."""
+    trajectory_length: Annotated[float, POSITIVE, OnlyFor(("hmc", "chees"))] = math.pi / 2
+    """Angle of a trajectory; a quarter turn forgets the start where E = 0. chees: initial value of the longest
+    trajectory, which warm-up tunes; each trajectory has a uniform fraction of it."""
+    fit_reference: Annotated[bool, OnlyFor(("chees",))] = True
+    """Fit a Gaussian with independent coordinates to the chains in warm-up; leapfrog takes it as the inverse mass,
+    splitting in place of N(0, I)."""
+    num_levels: Annotated[int, at_least(2), OnlyFor(("tempered",))] = 6
+    """Temperatures from N(0, I) to the target, both included; best is about twice the reported communication barrier,
+    plus one."""
+    jitter: Annotated[float, BELOW_ONE, OnlyFor(("hmc",))] = 0.2
+    """Relative spread of the trajectory's angle, drawn for each step; 0 makes all trajectories equal."""
+    target_acceptance: Annotated[float | None, INSIDE_ONE, OnlyFor(TUNABLE_KERNELS)] = None
+    """Acceptance probability that warm-up tunes the step size to; the default is the kernel's own."""
+    members: Annotated[tuple[KernelName, ...], OnlyFor(("mixture",))] = ("independence", "hmc")
+    """Kernels of one cycle; at most one with a step size to tune, and neither chees nor tempered."""
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        h = self.step_size
-        require(h is None or 0 < h <= math.pi / 2, "kernel.step-size", "an angle in (0, pi/2]", h)
-        for name in ("num_steps", "max_num_steps"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"kernel.{name.replace('_', '-')}", "positive", value)
-        require(self.num_levels >= 2, "kernel.num-levels", "at least 2", self.num_levels)
-        angle = self.trajectory_length
-        require(0 < angle < math.inf, "kernel.trajectory-length", "positive and finite", angle)
-        require(0 <= self.jitter < 1, "kernel.jitter", "in [0, 1)", self.jitter)
-        target = self.target_acceptance
-        require(target is None or 0 < target < 1, "kernel.target-acceptance", "in (0, 1)", target)
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
         require(bool(self.members), "kernel.members", "at least one kernel", self.members)
         refused = {"langevin", "mixture", *SELF_TUNING_KERNELS} & set(self.members)
         expected = f"adjusted kernels, not langevin, {', '.join(SELF_TUNING_KERNELS)} or another mixture"
         require(not refused, "kernel.members", expected, self.members)
-        tunable = [name for name in TUNABLE_KERNELS if name not in SELF_TUNING_KERNELS]
-        expected = f"a cycle with at most one kernel that has a step to tune ({', '.join(tunable)})"
-        require(sum(name in tunable for name in self.members) <= 1, "kernel.members", expected, self.members)
+        expected = f"a cycle with at most one kernel that has a step to tune ({', '.join(CYCLED_KERNELS)})"
+        require(sum(name in CYCLED_KERNELS for name in self.members) <= 1, "kernel.members", expected, self.members)
+
+    def ignored(self) -> list[str]:
+        """Return the options that the kernel, or a mixture's members, do not have, as field names."""
+        kernels = {self.name, *(self.members if self.name == "mixture" else ())}
+        owners = {
+            name: mark.kernels
+            for name, (_, marks) in hints_of(KernelConfig).items()
+            for mark in marks
+            if isinstance(mark, OnlyFor)
+        }
+        return [name for name, owner in owners.items() if not kernels & set(owner)]
+
+    def useless(self) -> list[str]:
+        """Return the ignored options that have another value than the default, as flags."""
+        defaults = {option.name: option.default for option in fields(self)}
+        names = [name for name in self.ignored() if getattr(self, name) != defaults[name]]
+        return [self.prefix + name.replace("_", "-") for name in names]
 
     def of(self, name: KernelName) -> KernelConfig:
-        """Return the options of another kernel.
+        """Return the options for another kernel.
 
-        Args:
-            name: of the kernel.
-
-        Returns:
-            The same options, but for the step size and the target acceptance, which belong to the kernel that they
-            were chosen for. So does a number of steps between HMC and tempered, whose every move costs it at all
-            levels.
+        The step size and the target acceptance are left open, because they were chosen for this kernel; so is the
+        number of steps between tempered and any other, because a step of tempered costs one at every temperature.
         """
         if name == self.name:
             return self
@@ -89,26 +143,20 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class TrainingKernelConfig(KernelConfig):
-    """The kernel of stage 2's negatives."""
+    """Markov kernel of the chains that give stage ebm its negatives."""
 
-    name: Annotated[KernelName, tyro.conf.arg(aliases=["--kernel"])] = "mixture"
-    """Kernel. mixture runs `members` in turn."""
+    name: Annotated[KernelName, Alias("--kernel")] = "mixture"
+    """Kernel; mixture applies the kernels of `members` in turn."""
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How chains on the trained energy run, from fresh noise."""
+class SamplingConfig(Checked):
+    """Chains that sample the fitted model, from N(0, I)."""
 
+    prefix = "sampling."
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    """Kernel of `sample`, `evaluate`, `diagnose` and `compare`; the training kernel is `kernel`."""
-    num_steps: int = 200
-    """`sample`, `evaluate`: steps from fresh noise to a sample. The step size is tuned before, on other chains."""
-    latent_steps: int = 300
-    """Before them, with energy.latent-term: sweeps of replica exchange on that term alone, which decode nothing. These
-    chains then stand behind the others, which exchange the first latent with them every few steps; 0 does without.
-    `diagnose` and `compare` start from N(0, I), and exchange all the same."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        require(self.num_steps > 0, "sampling.num-steps", "positive", self.num_steps)
-        require(self.latent_steps >= 0, "sampling.latent-steps", "0 or more", self.latent_steps)
+    num_steps: Annotated[int, POSITIVE] = 200
+    """`sample`, `evaluate`: kernel steps from N(0, I) to a sample; other chains tune the step size before."""
+    latent_steps: Annotated[int, NOT_NEGATIVE] = 300
+    """With energy.latent-term: sweeps of replica exchange on E_1(z_1) before that, which decode nothing. The chains
+    then swap their first latent with these every few steps, also in `diagnose` and `compare`; 0 switches both off."""

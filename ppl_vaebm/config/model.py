@@ -1,70 +1,62 @@
-"""The VAE."""
+"""Options of the hierarchical VAE."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from ppl_vaebm.config.checks import require
+from ppl_vaebm.config.options import NOT_NEGATIVE, POSITIVE, Checked, at_least, one_of, require
 
 ModelKind = Literal["auto", "vector", "image", "nvae"]
 DecoderName = Literal["normal", "bernoulli", "logistic", "logistic-mixture"]
+Positive = Annotated[int, POSITIVE]
+NotNegative = Annotated[int, NOT_NEGATIVE]
 
 
 @dataclass(frozen=True)
-class NvaeConfig:
-    """NVAE (Vahdat and Kautz 2020): towers of residual cells, latent groups on several grids."""
+class NvaeConfig(Checked):
+    """NVAE (Vahdat and Kautz 2020): towers of residual cells with groups of latents on several grids."""
 
-    channels: int = 32
-    """Channels at full resolution; every halving of the grid doubles them."""
-    num_latents: int = 20
-    """Channels of every latent group."""
-    num_scales: int = 1
-    """Latent grids; each is half as wide as the one before."""
-    groups_per_scale: int = 10
-    """Latent groups on the finest grid, and on every other unless adaptive-groups is set."""
+    prefix = "model.nvae."
+    channels: Annotated[int, at_least(2)] = 32
+    """Channels at full resolution; they double each time the grid is halved."""
+    num_latents: Positive = 20
+    """Channels of each latent group."""
+    num_scales: Positive = 1
+    """Number of latent grids; each is half as wide as the finer one."""
+    groups_per_scale: Positive = 10
+    """Latent groups on the finest grid, and on each other grid unless adaptive-groups is set."""
     adaptive_groups: bool = False
-    """Each coarser grid has half the groups of the one before, rounded down."""
-    min_groups_per_scale: int = 1
-    """Fewest groups of a grid with adaptive-groups."""
-    encoder_cells: int = 2
-    """Residual cells per group on the way up."""
-    decoder_cells: int = 2
-    """Residual cells per group on the way down."""
-    num_pre_blocks: int = 1
-    """Halvings before the first latent grid, and doublings after it on the way down."""
-    pre_cells: int = 2
-    """Cells of each such block on the way up; the last one halves the grid."""
-    post_cells: int = 2
-    """Cells of each such block on the way down; the first one doubles the grid."""
-    num_flows: int = 0
-    """Pairs of autoregressive flow cells on each group's posterior."""
+    """Halve the number of groups from one grid to the next coarser one, rounded down."""
+    min_groups_per_scale: Positive = 1
+    """Smallest number of groups on a grid, with adaptive-groups."""
+    encoder_cells: Positive = 2
+    """Residual cells per group in the encoder."""
+    decoder_cells: Positive = 2
+    """Residual cells per group in the decoder."""
+    num_pre_blocks: NotNegative = 1
+    """Times the image's grid is halved before the first latent grid, and doubled after it in the decoder."""
+    pre_cells: Positive = 2
+    """Encoder cells of each such block; the last one halves the grid."""
+    post_cells: Positive = 2
+    """Decoder cells of each such block; the first one doubles the grid."""
+    num_flows: NotNegative = 0
+    """Pairs of autoregressive flow cells in each group's posterior."""
     squeeze_excite: bool = True
-    """Rescale the channels of every cell by what the whole image says."""
+    """Use squeeze-and-excitation in every cell."""
     residual_posterior: bool = True
-    """The posterior's raw outputs add to the prior's."""
-    padding: int = 0
-    """Pixels added on each side inside the network, so that the grids divide the image; the likelihood leaves them
-    out."""
+    """Parameterize the posterior relative to the prior."""
+    padding: NotNegative = 0
+    """Pixels added on each side inside the network so that the grids divide the image; the likelihood ignores them."""
     decoder: DecoderName = "normal"
-    """Distribution of x given z. The logistic ones score the levels of pixels; bernoulli is for binarised images and
-    has no stage ebm."""
-    num_mixtures: int = 10
+    """Distribution of x given z. The logistic ones are discretised to the pixels' values; bernoulli is for binarised
+    images and has no stage ebm."""
+    num_mixtures: Positive = 10
     """Components of the logistic mixture."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        positive = ("channels", "num_latents", "num_scales", "groups_per_scale", "min_groups_per_scale")
-        for name in (*positive, "encoder_cells", "decoder_cells", "pre_cells", "post_cells", "num_mixtures"):
-            require(getattr(self, name) > 0, f"model.nvae.{name.replace('_', '-')}", "positive", getattr(self, name))
-        require(self.channels > 1, "model.nvae.channels", "at least 2, for a halving shares them out", self.channels)
-        for name in ("num_pre_blocks", "num_flows", "padding"):
-            flag = f"model.nvae.{name.replace('_', '-')}"
-            require(getattr(self, name) >= 0, flag, "0 or more", getattr(self, name))
 
     @property
     def groups(self) -> tuple[int, ...]:
-        """Latent groups of every grid, finest first."""
+        """Number of latent groups on each grid, finest first."""
         counts = [self.groups_per_scale]
         while len(counts) < self.num_scales:
             halved = max(self.min_groups_per_scale, counts[-1] // 2)
@@ -73,50 +65,41 @@ class NvaeConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """The hierarchical VAE."""
 
+    prefix = "model."
     kind: ModelKind = "auto"
-    """Fully connected for points, convolutional for images; auto follows the data. nvae is for images, with options of
-    its own."""
-    latents: tuple[int, ...] = (2,)
-    """Size of each latent group, coarsest first. For images the first is a vector; each later group has that many
+    """vector: fully connected, for points; image: convolutional; auto: one of these two, by the data; nvae: for images,
+    with the options model.nvae."""
+    latents: Annotated[tuple[int, ...], POSITIVE] = (2,)
+    """Size of each latent group, coarsest first. For images the first is a vector, and each later one has that many
     channels on a grid twice as fine as the one before."""
-    width: int = 128
-    """Hidden units of the fully connected nets."""
-    depth: int = 3
-    """Hidden layers of the fully connected nets."""
-    num_fourier: int = 0
-    """Random Fourier features of x for the fully connected encoder; 0 gives it x."""
-    channels: int = 16
-    """Channels of the convolutional nets at full resolution, which is that of the patches where those are given."""
-    stem_depth: int = 0
-    """Hidden layers, of model.width units, between the first latent and the convolutional nets, in the decoder and in
-    the encoder. They cost a draw little, and the first grid is no longer linear in the latent."""
-    patch: int = 1
-    """Side of the squares of pixels that the convolutional nets take as one place with more channels. At 2 a draw and
-    its gradient cost about a quarter."""
+    width: Positive = 128
+    """Hidden units of the fully connected networks."""
+    depth: Positive = 3
+    """Hidden layers of the fully connected networks."""
+    num_fourier: NotNegative = 0
+    """Random Fourier features of x for the fully connected encoder; with 0 the encoder reads x."""
+    channels: Positive = 16
+    """Channels of the convolutional networks at full resolution, or at that of the patches."""
+    stem_depth: NotNegative = 0
+    """Hidden layers of model.width units between the first latent and the convolutional networks. They cost little, and
+    make the first grid a non-linear function of the latent."""
+    patch: Annotated[int, one_of(1, 2, 4)] = 1
+    """Side of the squares of pixels that the convolutional networks treat as one place with more channels. With 2 a
+    sample and its gradient cost about a quarter."""
     x_scale: Literal["global", "sample", "local"] = "global"
-    """Standard deviation of x given z: one number (global), or functions of z, one for all coordinates (sample) or one
-    for every coordinate (local)."""
+    """Standard deviation of x given z: one number (global), or a function of z with one value for the whole of x
+    (sample) or one for each coordinate (local)."""
     init_x_scale: float = 0.08
-    """Its starting value."""
-    min_x_scale: float = 0.03
-    """Its floor."""
+    """Initial value of that standard deviation."""
+    min_x_scale: Annotated[float, POSITIVE] = 0.03
+    """Lower bound of that standard deviation."""
     nvae: NvaeConfig = field(default_factory=NvaeConfig)
 
-    def __post_init__(self) -> None:
-        """Refuse values that cannot work."""
-        require(bool(self.latents) and min(self.latents) > 0, "model.latents", "positive sizes", self.latents)
-        for name in ("width", "depth", "channels"):
-            require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
-        require(self.stem_depth >= 0, "model.stem-depth", "0 or more", self.stem_depth)
-        require(self.patch in (1, 2, 4), "model.patch", "1, 2 or 4", self.patch)
-        require(self.num_fourier >= 0, "model.num-fourier", "0 or more", self.num_fourier)
-        require(self.min_x_scale > 0, "model.min-x-scale", "positive", self.min_x_scale)
-        require(
-            self.init_x_scale > self.min_x_scale,
-            "model.init-x-scale",
-            f"above model.min-x-scale ({self.min_x_scale})",
-            self.init_x_scale,
-        )
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
+        require(bool(self.latents), "model.latents", "at least one size", self.latents)
+        expected = f"above model.min-x-scale ({self.min_x_scale})"
+        require(self.init_x_scale > self.min_x_scale, "model.init-x-scale", expected, self.init_x_scale)

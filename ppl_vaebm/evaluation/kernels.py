@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import NamedTuple, cast, get_args
 
 import numpy as np
@@ -13,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.config.kernel import LEAPFROG_HMC
 from ppl_vaebm.data.load import Data
-from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classification import HIGH_QUALITY_NUM_STD
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
@@ -27,21 +25,6 @@ from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import seed_for, stream
 
-LEAPFROG_HMC = "hmc-leapfrog"
-"""Our HMC with leapfrog for its integrator; ``hmc`` has the one of the configuration."""
-KERNELS: tuple[str, ...] = (
-    *get_args(KernelName),
-    LEAPFROG_HMC,
-    *get_args(PyroKernelName),
-    *get_args(JaxKernelName),
-)
-PACKAGES = {
-    name: ("jax", library)
-    for library in ("numpyro", "blackjax")
-    for name in get_args(JaxKernelName)
-    if name.startswith(library)
-}
-"""What kernels need beyond what every installation has."""
 UNADJUSTED = ("langevin",)
 """Of our kernels those that no Metropolis test makes exact; JAX's say it themselves."""
 
@@ -83,31 +66,6 @@ class Reference(NamedTuple):
     """Standard deviation of each."""
     mode_weights: FloatArray | None = None
     """Their probabilities under the target, ``(m,)``: shares of exact draws; ``None`` where these cannot be had."""
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Refuse a list of kernels with an unknown or repeated name, or with one whose packages are missing.
-
-    Raises:
-        InputError: naming it and the known ones.
-    """
-    for name in names:
-        if name not in KERNELS:
-            raise InputError(f"unknown kernel {name!r}: expected some of {', '.join(KERNELS)}, separated by commas")
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"expected a list of different kernels, got {', '.join(names) or 'none'}")
-    for name in names:
-        missing = missing_packages(name)
-        if missing:
-            raise InputError(
-                f"kernel {name} needs {' and '.join(PACKAGES[name])}, found no {' and no '.join(missing)}; "
-                "install them with pip install 'ppl_vaebm[jax]', or leave that kernel out"
-            )
-
-
-def missing_packages(name: str) -> list[str]:
-    """List the packages that a kernel needs and that are not installed."""
-    return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
 
 
 def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_start: int = 1) -> Tensor:

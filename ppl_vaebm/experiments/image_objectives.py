@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path
+from ppl_vaebm.config.parsing import from_dict
+from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.evaluation.metrics.features import load_or_train

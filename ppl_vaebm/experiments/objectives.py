@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.config.parsing import from_dict, to_dict
+from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.evaluation.evaluation import Effort, Section, likelihood, mode_section
 from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae

@@ -21,7 +21,8 @@ import torch
 from matplotlib.ticker import LogLocator
 
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_path, to_dict
+from ppl_vaebm.config.parsing import from_dict, to_dict
+from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.evaluation.metrics.features import load_or_train

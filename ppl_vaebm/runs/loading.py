@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.config.parsing import differences, from_dict, load_yaml, to_dict
+from ppl_vaebm.config.parsing import differences, from_dict, to_dict
+from ppl_vaebm.config.recipes import load_yaml
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.devices import check_device
 from ppl_vaebm.errors import InputError

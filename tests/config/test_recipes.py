@@ -10,7 +10,8 @@ import torch
 
 from ppl_vaebm import fit
 from ppl_vaebm.config import Config, EnergyConfig, SviConfig
-from ppl_vaebm.config.parsing import from_dict, load_yaml, recipe_names, recipe_path
+from ppl_vaebm.config.parsing import from_dict
+from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
 from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import build_energy
 from ppl_vaebm.models.spectral import spectral_layers

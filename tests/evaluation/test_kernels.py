@@ -106,21 +106,6 @@ def test_chains_say_whether_a_test_makes_them_exact() -> None:
     assert run_one("mala").attrs["is_adjusted"] == 1
 
 
-@pytest.mark.parametrize(("names", "words"), [(["hcm"], "hcm"), (["hmc", "hmc"], "different"), ([], "none")])
-def test_unknown_and_repeated_names_are_refused(names: list[str], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        comparison.check_names(names)
-
-
-def test_a_kernel_without_its_packages_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "find_spec", lambda name: None if name == "blackjax" else object())
-    comparison.check_names(["hmc", "numpyro-nuts"])
-    with pytest.raises(
-        InputError, match=r"blackjax-nuts needs jax and blackjax, found no blackjax; .*ppl_vaebm\[jax\]"
-    ):
-        comparison.check_names(["hmc", "blackjax-nuts"])
-
-
 # --- what is known without chains --------------------------------------------------------------------
 
 

@@ -1,0 +1,133 @@
+"""What an option is: a field of a frozen dataclass, with marks that say which values it takes and how it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, NamedTuple, get_origin, get_type_hints
+
+
+class Check(NamedTuple):
+    """Mark: what the option must be. ``None`` passes, and of a tuple every element must pass."""
+
+    expected: str
+    """Completes "must be"."""
+    holds: Callable[[Any], bool]
+
+    def accepts(self, value: Any) -> bool:
+        """Whether an option may have a value."""
+        return all(each is None or self.holds(each) for each in (value if isinstance(value, tuple) else (value,)))
+
+
+class Alias(NamedTuple):
+    """Mark: a second flag for the option, such as ``--data``."""
+
+    flag: str
+
+
+class OnlyFor(NamedTuple):
+    """Mark: the kernels that have the option."""
+
+    kernels: tuple[str, ...]
+
+
+POSITIONAL = "positional"
+"""Mark: the option is the command's first argument and has no flag."""
+FLAT = "flat"
+"""Mark: the options of the section are named without the section's name."""
+FINITE = Check("finite", lambda value: not isinstance(value, float) or math.isfinite(value))
+POSITIVE = Check("positive", lambda value: value > 0)
+NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
+
+
+def at_least(least: int) -> Check:
+    """Make the check of a lower bound."""
+    return Check(f"at least {least}", lambda value: value >= least)
+
+
+def one_of(*values: int) -> Check:
+    """Make the check of a choice between numbers."""
+    return Check(f"one of {', '.join(map(str, values))}", lambda value: value in values)
+
+
+def between(low: float, high: float, ends: str = "[]") -> Check:
+    """Make the check of an interval, with ``(`` or ``)`` for an end that it excludes."""
+
+    def holds(value: Any) -> bool:
+        return (low < value or (ends[0] == "[" and low == value)) and (
+            value < high or (ends[1] == "]" and value == high)
+        )
+
+    return Check(f"in {ends[0]}{low:g}, {high:g}{ends[1]}", holds)
+
+
+FRACTION = between(0, 1)
+BELOW_ONE = between(0, 1, "[)")
+INSIDE_ONE = between(0, 1, "()")
+
+
+def require(condition: bool, option: str, expected: str, got: object) -> None:
+    """Refuse a wrong value.
+
+    Raises:
+        ValueError: with the option, what is expected and what was got.
+    """
+    if not condition:
+        raise ValueError(f"{option} must be {expected}, got {got!r}")
+
+
+def hints_of(cls: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Return the type and the marks of each option of a dataclass."""
+    if cls not in _HINTS:
+        hints = get_type_hints(cls, include_extras=True)
+        _HINTS[cls] = {field.name: _unmarked(hints[field.name]) for field in dataclasses.fields(cls)}
+    return _HINTS[cls]
+
+
+_HINTS: dict[type, dict[str, tuple[Any, tuple[Any, ...]]]] = {}
+
+
+def _unmarked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Split an annotation into the type and the marks."""
+    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+
+
+class Checked:
+    """Base class of options. It refuses wrong values when an instance is made, as ValueError."""
+
+    prefix: ClassVar[str] = ""
+    """Name of the section with its dot, such as ``data.``, for messages."""
+
+    def __post_init__(self) -> None:
+        """Check every option by itself, then together."""
+        for name, (_, marks) in hints_of(type(self)).items():
+            value = getattr(self, name)
+            for check in (*(mark for mark in marks if isinstance(mark, Check)), FINITE):
+                require(check.accepts(value), self.prefix + name.replace("_", "-"), check.expected, value)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Refuse values that do not fit together."""
+
+
+RunFolder = Annotated[str, POSITIONAL]
+"""The run's folder, the first argument of every command but fit."""
+Count = Annotated[int, at_least(1)]
+OptionalCount = Annotated[int | None, at_least(1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainOptions(Checked):
+    """Options of the commands that run long chains."""
+
+    run: RunFolder
+    """Folder of the run."""
+    num_chains: Count = 16
+    """Chains, started from N(0, I). Use 4 or more: R-hat compares chains to find modes that some of them miss."""
+    num_warmup: Count = 200
+    """Warm-up steps, which tune the step size; counted and timed apart."""
+    num_evals: Count = 6_000
+    """Energy evaluations per chain, after warm-up; most of them include the gradient."""
+    seed: int = 0
+    """Seed of the starts and of the chains."""
