@@ -23,7 +23,7 @@ class Config(Checked):
     threads: Annotated[int, NOT_NEGATIVE] = 0
     """CPU threads; with 0 PyTorch chooses."""
     device: str = "cpu"
-    """PyTorch device, such as cpu or cuda."""
+    """PyTorch device: cpu, or an accelerator by its PyTorch name."""
     tensorboard: bool = False
     """Write the metrics and stage svi's pictures for TensorBoard too, to the run's folder tensorboard; needs
     pip install -e '.[log]'."""
