@@ -1,10 +1,8 @@
-"""NumPyro's and BlackJAX's samplers on our potentials, as yardsticks: torch evaluates Phi, JAX moves the chains.
+"""NumPyro's and BlackJAX's samplers on this package's potentials: torch evaluates Phi, JAX moves the chains.
 
-They see the whole ``U = Phi + |q|^2 / 2`` and are otherwise unchanged. Chains are vectorised: a loop of one transition
-runs until the chain that needs most steps has done them, and evaluates Phi for all chains until then. ``n_steps`` is
-what a chain's own trajectory used; the attribute ``num_evals_computed`` is what was evaluated.
-
-Small potentials can be translated to JAX instead, so that XLA compiles them together with the sampler.
+They sample ``U = Phi + |q|^2 / 2`` and are otherwise unchanged. Chains are vectorized: the loop of a transition runs
+until the chain with the longest trajectory is done, and evaluates Phi for all chains until then. ``n_steps`` counts
+each chain's own trajectory, the attribute ``num_evals_computed`` all evaluations.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
@@ -22,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.bridges import blackjax_samplers as blackjax_kernels
-from ppl_vaebm.inference.bridges import numpyro_samplers as numpyro_kernels
+from ppl_vaebm.inference.bridges.blackjax_samplers import BLACKJAX_TARGET_ACCEPTANCE, BlackjaxKernelName, build_blackjax
 from ppl_vaebm.inference.bridges.jax_potential import (
     NUMPY_DTYPES,
     JaxPotential,
@@ -31,44 +27,44 @@ from ppl_vaebm.inference.bridges.jax_potential import (
     numbered_potential,
     require,
 )
-from ppl_vaebm.inference.bridges.jax_sampler import Draw, Options, Sampler
-from ppl_vaebm.inference.kernels.base import KernelParams, KernelState, Potential, value_only
+from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, SamplerOptions
+from ppl_vaebm.inference.bridges.numpyro_samplers import NUMPYRO_TARGET_ACCEPTANCE, NumpyroKernelName, build_numpyro
+from ppl_vaebm.inference.bridges.transitions import Transition, states, tensor, to_chains
+from ppl_vaebm.inference.kernels.base import KernelParams, Potential, value_only
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals
 from ppl_vaebm.rng import seed_for
 
 if TYPE_CHECKING:
     from jax import Array
 
-JaxKernelName = Literal[numpyro_kernels.NumpyroKernelName, blackjax_kernels.BlackjaxKernelName]
+JaxKernelName = Literal[NumpyroKernelName, BlackjaxKernelName]
 
-MAX_TREE_DEPTH = 10  # NumPyro's and BlackJAX's default, which is Stan's
-STEP_SIZE = 0.1  # where our kernels' warm-up starts too
-TRAJECTORY_LENGTH = math.pi / 2  # a quarter turn, as in base.init_params
-# Draws of one call of a compiled block: at most so many, and at most so many numbers in their positions, 32 MiB of
-# float64. Chosen by us: with a call for every draw of one step, a Gaussian took 1.3 to 3 times as long as with 64.
+JAX_MAX_TREE_DEPTH = 10  # default of NumPyro and BlackJAX, which is Stan's
+JAX_STEP_SIZE = 0.1  # where the warm-up of this package's kernels starts too
+JAX_TRAJECTORY_LENGTH = math.pi / 2  # a quarter turn, as in kernels.base.init_params
+# Most draws of one call of a compiled block, and most numbers in their positions (32 MiB of float64). Chosen by us:
+# with a call for every draw of one step, a Gaussian took 1.3 to 3 times as long as with 64.
 MAX_BLOCK, MAX_BLOCK_VALUES = 64, 2**22
-# Compiled programs that are kept.
 NUM_PROGRAMS = 16
+"""Compiled programs that are kept."""
 
-_TARGETS = {name: numpyro_kernels.TARGET_ACCEPTANCE for name in get_args(numpyro_kernels.NumpyroKernelName)} | dict(
-    blackjax_kernels.TARGET_ACCEPTANCE
-)
+_TARGETS = {name: NUMPYRO_TARGET_ACCEPTANCE for name in get_args(NumpyroKernelName)} | dict(BLACKJAX_TARGET_ACCEPTANCE)
 
 
 class Program(NamedTuple):
-    """A sampler, compiled for one shape; Phi is the one it was compiled with, or has other arrays bound in it."""
+    """A sampler, compiled for one shape of positions and every potential."""
 
     start: Callable[[Any, Array, NDArray[Any]], tuple[Any, Array]]
-    """As :attr:`Sampler.start`."""
-    block: Callable[[Any, Any, np.int32], tuple[Any, Draw]]
-    """From a state and a number of draws to the next state, and to draws of which only so many rows are filled."""
+    """As :attr:`JaxSampler.start`."""
+    block: Callable[[Any, Any, np.int32], tuple[Any, Transition]]
+    """From phi, a state and a number of draws to the next state and rows of draws, of which so many are filled."""
     block_size: int
-    """The most draws of one call."""
-    sampler: Sampler
+    """Most draws of one call."""
+    sampler: JaxSampler
 
 
-class _Budget(NamedTuple):
-    """When the draws end."""
+class _Limits(NamedTuple):
+    """Conditions at which the draws end; see :func:`run_jax`."""
 
     num_draws: int
     max_evals: int | None
@@ -78,7 +74,7 @@ class _Budget(NamedTuple):
 class _Block(NamedTuple):
     """Draws of one call of a program, ``n`` of them; rows are draws."""
 
-    draw: Draw
+    draws: Transition
     """``(n, C, ...)``."""
     rows: list[Mapping[str, Tensor]]
     """Functionals of each draw."""
@@ -97,10 +93,10 @@ def run_jax(
     num_draws: int,
     num_warmup: int,
     functionals: Functionals,
-    step_size: float = STEP_SIZE,
-    trajectory_length: float = TRAJECTORY_LENGTH,
+    step_size: float = JAX_STEP_SIZE,
+    trajectory_length: float = JAX_TRAJECTORY_LENGTH,
     target_acceptance: float | None = None,
-    max_tree_depth: int = MAX_TREE_DEPTH,
+    max_tree_depth: int = JAX_MAX_TREE_DEPTH,
     max_evals: int | None = None,
     min_seconds: float = 0.0,
 ) -> Chains:
@@ -110,58 +106,62 @@ def run_jax(
         kernel: name of the sampler.
         potential: Phi, relative to N(0, I).
         position: starts, ``(C, D)``, float32 or float64.
-        seed: the run's seed.
-        num_draws: draws per chain, at least 1; with ``max_evals``, the most of them.
+        seed: seed of the run.
+        num_draws: as in :func:`~ppl_vaebm.inference.kernels.chains.run_chains`, like ``max_evals`` and ``min_seconds``.
         num_warmup: steps in which the library adapts; 0 keeps ``step_size`` and unit mass.
-        functionals: what to store of each draw. Phi is U, which the libraries keep, less ``|q|^2 / 2``, and so rounded.
+        functionals: as in ``run_chains``. Phi is U, which the libraries keep, less ``|q|^2 / 2``, with rounding errors.
         step_size: leapfrog step, or where its adaptation starts.
         trajectory_length: of NumPyro's HMC; of ChEES and MCLMC where they do not tune it.
-        target_acceptance: what the adaptation aims at; ``None`` for the library's own, nothing for MCLMC.
-        max_tree_depth: bound on NUTS's doublings.
-        max_evals: stop after the draw with which the evaluations per chain, on average over chains and warm-up not
-            counted, reach this number.
-        min_seconds: draws go on beyond ``max_evals`` until so much time has passed; ``num_draws`` bounds both.
+        target_acceptance: target of the adaptation; ``None`` for the library's default. MCLMC has none.
+        max_tree_depth: largest number of NUTS's doublings.
+        max_evals: most evaluations per chain.
+        min_seconds: least seconds.
 
     Returns:
-        The chains. In ``params`` the step is ``(C,)``, the inverse mass ``(C, D)``, the trajectory ``(C,)``. Draws
-        come in blocks: ``elapsed``, functionals included, is measured where blocks end, and divided by evaluations
-        within them; compilation counts as warm-up.
-        ``attrs`` has ``is_adjusted`` (0 where the step biases the draws), ``compile_seconds`` (0 where an earlier call
-        has left its program), and ``num_evals_computed`` of the draws and ``warmup_evals_computed``, over all chains:
-        what torch was called for.
-        Where the budget ends within a block, its other draws are thrown away, with their share of time and evaluations.
+        The chains. In ``params`` the step is ``(C,)``, the inverse mass ``(C, D)``, the trajectory ``(C,)``. Draws are
+        computed in blocks: ``elapsed``, functionals included, is measured at the end of a block and divided within it
+        in proportion to evaluations; compilation counts as warm-up. ``attrs`` has ``is_adjusted`` (0 where the step
+        biases the draws), ``compile_seconds`` (0 if an earlier call has compiled the program), and all evaluations of
+        torch over all chains, ``num_evals_computed`` of the draws and ``warmup_evals_computed``. Draws of a block
+        after the last one are discarded, with their fraction of time and evaluations.
 
     Raises:
-        InputError: an unknown kernel, an extra that is not installed, positions that JAX cannot take, a start where U
-            is not finite, or too short a warm-up.
+        InputError: an unknown kernel, an extra that is not installed, positions that JAX does not accept, a start where
+            U is not finite, or too short a warm-up.
         ValueError: the potential does not return one number per chain.
     """
     position = position.detach()
     _check(kernel, potential, position)
-    options = Options(num_warmup, step_size, trajectory_length, target_acceptance or _TARGETS[kernel], max_tree_depth)
+    target = target_acceptance or _TARGETS[kernel]
+    options = SamplerOptions(num_warmup, step_size, trajectory_length, target, max_tree_depth)
     host = JaxPotential(potential, position)
     with jax_precision(position.dtype), host.own_errors():
         began = time.perf_counter()
-        phi, program = _numbered(host.number), _compile_for_all(kernel, *position.shape, position.dtype, options)
+        phi, program = _numbered(host.number), _compile(kernel, *position.shape, position.dtype, options)
         compiled = time.perf_counter()
         state, warmup_evals = _start(program, phi, _keys(kernel, seed, len(position)), position)
         warmed, warmup_computed = time.perf_counter(), host.num_rows
-        budget = _Budget(num_draws, max_evals, min_seconds)
-        blocks = _draw(program, phi, host, state, budget, functionals, position)
-        step_sizes, inverse_mass, lengths = (_tensor(part, position) for part in program.sampler.tuned(state))
-    attrs: dict[str, str | float | int | list[float]] = {
-        "thin": 1,
-        "seed": seed,
-        "is_adjusted": int(program.sampler.is_adjusted),
-        "compile_seconds": compiled - began,
-        # The start has been evaluated once more, to check it.
-        "warmup_evals_computed": warmup_computed + len(position),
-    }
-    return replace(
-        _collect(kernel, blocks, KernelParams(step_sizes, inverse_mass, lengths), position),
+        limits = _Limits(num_draws, max_evals, min_seconds)
+        blocks = _draw(program, phi, host, state, limits, functionals, position)
+        step_sizes, inverse_mass, lengths = (tensor(part, position) for part in program.sampler.tuned(state))
+    return to_chains(
+        kernel,
+        Transition(*(np.concatenate(parts) for parts in zip(*(block.draws for block in blocks), strict=True))),
+        [row for block in blocks for row in block.rows],
+        np.concatenate([block.end_times for block in blocks]),
+        KernelParams(step_sizes, inverse_mass, lengths),
+        position,
         warmup_seconds=warmed - began,
+        # _check has evaluated the starts once more.
         warmup_evals=warmup_evals + len(position),
-        attrs=attrs | {"num_evals_computed": round(sum(block.num_computed for block in blocks))},
+        attrs={
+            "thin": 1,
+            "seed": seed,
+            "is_adjusted": int(program.sampler.is_adjusted),
+            "compile_seconds": compiled - began,
+            "warmup_evals_computed": warmup_computed + len(position),
+            "num_evals_computed": round(sum(block.num_computed for block in blocks)),
+        },
     )
 
 
@@ -185,7 +185,7 @@ def _check(kernel: str, potential: Potential, position: Tensor) -> None:
 
 
 def _keys(kernel: str, seed: int, num_chains: int) -> Array:
-    """Make one random key per chain, which does not depend on how many there are."""
+    """Make one random key per chain, which does not depend on the number of chains."""
     import jax
     from jax import numpy as jnp
 
@@ -196,39 +196,35 @@ def _keys(kernel: str, seed: int, num_chains: int) -> Array:
 
 
 def _numbered(number: int) -> Any:
-    """Make Phi from its number, such that one program serves them all."""
+    """Make Phi of one position from its number, which is an argument of the compiled program."""
     from jax import tree_util
 
     return tree_util.Partial(numbered_potential(), np.int32(number))
 
 
 @functools.lru_cache(maxsize=NUM_PROGRAMS)
-def _compile_for_all(kernel: str, num_chains: int, dim: int, dtype: torch.dtype, options: Options) -> Program:
-    """Compile a sampler of every potential that torch evaluates."""
-    return _compile(kernel, num_chains, dim, dtype, options, _numbered(0))
-
-
-def _compile(kernel: str, num_chains: int, dim: int, dtype: torch.dtype, options: Options, phi: Any) -> Program:
+def _compile(kernel: str, num_chains: int, dim: int, dtype: torch.dtype, options: SamplerOptions) -> Program:
     import jax
     from jax import numpy as jnp
 
-    if kernel in get_args(numpyro_kernels.NumpyroKernelName):
-        sampler = numpyro_kernels.build_numpyro(cast(numpyro_kernels.NumpyroKernelName, kernel), options)
+    if kernel in get_args(NumpyroKernelName):
+        sampler = build_numpyro(cast(NumpyroKernelName, kernel), options)
     else:
-        sampler = blackjax_kernels.build_blackjax(cast(blackjax_kernels.BlackjaxKernelName, kernel), options)
+        sampler = build_blackjax(cast(BlackjaxKernelName, kernel), options)
     block_size = max(1, min(MAX_BLOCK, MAX_BLOCK_VALUES // (num_chains * dim)))
 
-    def block(phi: Any, state: Any, length: Array) -> tuple[Any, Draw]:
+    def block(phi: Any, state: Any, length: Array) -> tuple[Any, Transition]:
         one: Any = jax.eval_shape(sampler.step, phi, state)[1]
-        empty = Draw(*[jnp.zeros((block_size, *part.shape), part.dtype) for part in one])
+        empty = Transition(*[jnp.zeros((block_size, *part.shape), part.dtype) for part in one])
 
-        def body(index: Array, carry: tuple[Any, Draw]) -> tuple[Any, Draw]:
+        def body(index: Array, carry: tuple[Any, Transition]) -> tuple[Any, Transition]:
             state, draw = sampler.step(phi, carry[0])
-            return state, Draw(*(rows.at[index].set(row) for rows, row in zip(carry[1], draw, strict=True)))
+            return state, Transition(*(rows.at[index].set(row) for rows, row in zip(carry[1], draw, strict=True)))
 
         state, draws = jax.lax.fori_loop(0, length, body, (state, empty))
         return state, draws
 
+    phi = _numbered(0)
     start_of = (phi, _keys(kernel, 0, num_chains), np.zeros((num_chains, dim), NUMPY_DTYPES[dtype]))
     start: Any = jax.jit(sampler.start).lower(*start_of).compile()
     state, _ = jax.eval_shape(sampler.start, *start_of)
@@ -237,13 +233,13 @@ def _compile(kernel: str, num_chains: int, dim: int, dtype: torch.dtype, options
 
 
 def _start(program: Program, phi: Any, keys: Array, position: Tensor) -> tuple[Any, int]:
-    """Run the warm-up; return also the evaluations that the chains' own trajectories took."""
+    """Run the warm-up; return the state and the evaluations of the chains' own trajectories."""
     state, evals = program.start(phi, keys, position.cpu().numpy())
     num_evals = int(np.asarray(evals).sum())
     for first in range(0, program.sampler.num_warm_steps, program.block_size):
         length = min(program.block_size, program.sampler.num_warm_steps - first)
-        state, draw = program.block(phi, state, np.int32(length))
-        num_evals += int(np.asarray(draw.num_evals)[:length].sum())
+        state, draws = program.block(phi, state, np.int32(length))
+        num_evals += int(np.asarray(draws.num_evals)[:length].sum())
     return state, num_evals
 
 
@@ -252,82 +248,47 @@ def _draw(
     phi: Any,
     host: JaxPotential,
     state: Any,
-    budget: _Budget,
+    limits: _Limits,
     functionals: Functionals,
     like: Tensor,
 ) -> list[_Block]:
-    """Draw blocks until the budget is spent; the last one is cut after the draw that spent it. The host counts."""
+    """Draw blocks until the limits are reached; the last block ends with the draw that reaches them."""
     began = time.perf_counter()
     blocks: list[_Block] = []
     num_draws, num_evals, elapsed, length, is_spent = 0, 0.0, 0.0, 1, False
-    while num_draws < budget.num_draws and not is_spent:
+    while num_draws < limits.num_draws and not is_spent:
         rows_before = host.num_rows
-        state, draw = program.block(phi, state, np.int32(length))
-        draw = Draw(*(np.asarray(part)[:length] for part in draw))
-        rows = [functionals(state) for state in _states(draw, like)]
+        state, draws = program.block(phi, state, np.int32(length))
+        draws = Transition(*(np.asarray(part)[:length] for part in draws))
+        rows = [functionals(state) for state in states(draws, like)]
         now = time.perf_counter() - began
-        share = draw.num_evals.max(1).cumsum()  # a transition goes on until the last chain is done
-        share = share / share[-1]
-        block = _Block(draw, rows, elapsed + (now - elapsed) * share, host.num_rows - rows_before)
-        spent = num_evals + draw.num_evals.mean(1).cumsum()
-        if budget.max_evals is not None:
-            is_enough = (spent >= budget.max_evals) & (block.end_times >= budget.min_seconds)
+        fraction = draws.num_evals.max(1).cumsum()  # a transition lasts until the last chain is done
+        fraction = fraction / fraction[-1]
+        block = _Block(draws, rows, elapsed + (now - elapsed) * fraction, host.num_rows - rows_before)
+        spent = num_evals + draws.num_evals.mean(1).cumsum()
+        if limits.max_evals is not None:
+            is_enough = (spent >= limits.max_evals) & (block.end_times >= limits.min_seconds)
             is_spent = bool(is_enough.any())
             if is_spent:
-                block = _cut(block, share, int(is_enough.argmax()) + 1)
+                block = _cut(block, fraction, int(is_enough.argmax()) + 1)
         blocks.append(block)
         num_draws += len(block.rows)
         num_evals, elapsed = float(spent[-1]), now
-        length = _next_length(budget, num_draws, num_evals, elapsed, program.block_size)
+        length = _next_length(limits, num_draws, num_evals, elapsed, program.block_size)
     return blocks
 
 
-def _cut(block: _Block, share: NDArray[np.float64], length: int) -> _Block:
+def _cut(block: _Block, fraction: NDArray[np.float64], length: int) -> _Block:
     """Keep the first draws of a block."""
-    draw = Draw(*(part[:length] for part in block.draw))
-    return _Block(draw, block.rows[:length], block.end_times[:length], block.num_computed * share[length - 1])
+    draws = Transition(*(part[:length] for part in block.draws))
+    return _Block(draws, block.rows[:length], block.end_times[:length], block.num_computed * fraction[length - 1])
 
 
-def _next_length(budget: _Budget, num_draws: int, num_evals: float, elapsed: float, block_size: int) -> int:
-    """Choose how many draws to ask for next: those that the budget seems to leave."""
-    left = float(budget.num_draws - num_draws)
-    if budget.max_evals is not None:
-        left_of_evals = (budget.max_evals / num_evals - 1) * num_draws
-        left_of_time = (budget.min_seconds / elapsed - 1) * num_draws
+def _next_length(limits: _Limits, num_draws: int, num_evals: float, elapsed: float, block_size: int) -> int:
+    """Estimate the number of draws until the limits are reached, at most a block."""
+    left = float(limits.num_draws - num_draws)
+    if limits.max_evals is not None:
+        left_of_evals = (limits.max_evals / num_evals - 1) * num_draws
+        left_of_time = (limits.min_seconds / elapsed - 1) * num_draws
         left = min(left, max(left_of_evals, left_of_time))
     return max(1, min(int(left), block_size))
-
-
-def _states(draw: Draw, like: Tensor) -> list[KernelState]:
-    phi = draw.potential_energy.astype(np.float64) - 0.5 * np.square(draw.position, dtype=np.float64).sum(-1)
-    pairs = zip(draw.position, phi, strict=True)
-    return [KernelState(_tensor(rows, like), _tensor(values, like).to(like.dtype), None) for rows, values in pairs]
-
-
-def _tensor(values: Any, like: Tensor) -> Tensor:
-    # JAX does not let its memory be written to.
-    return torch.from_numpy(np.array(values)).to(like.device)
-
-
-def _collect(kernel: str, blocks: list[_Block], params: KernelParams, like: Tensor) -> Chains:
-    def column(field: str, dtype: type) -> Tensor:
-        values: NDArray[Any] = np.concatenate([getattr(block.draw, field) for block in blocks]).astype(dtype)
-        return _tensor(values, like).transpose(0, 1)
-
-    rows = [row for block in blocks for row in block.rows]
-    elapsed = torch.from_numpy(np.concatenate([block.end_times for block in blocks]))
-    return Chains(
-        kernel=kernel,
-        draws={name: torch.stack([row[name] for row in rows], dim=1) for name in rows[0]},
-        stats={
-            "lp": -column("potential_energy", np.float64),
-            "acceptance_rate": column("acceptance_rate", np.float64),
-            "diverging": column("is_divergent", np.bool_),
-            "energy": column("energy", np.float64),
-            "n_steps": column("num_evals", np.int64),
-        },
-        position=_tensor(blocks[-1].draw.position[-1], like),
-        params=params,
-        seconds=float(elapsed[-1]),
-        elapsed=elapsed,
-    )

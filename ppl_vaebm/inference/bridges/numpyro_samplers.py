@@ -1,14 +1,15 @@
-"""NumPyro's HMC and NUTS (Phan, Pradhan and Jankowiak 2019, arXiv:1912.11554), vectorised over chains.
+"""NumPyro's HMC and NUTS (Phan, Pradhan and Jankowiak 2019, arXiv:1912.11554), vectorized over chains.
 
-Each chain adapts its step and diagonal mass alone, as in NumPyro. What it reports as energy is the Hamiltonian of the
-selected point, not of the start.
+Each chain adapts its step and diagonal mass alone, as in NumPyro. Its energy is the Hamiltonian of the selected
+point, not of the start.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from ppl_vaebm.inference.bridges.jax_sampler import Draw, Options, Sampler, Tuned, potential_energy
+from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, SamplerOptions, Tuned, potential_energy
+from ppl_vaebm.inference.bridges.transitions import Transition
 
 if TYPE_CHECKING:
     from jax import Array
@@ -16,19 +17,11 @@ if TYPE_CHECKING:
 NumpyroKernelName = Literal["numpyro-hmc", "numpyro-nuts"]
 
 # NumPyro's default, which is Stan's.
-TARGET_ACCEPTANCE = 0.8
+NUMPYRO_TARGET_ACCEPTANCE = 0.8
 
 
-def build_numpyro(name: NumpyroKernelName, options: Options) -> Sampler:
-    """Make NumPyro's sampler.
-
-    Args:
-        name: ``numpyro-hmc``, which takes ``ceil(trajectory_length / step_size)`` steps, or ``numpyro-nuts``.
-        options: what it is told.
-
-    Returns:
-        The sampler.
-    """
+def build_numpyro(name: NumpyroKernelName, options: SamplerOptions) -> JaxSampler:
+    """Make NumPyro's HMC, which takes ``ceil(trajectory_length / step_size)`` steps, or its NUTS."""
     import jax
     from jax import numpy as jnp
     from numpyro.infer.hmc import hmc
@@ -55,9 +48,9 @@ def build_numpyro(name: NumpyroKernelName, options: Options) -> Sampler:
         state = jax.vmap(init, in_axes=(None, 0, 0))(phi, keys, position)
         return state, jnp.ones(len(position), int)
 
-    def step(phi: Any, state: Any) -> tuple[Any, Draw]:
+    def step(phi: Any, state: Any) -> tuple[Any, Transition]:
         state = move(state, phi)
-        draw = Draw(
+        draw = Transition(
             position=state.z,
             potential_energy=state.potential_energy,
             acceptance_rate=state.accept_prob,
@@ -72,4 +65,4 @@ def build_numpyro(name: NumpyroKernelName, options: Options) -> Sampler:
         length = jnp.full_like(adapted.step_size, options.trajectory_length)
         return Tuned(adapted.step_size, adapted.inverse_mass_matrix, length)
 
-    return Sampler(start, step, tuned, num_warm_steps=options.num_warmup)
+    return JaxSampler(start, step, tuned, num_warm_steps=options.num_warmup)

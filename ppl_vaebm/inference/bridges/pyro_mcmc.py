@@ -1,7 +1,7 @@
-"""Our kernels inside ``pyro.infer.MCMC``: Pyro's loop, hooks and progress bar around batched chains.
+"""This package's kernels inside ``pyro.infer.MCMC``: Pyro's loop, hooks and progress bar for batched chains.
 
-Pyro knows one chain per call of a kernel. Ours moves all chains at once, so a plain ``MCMC`` would take the chain axis
-for a part of the event: :class:`BatchedMCMC` is ``MCMC`` with that axis put in its place, and has R-hat over chains.
+A kernel of Pyro moves one chain. These move all chains at once, and a plain ``MCMC`` takes the chain axis for a part of
+the event: :class:`BatchedMCMC` restores the axis, so that R-hat compares chains.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ Sites = dict[str, Tensor]
 
 
 class PyroKernel(MCMCKernel):
-    """One of our kernels as one of Pyro's: a step moves all chains, each accepted or rejected on its own.
+    """A kernel for Pyro whose step moves all chains, each accepted or rejected on its own.
 
-    Every run draws from the stream of its seed, so Pyro's seed has no say, and a second run repeats the first one.
-    Warm-up steps tune the step size by dual averaging, as :func:`~ppl_vaebm.inference.adaptation.warm_up` does. A
-    kernel with a warm-up of its own runs all of it in :meth:`setup`; Pyro's warm-up steps then pass without a move.
+    Every run draws from the stream of ``seed``: Pyro's seed has no effect, and a second run repeats the first. Warm-up
+    steps tune the step size by dual averaging, as :func:`~ppl_vaebm.inference.kernels.adaptation.warm_up` does. A
+    kernel with its own warm-up runs all of it in :meth:`setup`, and does not move in Pyro's warm-up steps.
 
     Args:
         kernel: the transition.
         position: starts, ``(C, D)``.
         params: parameters of the kernel, or where its warm-up starts.
-        seed: the run's seed.
-        packing: the named sites that Pyro sees; ``None`` for one flat site, ``position``.
+        seed: seed of the run.
+        packing: the named sites that Pyro samples; ``None`` for one flat site, ``position``.
     """
 
-    # Pyro asks every kernel for these: there is no model to trace, and noise is unconstrained already.
+    # Pyro reads these from every kernel: there is no model to trace, and noise is unconstrained.
     model = None
     transforms: Mapping[str, Any] = {}
 
@@ -82,13 +82,7 @@ class PyroKernel(MCMCKernel):
         self._sites: Sites = {}
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        """Begin a run at the start; Pyro calls this.
-
-        Args:
-            warmup_steps: number of warm-up steps.
-            args: of the model in Pyro; there is none here.
-            kwargs: likewise.
-        """
+        """Begin a run at the start; Pyro calls this, with arguments for a model, which there is none of here."""
         self._begin(warmup_steps)
         self._generator = stream(self.seed, "pyro-mcmc", self.kernel.name, device=self._start.device)
         self._state = self.kernel.init(self._start)
@@ -100,19 +94,12 @@ class PyroKernel(MCMCKernel):
             self._sites = self.packing.unravel(self._state.position)
 
     def sample(self, params: Sites) -> Sites:
-        """Move every chain by one step; Pyro calls this.
-
-        Args:
-            params: where the chains stand, by site ``(C, *shape)``.
-
-        Returns:
-            Where they stand then.
-        """
+        """Move every chain by one step; Pyro calls this with, and gets back, positions by site ``(C, *shape)``."""
         is_warmup = self._num_steps < self._num_warmup
         self._num_steps += 1
         if is_warmup and self.kernel.warm_up is not None:
             return self._sites
-        if params is not self._sites:  # somebody moved the chains between two steps
+        if params is not self._sites:  # a caller moved the chains between two steps
             self._state = self.kernel.init(self.packing.ravel(params).detach())
         self._state, info = self.kernel.step(self._generator, self._state, self.params)
         if is_warmup:
@@ -134,7 +121,7 @@ class PyroKernel(MCMCKernel):
         self.params = with_step_size(self.params, math.exp(log_step))
 
     def logging(self) -> OrderedDict[str, str]:
-        """Return what the progress bar shows, under Pyro's names: the step, and the mean acceptance since warm-up."""
+        """Return the text of the progress bar, under Pyro's names: step size, and mean acceptance since warm-up."""
         rate = f"{self.acceptance_rate.mean():.3f}" if self._acceptance else "-"
         return OrderedDict([("step size", f"{float(self.params.step_size):.2e}"), ("acc. prob", rate)])
 
@@ -145,7 +132,7 @@ class PyroKernel(MCMCKernel):
 
     @property
     def is_divergent(self) -> Tensor:
-        """Which draws diverged, ``(C, N)``."""
+        """Whether each draw diverged, ``(C, N)``."""
         return torch.stack(self._is_divergent, dim=1)
 
     def diagnostics(self) -> dict[str, Any]:
@@ -156,7 +143,7 @@ class PyroKernel(MCMCKernel):
         }
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:
-        """Return the same of every chain."""
+        """Return the divergent draws and the mean acceptance rate of every chain, under Pyro's names."""
         rows = zip(self.is_divergent, self.acceptance_rate, strict=True)
         return [
             {"divergences": is_divergent.nonzero().flatten().tolist(), "acceptance rate": float(rate)}
@@ -164,21 +151,21 @@ class PyroKernel(MCMCKernel):
         ]
 
     def report(self) -> Mapping[str, float | list[float]]:
-        """Return what the kernel has to say of the whole run, such as swap rates; nothing for most."""
+        """Return the kernel's report of the whole run, such as swap rates; empty for most kernels."""
         return self.kernel.report(self._state, self.params) if self.kernel.report else {}
 
 
 class BatchedMCMC(MCMC):
-    """``pyro.infer.MCMC`` of a :class:`PyroKernel`, with its chains as chains.
+    """``pyro.infer.MCMC`` of a :class:`PyroKernel`, with a chain axis.
 
     ``get_samples(group_by_chain=True)`` has shapes ``(C, N, *shape)``, ``summary()`` and ``diagnostics()`` have R-hat
-    over chains and the divergences of each one, and ``arviz.from_pyro`` takes it. A plain ``MCMC`` runs the kernel as
-    well, but returns ``(1, N, C, *shape)`` and compares nothing.
+    over chains and the divergences of each chain, and ``arviz.from_pyro`` accepts it. A plain ``MCMC`` runs the kernel
+    too, but returns ``(1, N, C, *shape)``, and its R-hat does not compare the chains.
 
     Args:
         kernel: the kernel.
         num_samples: draws per chain, N.
-        warmup_steps: steps of warm-up; as many as draws if not given, as in Pyro.
+        warmup_steps: number of warm-up steps; as many as draws if not given, as in Pyro.
         initial_params: starts by site, ``(C, *shape)``, instead of the kernel's.
         hook_fn: called after every step with the kernel, the sites, the stage and the index.
         disable_progbar: whether to print no progress.
@@ -199,18 +186,12 @@ class BatchedMCMC(MCMC):
                 f"expected a PyroKernel, which knows its chains, found {type(kernel).__name__}: "
                 "use pyro.infer.MCMC for other kernels"
             )
-        super().__init__(
-            kernel,
-            num_samples,
-            warmup_steps,
-            initial_params=initial_params,
-            hook_fn=hook_fn,
-            disable_progbar=disable_progbar,
-        )
+        options = {"initial_params": initial_params, "hook_fn": hook_fn, "disable_progbar": disable_progbar}
+        super().__init__(kernel, num_samples, warmup_steps, **options)
 
     def run(self, *args: Any, **kwargs: Any) -> None:
         """Run all chains; see :meth:`pyro.infer.MCMC.run`."""
-        self.num_chains = 1  # to Pyro a kernel runs once for each of its chains
+        self.num_chains = 1  # Pyro runs a kernel once for each of its chains
         super().run(*args, **kwargs)
         samples: Sites = super().get_samples(group_by_chain=True)
         self._samples: Any = {name: draws.squeeze(0).transpose(0, 1) for name, draws in samples.items()}
@@ -220,11 +201,10 @@ class BatchedMCMC(MCMC):
     def diagnostics(self) -> dict[str, Any]:
         """Return ``n_eff`` and ``r_hat`` of each site, and ``divergences`` and ``acceptance rate`` of each chain.
 
-        Chains are called ``chain 0``, ``chain 1``, ... as in Pyro, but ``chain 00`` where there are more than ten, for
-        ArviZ takes them in alphabetical order.
+        The names of chains, ``chain 0``, ``chain 1``, ... in Pyro, have leading zeros here, because ArviZ sorts them.
         """
-        found: dict[str, Any] = super().diagnostics()
+        diagnostics: dict[str, Any] = super().diagnostics()
         width = len(str(self.num_chains - 1))
         for name in self._diagnostics[0]:
-            found[name] = {f"chain {i:0{width}}": row[name] for i, row in enumerate(self._diagnostics)}
-        return found
+            diagnostics[name] = {f"chain {i:0{width}}": row[name] for i, row in enumerate(self._diagnostics)}
+        return diagnostics

@@ -67,7 +67,7 @@ def test_values_and_gradients_are_torchs_to_the_last_bit(
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_so_are_those_of_a_vaebm(name: str) -> None:
+def test_values_and_gradients_of_a_vaebm_are_torchs_to_the_last_bit(name: str) -> None:
     potential = noise_potential(shipped_vaebm(name))
     q = potential.draw_reference(stream(0, "position"), 5)
     phi = JaxPotential(potential, q)
@@ -200,5 +200,5 @@ def test_gradients_are_taken_under_no_grad_and_positions_may_be_written_to() -> 
 def test_a_missing_extra_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     require("jax", "numpyro", "blackjax")
     monkeypatch.setattr(jax_potential, "find_spec", lambda name: None if name == "numpyro" else object())
-    with pytest.raises(InputError, match=r"found no numpyro: .*pip install 'ppl_vaebm\[jax\]'"):
+    with pytest.raises(InputError, match=r"found no numpyro: .*pip install -e '\.\[jax\]'"):
         require("jax", "numpyro")

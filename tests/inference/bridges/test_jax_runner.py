@@ -165,7 +165,7 @@ def test_shapes_and_names_are_those_of_run_chains(kernel: str) -> None:
     assert chains.stats["lp"].dtype == chains.draws["q"].dtype == chains.draws["phi"].dtype == torch.float64
     assert chains.params.step_size.shape == chains.params.trajectory_length.shape == (NUM_CHAINS,)
     assert chains.params.inverse_mass.shape == (NUM_CHAINS, DIM)
-    assert (chains.params.step_size != jax_bridge.STEP_SIZE).all()
+    assert (chains.params.step_size != jax_bridge.JAX_STEP_SIZE).all()
     assert {"seed": 1, "thin": 1}.items() <= chains.attrs.items()
 
 
@@ -317,5 +317,5 @@ def test_bad_input_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="at least 30 warm-up steps for blackjax-mclmc, .* found 10"):
         run("blackjax-mclmc", num_warmup=10)
     monkeypatch.setattr(jax_potential, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"found no jax, numpyro: .*ppl_vaebm\[jax\]"):
+    with pytest.raises(InputError, match=r"found no jax, numpyro: .*pip install -e '\.\[jax\]'"):
         run(ALONE)
