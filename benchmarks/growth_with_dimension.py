@@ -32,7 +32,7 @@ from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import summarize
-from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin
+from ppl_vaebm.inference.kernels import gradient_free, hmc, langevin
 from ppl_vaebm.inference.kernels.base import Kernel, KernelState, Potential, init_params
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
@@ -76,8 +76,8 @@ METHODS = {
     ),
     "mala leapfrog": Method(lambda phi: langevin.build_mala(phi, integrator="leapfrog"), 150),
     "langevin": Method(langevin.build_langevin, 0),
-    "pcn": Method(crank_nicolson.build_pcn, 200, GRADIENT_FREE_EVALS),
-    "elliptical": Method(elliptical.build_elliptical, 0, GRADIENT_FREE_EVALS),
+    "pcn": Method(gradient_free.build_pcn, 200, GRADIENT_FREE_EVALS),
+    "elliptical": Method(gradient_free.build_elliptical, 0, GRADIENT_FREE_EVALS),
 }
 EXACT = tuple(name for name in METHODS if name != "langevin")
 IS_TUNED = tuple(name for name in METHODS if METHODS[name].num_warmup)

@@ -27,8 +27,7 @@ from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.likelihood import log_p, reference_energies
 from ppl_vaebm.inference.log_z import ais
-from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel
-from ppl_vaebm.inference.log_z.annealing_pilot import run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel, run_pilot, spaced_ladder
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.normalizing_constant import Effort, estimate_normaliser
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential

@@ -29,7 +29,7 @@ from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, summarize
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params
-from ppl_vaebm.inference.kernels.targets_modes import NUM_PER_AXIS, grid_modes
+from ppl_vaebm.inference.kernels.targets import NUM_PER_AXIS, grid_modes
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import load_run
 

@@ -22,7 +22,7 @@ from benchmarks.common import write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import summarize
-from ppl_vaebm.inference.kernels import hmc
+from ppl_vaebm.inference.kernels import hmc, integrators
 from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
@@ -41,7 +41,7 @@ ONE_STEP_DRAWS = 20
 class Setting(NamedTuple):
     """What a pilot run chooses."""
 
-    integrator: hmc.Integrator
+    integrator: integrators.Integrator
     step_size: float
     num_steps: int
 
@@ -74,7 +74,7 @@ def _judge(chains: Chains) -> dict[str, float]:
     }
 
 
-def _settings(integrator: hmc.Integrator, dim: int) -> list[Setting]:
+def _settings(integrator: integrators.Integrator, dim: int) -> list[Setting]:
     if integrator == "splitting":
         return [Setting(integrator, h, steps) for h, steps in SPLITTING_GRID]
     sizes = [dim**-0.25 * scale for scale in LEAPFROG_SCALES]

@@ -89,7 +89,7 @@ def annealed_starts(
         for _ in range(NUM_MOVES):
             state, info = move(potential, _build, generator, state, inverse_temperature, step_size)
             # The step follows the acceptance from one transition to the next.
-            excess = float(info.acceptance_rate.mean()) - hmc.TARGET_ACCEPTANCE
+            excess = float(info.acceptance_rate.mean()) - hmc.HMC_TARGET_ACCEPTANCE
             step_size = min(MAX_STEP_SIZE, step_size * math.exp(excess))
             num_evals += NUM_STEPS
         if inverse_temperature == 1:

@@ -16,8 +16,7 @@ from torch import Tensor
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.kernels import tempered
 from ppl_vaebm.inference.kernels.adaptation import warm_up
-from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, KernelState, init_params
-from ppl_vaebm.inference.kernels.hmc import draw_normal
+from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, KernelState, draw_normal, init_params
 from ppl_vaebm.inference.kernels.ladder import follow_rates, start_ladder, stored_ladder
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vaebm import VAEBM

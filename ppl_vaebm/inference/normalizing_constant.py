@@ -22,8 +22,7 @@ from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.log_z import ais, smc
-from ppl_vaebm.inference.log_z.annealing import default_kernel
-from ppl_vaebm.inference.log_z.annealing_pilot import Pilot, num_temperatures_for, run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import Pilot, default_kernel, num_temperatures_for, run_pilot, spaced_ladder
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.log_z.bridge import bridge
 from ppl_vaebm.inference.log_z.thermodynamic import Integral, integrate, ladder_bridge

@@ -13,8 +13,7 @@ from typing import TypeAlias, get_args
 import torch
 
 from ppl_vaebm.config import KernelConfig, KernelName
-from ppl_vaebm.inference.kernels import langevin, targets
-from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels import registry, targets
 from ppl_vaebm.inference.kernels.base import Kernel, Potential, init_params
 
 PATH = Path(__file__).with_suffix(".json")
@@ -27,10 +26,9 @@ Numbers: TypeAlias = dict[str, list[dict[str, list[float]]]]
 
 def all_kernels(potential: Potential) -> dict[str, Kernel]:
     """Build every kernel by name, and every integrator of those that have a choice."""
-    built = {name: kernels.build_kernel(KernelConfig(name, num_levels=2), potential) for name in get_args(KernelName)}
+    built = {name: registry.build_kernel(KernelConfig(name, num_levels=2), potential) for name in get_args(KernelName)}
     for name in ("mala", "hmc", "chees"):
-        built[f"{name} leapfrog"] = kernels.build_kernel(KernelConfig(name, integrator="leapfrog"), potential)
-    built["langevin splitting"] = langevin.build_langevin(potential, scheme="splitting")
+        built[f"{name} leapfrog"] = registry.build_kernel(KernelConfig(name, integrator="leapfrog"), potential)
     return built
 
 

@@ -22,7 +22,7 @@ from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.kernels.base import Potential, init_params
 from ppl_vaebm.inference.kernels.chains import run_chains
-from ppl_vaebm.inference.kernels.targets_curved import logistic_regression
+from ppl_vaebm.inference.kernels.targets import logistic_regression
 from ppl_vaebm.rng import stream
 
 PATH = Path(__file__).with_suffix(".json")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference import normalizing_constant as normaliser
-from ppl_vaebm.inference.kernels import crank_nicolson
+from ppl_vaebm.inference.kernels import gradient_free
 from ppl_vaebm.inference.likelihood import RejectionError, reference_energies
 from ppl_vaebm.inference.log_z import smc
 from ppl_vaebm.inference.log_z.base import LogZ
@@ -91,7 +91,7 @@ def _shift() -> float:
 
 
 def _frozen(potential: object) -> object:
-    kernel = crank_nicolson.build_pcn(potential)  # type: ignore[arg-type]
+    kernel = gradient_free.build_pcn(potential)  # type: ignore[arg-type]
     return kernel._replace(
         step=lambda generator, state, params: kernel.step(
             generator, state, params._replace(step_size=1e-3 * params.step_size)

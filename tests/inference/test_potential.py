@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.kernels.base import Kernel, Potential, init_params
-from ppl_vaebm.inference.kernels.langevin import build_langevin
 from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
@@ -211,12 +210,10 @@ KERNELS = {
     "elliptical": KernelConfig("elliptical"),
     "mixture": KernelConfig("mixture", members=("independence", "hmc"), num_steps=2),
 }
-EVERY = [*KERNELS, "langevin splitting"]
+EVERY = list(KERNELS)
 
 
 def new_kernel(name: str, potential: Potential) -> Kernel:
-    if name == "langevin splitting":
-        return build_langevin(potential, scheme="splitting")
     return build_kernel(KERNELS[name], potential)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels.hmc import draw_normal
+from ppl_vaebm.inference.kernels.base import draw_normal
 
 
 class Taken(NamedTuple):

@@ -103,7 +103,7 @@ class KernelInfo(NamedTuple):
     """Evaluations of Phi in this step, with their gradient where the kernel uses one."""
 
 
-class Reference(NamedTuple):
+class DiagonalGaussian(NamedTuple):
     """A Gaussian with independent coordinates, for splitting to split off instead of N(0, I)."""
 
     mean: Tensor
@@ -132,7 +132,7 @@ class KernelParams(NamedTuple):
     """Total angle of one HMC trajectory, ``()``; kernels of one step ignore it."""
     ladder: Ladder | None = None
     """Levels of a tempered kernel; no other has any."""
-    reference: Reference | None = None
+    reference: DiagonalGaussian | None = None
     """What HMC by splitting splits off; ``None`` is N(0, I)."""
     partners: KernelParams | None = None
     """Those of the chains that an exchanging kernel keeps; no other has any."""
@@ -304,3 +304,15 @@ def select(mask: Tensor, chosen: KernelState, other: KernelState) -> KernelState
         torch.where(mask, chosen.potential, other.potential),
         grad,
     )
+
+
+def with_grad(potential: Potential, state: KernelState) -> tuple[KernelState, int]:
+    """Fill in the gradient that a gradient-free kernel left out; return also the evaluations that took, 0 or 1."""
+    if state.grad is not None:
+        return state, 0
+    return KernelState(state.position, *value_and_grad(potential, state.position)), 1
+
+
+def draw_normal(generator: torch.Generator, like: Tensor) -> Tensor:
+    """Draw standard normals shaped, typed and placed like a tensor."""
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)

@@ -24,20 +24,22 @@ from ppl_vaebm.inference.kernels.adaptation import (
     with_step_size,
 )
 from ppl_vaebm.inference.kernels.base import (
+    DiagonalGaussian,
     Kernel,
     KernelInfo,
     KernelParams,
     KernelState,
     Potential,
-    Reference,
+    draw_normal,
     init_with_grad,
 )
+from ppl_vaebm.inference.kernels.integrators import Integrator, Trajectory
 
 # Hoffman, Radul and Sountsov 2021; the target is that of Beskos et al. 2013 for leapfrog in high dimension.
-TARGET_ACCEPTANCE = 0.651
+CHEES_TARGET_ACCEPTANCE = 0.651
 LEARNING_RATE, SQUARE_DECAY = 0.025, 0.95
 # That of TensorFlow Probability and of BlackJAX. A trajectory that long is a step size that went wrong.
-MAX_NUM_STEPS = 1000
+CHEES_MAX_NUM_STEPS = 1000
 # One chain has no spread to measure.
 MIN_CHAINS = 2
 # Shares of the warm-up after which the Gaussian is fitted anew, to the draws since the last fit; what is left is for
@@ -77,9 +79,9 @@ class Tuning(NamedTuple):
 def build(
     potential: Potential,
     *,
-    integrator: hmc.Integrator = "splitting",
-    max_num_steps: int = MAX_NUM_STEPS,
-    target_acceptance: float = TARGET_ACCEPTANCE,
+    integrator: Integrator = "splitting",
+    max_num_steps: int = CHEES_MAX_NUM_STEPS,
+    target_acceptance: float = CHEES_TARGET_ACCEPTANCE,
     fits_reference: bool = True,
     name: str = "chees",
 ) -> Kernel:
@@ -108,8 +110,8 @@ def build(
 
     def move(
         generator: torch.Generator, state: KernelState, params: KernelParams, share: float
-    ) -> tuple[KernelState, KernelInfo, hmc.Trajectory]:
-        momentum = hmc.draw_normal(generator, state.position)
+    ) -> tuple[KernelState, KernelInfo, Trajectory]:
+        momentum = draw_normal(generator, state.position)
         ratio = share * float(params.trajectory_length) / float(params.step_size)
         steps = max(1, math.ceil(min(ratio, max_num_steps)))
         return hmc.transition(potential, generator, state, momentum, params, params.step_size, steps, integrator)
@@ -156,7 +158,7 @@ def halton(index: int) -> float:
     return value
 
 
-def criterion_gradient(start: KernelState, trajectory: hmc.Trajectory, info: KernelInfo, params: KernelParams) -> float:
+def criterion_gradient(start: KernelState, trajectory: Trajectory, info: KernelInfo, params: KernelParams) -> float:
     """Estimate the derivative of ChEES by the angle of a trajectory as the paper does, up to a constant factor.
 
     With positions in units of ``sqrt(inverse_mass)`` and their mean over chains taken off, it is the mean of
@@ -186,7 +188,7 @@ def criterion_gradient(start: KernelState, trajectory: hmc.Trajectory, info: Ker
     return float((info.acceptance_rate * gained * speed).sum() / info.acceptance_rate.sum())
 
 
-def fit_gaussian(moments: Moments, like: Tensor) -> Reference:
+def fit_gaussian(moments: Moments, like: Tensor) -> DiagonalGaussian:
     """Fit mean and scale of every coordinate that is not N(0, 1) to within the error of the chains.
 
     Args:
@@ -206,7 +208,7 @@ def fit_gaussian(moments: Moments, like: Tensor) -> Reference:
     z_variance = (variance - 1).abs() / (variances.std(0) / math.sqrt(num_chains))
     is_other = (torch.maximum(z_mean, z_variance) > MIN_Z) & (variance > 0) & variance.isfinite()
     weight = num_chains / (num_chains + PRIOR_CHAINS)
-    return Reference(
+    return DiagonalGaussian(
         torch.where(is_other, weight * mean, 0.0).to(like),
         torch.where(is_other, variance, 1.0).pow(weight / 2).to(like),
     )
@@ -235,7 +237,7 @@ def _add(moments: Moments, position: Tensor) -> Moments:
     return Moments(moments.num_draws + 1, moments.total + position, moments.square + position.square())
 
 
-def _refit(params: KernelParams, moments: Moments, integrator: hmc.Integrator) -> KernelParams:
+def _refit(params: KernelParams, moments: Moments, integrator: Integrator) -> KernelParams:
     """Move to a new Gaussian; wide coordinates, which decide the length, keep theirs in their own unit."""
     reference = fit_gaussian(moments, params.inverse_mass)
     inverse_mass = reference.scale.square()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
-from ppl_vaebm.inference.kernels import chees, crank_nicolson, elliptical, hmc, langevin, tempered
-from ppl_vaebm.inference.kernels import cycle as mixture
+from ppl_vaebm.inference.kernels import chees, gradient_free, hmc, langevin, tempered
 from ppl_vaebm.inference.kernels.base import Kernel, KernelParams, Potential, init_params
+from ppl_vaebm.inference.kernels.cycle import build_mixture
 from ppl_vaebm.inference.kernels.ladder import start_ladder
 
 # Where warm-up starts from; langevin, which nothing tunes, has the eta = h^2 = 1e-3 that was the best of those
@@ -18,8 +18,8 @@ DEFAULT_STEP_SIZES = {
     "hmc": 0.1,
     "chees": 0.1,
     "pcn": 0.3,
-    "independence": crank_nicolson.FULL_STEP,
-    "elliptical": crank_nicolson.FULL_STEP,
+    "independence": gradient_free.FULL_STEP,
+    "elliptical": gradient_free.FULL_STEP,
     "tempered": 0.1,
 }
 
@@ -38,7 +38,7 @@ def build_kernel(config: KernelConfig, potential: Potential) -> Kernel:
         ValueError: a mixture of several kernels with a step to tune.
     """
     if config.name == "mixture":
-        return mixture.build_mixture([_build_one(name, config, potential) for name in config.members])
+        return build_mixture([_build_one(name, config, potential) for name in config.members])
     return _build_one(config.name, config, potential)
 
 
@@ -57,31 +57,31 @@ def _build_one(name: KernelName, config: KernelConfig, potential: Potential) -> 
             potential,
             integrator=config.integrator,
             num_steps=config.num_steps,
-            max_num_steps=config.max_num_steps or hmc.MAX_NUM_STEPS,
+            max_num_steps=config.max_num_steps or hmc.HMC_MAX_NUM_STEPS,
             jitter=config.jitter,
-            target_acceptance=asked or hmc.TARGET_ACCEPTANCE,
+            target_acceptance=asked or hmc.HMC_TARGET_ACCEPTANCE,
         )
     if name == "chees":
         return chees.build(
             potential,
             integrator=config.integrator,
-            max_num_steps=config.max_num_steps or chees.MAX_NUM_STEPS,
-            target_acceptance=asked or chees.TARGET_ACCEPTANCE,
+            max_num_steps=config.max_num_steps or chees.CHEES_MAX_NUM_STEPS,
+            target_acceptance=asked or chees.CHEES_TARGET_ACCEPTANCE,
             fits_reference=config.fit_reference,
         )
     if name == "tempered":
         return tempered.build(
             potential,
             num_levels=config.num_levels,
-            num_steps=config.num_steps or tempered.NUM_STEPS,
-            target_acceptance=asked or tempered.TARGET_ACCEPTANCE,
+            num_steps=config.num_steps or tempered.NUM_MOVE_STEPS,
+            target_acceptance=asked or tempered.TEMPERED_TARGET_ACCEPTANCE,
         )
     if name == "pcn":
-        return crank_nicolson.build_pcn(potential, target_acceptance=asked or crank_nicolson.TARGET_ACCEPTANCE)
+        return gradient_free.build_pcn(potential, target_acceptance=asked or gradient_free.PCN_TARGET_ACCEPTANCE)
     if name == "independence":
-        return crank_nicolson.build_independence(potential)
+        return gradient_free.build_independence(potential)
     assert name == "elliptical", name
-    return elliptical.build_elliptical(potential)
+    return gradient_free.build_elliptical(potential)
 
 
 def start_params(config: KernelConfig, position: Tensor) -> KernelParams:
@@ -102,4 +102,4 @@ def start_params(config: KernelConfig, position: Tensor) -> KernelParams:
     params = init_params(position, step_size, config.trajectory_length)
     if config.name != "tempered":
         return params
-    return params._replace(ladder=start_ladder(config.num_levels, params, config.num_steps or tempered.NUM_STEPS))
+    return params._replace(ladder=start_ladder(config.num_levels, params, config.num_steps or tempered.NUM_MOVE_STEPS))

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.kernels.adaptation import start_averaging, update_averaging
 from ppl_vaebm.inference.kernels.base import (
     Counts,
@@ -26,17 +25,19 @@ from ppl_vaebm.inference.kernels.base import (
     Ladder,
     Potential,
     Replicas,
+    draw_normal,
     log_density_energy,
     metropolis,
     value_and_grad,
 )
+from ppl_vaebm.inference.kernels.integrators import Trajectory, follow, make_flow
 from ppl_vaebm.inference.kernels.ladder import add_swaps, new_counts, report, respace, start_ladder, swap_rates
 
 # Moves are MALA's by default, and so is their target.
-TARGET_ACCEPTANCE = 0.65
-NUM_STEPS = 1
+TEMPERED_TARGET_ACCEPTANCE = 0.65
+NUM_MOVE_STEPS = 1
 # Chosen by us: K rejections share the barrier, and below a half each it is at most 2.5. That of gaussians25 is 0.7, and
-# 1.3 that of 25 modes under a mean energy of 23 nats (targets_modes.grid_modes).
+# 1.3 that of 25 modes under a mean energy of 23 nats (targets.grid_modes).
 NUM_LEVELS = 6
 # Shares of the warm-up after which the levels are spaced anew by the swaps since the last time: rounds that double, as
 # in the paper. The last half is for the steps that suit the last levels.
@@ -47,8 +48,8 @@ def build(
     potential: Potential,
     *,
     num_levels: int = NUM_LEVELS,
-    num_steps: int = NUM_STEPS,
-    target_acceptance: float = TARGET_ACCEPTANCE,
+    num_steps: int = NUM_MOVE_STEPS,
+    target_acceptance: float = TEMPERED_TARGET_ACCEPTANCE,
     name: str = "tempered",
 ) -> Kernel:
     """Make the kernel.
@@ -168,7 +169,7 @@ def _sweep(
 ) -> tuple[KernelState, KernelInfo, Tensor]:
     """Move every replica, then swap neighbours; return also each level's acceptance rate over chains, ``(K + 1,)``."""
     levels, counts = _flatten(state, ladder)
-    momentum = hmc.draw_normal(generator, levels.position)
+    momentum = draw_normal(generator, levels.position)
     energy = log_density_energy(levels) + 0.5 * momentum.double().square().sum(-1)
     trajectory = _trajectory(potential, levels, momentum, ladder, inverse_mass, num_steps)
     moved, *outcome = metropolis(generator, levels, trajectory.end, trajectory.energy_change)
@@ -187,7 +188,7 @@ def _trajectory(
     ladder: Ladder,
     inverse_mass: Tensor,
     num_steps: int,
-) -> hmc.Trajectory:
+) -> Trajectory:
     """Integrate every replica at its own level: the kicks are by ``b grad Phi``."""
     num_chains = len(momentum) // len(ladder.step_sizes)
     b = ladder.inverse_temperatures.repeat(num_chains)
@@ -203,8 +204,8 @@ def _trajectory(
         weighted = b.double() * (end.potential.double() - start.potential.double())
         return torch.where(is_reference, 0.0, weighted).masked_fill(~end.potential.isfinite(), math.nan)
 
-    flow = hmc.make_flow("splitting", step_sizes)._replace(force=force, change=change)
-    return hmc.follow(potential, levels, momentum, step_sizes, num_steps, flow)
+    flow = make_flow("splitting", step_sizes)._replace(force=force, change=change)
+    return follow(potential, levels, momentum, step_sizes, num_steps, flow)
 
 
 def _swap(

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from ppl_vaebm.inference.kernels import adaptation, crank_nicolson, hmc, langevin, targets
-from ppl_vaebm.inference.kernels import cycle as mixture
+from ppl_vaebm.inference.kernels import adaptation, gradient_free, hmc, langevin, targets
 from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, KernelState, init_params
+from ppl_vaebm.inference.kernels.cycle import build_mixture
 from ppl_vaebm.rng import stream
 
 TARGET = targets.gaussian(torch.zeros(10, dtype=torch.float64), torch.linspace(0.4, 1.6, 10, dtype=torch.float64))
@@ -46,8 +46,8 @@ def test_no_step_passes_a_quarter_turn() -> None:
         langevin.build_mala(PHI, integrator="leapfrog", target_acceptance=0.5),
         hmc.build(PHI, num_steps=3, jitter=0.2),
         hmc.build(PHI, num_steps=3, integrator="leapfrog", target_acceptance=0.9),
-        crank_nicolson.build_pcn(PHI),
-        mixture.build_mixture([crank_nicolson.build_independence(PHI), langevin.build_mala(PHI)]),
+        gradient_free.build_pcn(PHI),
+        build_mixture([gradient_free.build_independence(PHI), langevin.build_mala(PHI)]),
     ],
     ids=["mala", "mala leapfrog", "hmc", "hmc leapfrog", "pcn", "mixture"],
 )
@@ -126,7 +126,7 @@ def test_chains_that_hardly_accept_are_named() -> None:
     note = adaptation.acceptance_note(kernel, rates_of(0.9, 0.0, 0.079, math.nan))
     assert note is not None
     assert note.startswith("3 of 4 chains accept less than 0.08 of their proposals, where hmc is tuned to 0.8")
-    assert adaptation.acceptance_note(crank_nicolson.build_independence(PHI), rates_of(0.0)) is None
+    assert adaptation.acceptance_note(gradient_free.build_independence(PHI), rates_of(0.0)) is None
 
 
 def test_a_step_that_is_hopeless_is_named_after_a_run() -> None:

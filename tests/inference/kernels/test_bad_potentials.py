@@ -12,8 +12,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
-from ppl_vaebm.inference.kernels import adaptation, targets
-from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels import adaptation, registry, targets
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
@@ -50,10 +49,10 @@ def run(
     step_size: float | None = None,
 ) -> Chains:
     config = CONFIGS[name]
-    params = kernels.start_params(config, start)
+    params = registry.start_params(config, start)
     if step_size is not None:
         params = params._replace(step_size=torch.full_like(params.step_size, step_size))
-    kernel = kernels.build_kernel(config, potential)
+    kernel = registry.build_kernel(config, potential)
     generator = stream(0, "bad", name)
     return run_chains(
         kernel, generator, start, params, num_draws=num_draws, num_warmup=num_warmup, thin=thin, functionals=store

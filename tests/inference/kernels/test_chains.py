@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin, targets
+from ppl_vaebm.inference.kernels import gradient_free, hmc, langevin, targets
 from ppl_vaebm.inference.kernels.base import Kernel, KernelState, init_params, log_density_energy
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.rng import stream
@@ -63,13 +63,13 @@ def test_counts_that_differ_between_chains_stay_with_their_chain() -> None:
         rows += len(position)
         return TARGET.potential(position)
 
-    chains = chains_of(elliptical.build_elliptical(counted), num_draws=6, thin=2, num_warmup=5)
+    chains = chains_of(gradient_free.build_elliptical(counted), num_draws=6, thin=2, num_warmup=5)
     assert chains.num_evals + chains.warmup_evals == rows - len(START)  # the start itself is not counted
     assert chains.stats["n_steps"].unique().numel() > 1
 
 
 def test_warm_up_comes_first_and_its_step_is_kept() -> None:
-    kernel = crank_nicolson.build_pcn(TARGET.potential)
+    kernel = gradient_free.build_pcn(TARGET.potential)
     tuned, again = chains_of(kernel, num_draws=3, num_warmup=20), chains_of(kernel, num_draws=3, num_warmup=20)
     assert tuned.params.step_size != 0.4
     assert torch.equal(tuned.draws["q"], again.draws["q"])
@@ -81,7 +81,7 @@ def test_a_divergence_in_any_thinned_step_marks_the_draw() -> None:
         return torch.where(position[:, 0] > 1, torch.nan, TARGET.potential(position))
 
     start = torch.zeros(200, 3, dtype=torch.float64)
-    kernel, params = crank_nicolson.build_pcn(broken), init_params(start, 0.8)
+    kernel, params = gradient_free.build_pcn(broken), init_params(start, 0.8)
     chains = run_chains(kernel, stream(2, "broken"), start, params, num_draws=4, thin=3, functionals=functionals)
     singly = run_chains(kernel, stream(2, "broken"), start, params, num_draws=12, thin=1, functionals=functionals)
     flags = singly.stats["diverging"]

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
-from ppl_vaebm.inference.kernels import crank_nicolson, elliptical, hmc, langevin, targets
-from ppl_vaebm.inference.kernels import cycle as mixture
+from ppl_vaebm.inference.kernels import gradient_free, hmc, langevin, targets
 from ppl_vaebm.inference.kernels.base import Kernel, init_params
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
+from ppl_vaebm.inference.kernels.cycle import build_mixture
 from ppl_vaebm.rng import stream
 
 TARGET = targets.ar1_gaussian(4)
@@ -22,13 +22,13 @@ TARGET = targets.ar1_gaussian(4)
 def test_a_step_runs_the_members_in_turn_and_reports_the_tunable_one() -> None:
     phi = TARGET.potential
     members = [
-        crank_nicolson.build_independence(phi),
+        gradient_free.build_independence(phi),
         hmc.build(phi, num_steps=3),
-        elliptical.build_elliptical(phi),
+        gradient_free.build_elliptical(phi),
     ]
     start = TARGET.exact(stream(0, "start"), 40)
     params = init_params(start, 0.5)
-    cycle = mixture.build_mixture(members)
+    cycle = build_mixture(members)
     state, info = cycle.step(stream(1, "step"), cycle.init(start), params)
 
     expected, generator, infos = members[0].init(start), stream(1, "step"), []
@@ -41,22 +41,22 @@ def test_a_step_runs_the_members_in_turn_and_reports_the_tunable_one() -> None:
     # 1 of independence, 3 of HMC and 1 to fill in the gradient, and what the slices took.
     assert torch.equal(info.num_evals, 5 + infos[2].num_evals)
     assert info.is_accepted.all()  # slices always move
-    assert cycle.target_acceptance == hmc.TARGET_ACCEPTANCE
+    assert cycle.target_acceptance == hmc.HMC_TARGET_ACCEPTANCE
 
 
 def test_any_member_that_moves_accepts_and_any_that_diverges_diverges() -> None:
     narrow = targets.gaussian(torch.zeros(2, dtype=torch.float64), torch.full((2,), 0.01, dtype=torch.float64))
-    members = [langevin.build_mala(narrow.potential), elliptical.build_elliptical(narrow.potential)]
+    members = [langevin.build_mala(narrow.potential), gradient_free.build_elliptical(narrow.potential)]
     start = narrow.exact(stream(2, "start"), 10)
     for order in (members, members[::-1]):
-        cycle = mixture.build_mixture(order)
+        cycle = build_mixture(order)
         _, info = cycle.step(stream(3, "step"), cycle.init(start), init_params(start, 1.0))
         assert info.is_accepted.all() and info.is_divergent.all() and (info.acceptance_rate == 0).all()
 
 
 def test_without_a_tunable_member_the_last_one_reports() -> None:
     phi = TARGET.potential
-    cycle = mixture.build_mixture([elliptical.build_elliptical(phi), crank_nicolson.build_independence(phi)])
+    cycle = build_mixture([gradient_free.build_elliptical(phi), gradient_free.build_independence(phi)])
     start = TARGET.exact(stream(4, "start"), 40)
     _, info = cycle.step(stream(5, "step"), cycle.init(start), init_params(start, 0.5))
     assert cycle.target_acceptance is None
@@ -84,7 +84,7 @@ def test_it_crosses_between_modes_that_hmc_alone_does_not() -> None:
     phi = targets.two_modes(distance=1.5).potential
     local = hmc.build(phi, num_steps=3)
     alone = run_from_the_right_mode(local)
-    mixed = run_from_the_right_mode(mixture.build_mixture([crank_nicolson.build_independence(phi), local]))
+    mixed = run_from_the_right_mode(build_mixture([gradient_free.build_independence(phi), local]))
     assert not alone.draws["is_left"].any()
     # Chains are independent, and started so far ago that the last draws are even between the modes.
     assert abs(share_left(mixed) - 0.5) < 5 * math.sqrt(0.25 / 100)
@@ -97,7 +97,7 @@ def test_r_hat_sees_the_modes_that_hmc_alone_does_not_join() -> None:
     start = torch.tensor([[-1.5], [-1.5], [1.5], [1.5]], dtype=torch.float64)
     local = hmc.build(target.potential, num_steps=3)
     r_hats = []
-    for kernel in (local, mixture.build_mixture([crank_nicolson.build_independence(target.potential), local])):
+    for kernel in (local, build_mixture([gradient_free.build_independence(target.potential), local])):
         chains = run_chains(
             kernel,
             stream(7, "modes"),
@@ -114,8 +114,8 @@ def test_r_hat_sees_the_modes_that_hmc_alone_does_not_join() -> None:
 def test_members_that_cannot_be_tuned_together_are_refused() -> None:
     phi = TARGET.potential
     with pytest.raises(ValueError, match="one kernel with a step to tune, got mala, pcn"):
-        mixture.build_mixture([langevin.build_mala(phi), crank_nicolson.build_pcn(phi)])
-    fixed = crank_nicolson.build_pcn(phi, step_size=0.3)
-    assert mixture.build_mixture([langevin.build_mala(phi), fixed]).target_acceptance is not None
+        build_mixture([langevin.build_mala(phi), gradient_free.build_pcn(phi)])
+    fixed = gradient_free.build_pcn(phi, step_size=0.3)
+    assert build_mixture([langevin.build_mala(phi), fixed]).target_acceptance is not None
     with pytest.raises(ValueError, match="at least one member"):
-        mixture.build_mixture([])
+        build_mixture([])

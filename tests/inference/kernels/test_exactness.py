@@ -20,8 +20,7 @@ from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import QuantitySummary
-from ppl_vaebm.inference.kernels import langevin, targets, targets_curved, targets_modes
-from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels import langevin, registry, targets
 from ppl_vaebm.inference.kernels.base import Kernel, KernelParams, KernelState, Potential, init_params
 from ppl_vaebm.inference.kernels.chains import run_chains
 from ppl_vaebm.rng import stream
@@ -53,7 +52,7 @@ class Known(NamedTuple):
 def logistic() -> targets.Target:
     """The regression, with the stored moments; nobody has exact draws of it."""
     moments = reference_moments.stored()
-    potential = targets_curved.logistic_regression(*reference_moments.breast_cancer())
+    potential = targets.logistic_regression(*reference_moments.breast_cancer())
 
     def exact(generator: torch.Generator, n: int) -> Tensor:
         raise NotImplementedError("this posterior has no exact draws")
@@ -88,18 +87,18 @@ TARGETS = {
         num_draws=300,
     ),
     "banana": Known(
-        targets_curved.banana,
+        targets.banana,
         {"mala": 8, "hmc": 2, "hmc leapfrog": 2, "chees": 1, "pcn": 3, "independence": 3, "elliptical": 2}
         | {"mixture": 1, "tempered": 2},
     ),
     "25 modes": Known(
-        targets_modes.grid_modes,
+        targets.grid_modes,
         {"mala": 2, "hmc": 1, "hmc leapfrog": 1, "chees": 1, "pcn": 40, "independence": 10, "elliptical": 3}
         | {"mixture": 5, "tempered": 4},
         num_warmup=150,
     ),
     "funnel": Known(
-        lambda: targets_curved.funnel(torch.linspace(-2, 2, 9, dtype=torch.float64)),
+        lambda: targets.funnel(torch.linspace(-2, 2, 9, dtype=torch.float64)),
         {"mala": 2, "hmc": 1, "hmc leapfrog": 1, "chees": 2, "pcn": 24, "independence": 50, "elliptical": 7}
         | {"mixture": 1, "tempered": 3},
     ),
@@ -195,9 +194,9 @@ def worst_z(name: str, rows: list[QuantitySummary]) -> float:
 @pytest.mark.parametrize(("target", "kernel"), PAIRS)
 def test_the_moments_are_right_or_the_diagnosis_says_that_they_are_not_known(target: str, kernel: str) -> None:
     config = KERNELS[kernel]
-    build = kernels.build_kernel(config, built(target).potential)
+    build = registry.build_kernel(config, built(target).potential)
     thin = TARGETS[target].thin[kernel]
-    rows = judged(target, build, lambda start: kernels.start_params(config, start), thin)
+    rows = judged(target, build, lambda start: registry.start_params(config, start), thin)
     is_converged = all(diagnostics.is_converged(row) for row in rows)
     if (target, kernel) in FLAGGED:
         assert not is_converged
@@ -226,8 +225,8 @@ def test_proposals_that_do_not_cover_the_tails_can_look_converged_and_be_wrong()
     # Why the banana above is the narrow one. On a wide one exp(-Phi) has no bound along its arms, where N(0, I) hardly
     # ever proposes, and the diagnosis cannot see what no chain has seen. Of seeds 4 to 7 two are flagged, and two are 9
     # and 16 standard errors off without a flag.
-    target = targets_curved.banana(scale=1.0, curvature=0.7)
-    kernel = kernels.build_kernel(KernelConfig("independence"), target.potential)
+    target = targets.banana(scale=1.0, curvature=0.7)
+    kernel = registry.build_kernel(KernelConfig("independence"), target.potential)
     num_misled = 0
     for seed in (4, 5, 6, 7):
         start = torch.randn(32, 2, generator=stream(seed, "start"), dtype=torch.float64)
@@ -277,9 +276,9 @@ def z_after_steps(target: targets.Target, kernel: Kernel, params: KernelParams, 
 @pytest.mark.parametrize("target", STEP_SIZES)
 def test_started_from_exact_draws_it_stays_exact(target: str, kernel: str) -> None:
     known, config = built(target), KERNELS[kernel]
-    params = kernels.start_params(config, known.mean.unsqueeze(0))
+    params = registry.start_params(config, known.mean.unsqueeze(0))
     params = params._replace(step_size=known.mean.new_tensor(STEP_SIZES[target]))
-    assert z_after_steps(known, kernels.build_kernel(config, known.potential), params, NUM_STEPS) < MAX_Z
+    assert z_after_steps(known, registry.build_kernel(config, known.potential), params, NUM_STEPS) < MAX_Z
 
 
 # On the others its bias is in directions that no coordinate shows, or as small as the error.

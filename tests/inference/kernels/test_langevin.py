@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels import crank_nicolson, hmc, langevin, targets
+from ppl_vaebm.inference.kernels import gradient_free, hmc, integrators, langevin, targets
 from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
 from ppl_vaebm.rng import stream
 
@@ -47,19 +47,8 @@ def test_the_euler_step_has_the_known_wrong_variance_on_a_standard_normal(h: flo
     assert abs(found - 1) > 5 * standard_error
 
 
-def test_the_splitting_scheme_is_a_kick_a_rotation_and_a_kick_always_taken() -> None:
-    h = 1.2
-    start = TARGET.exact(stream(4, "start"), 50)
-    kernel = langevin.build_langevin(TARGET.potential, scheme="splitting")
-    state, info = kernel.step(stream(5, "step"), kernel.init(start), init_params(start, h))
-    noise = torch.randn(start.shape, generator=stream(5, "step"), dtype=start.dtype)
-    kicked = noise - h / 2 * value_and_grad(TARGET.potential, start)[1]
-    torch.testing.assert_close(state.position, start * math.cos(h) + kicked * math.sin(h))
-    assert info.is_accepted.all() and info.acceptance_rate.min() < 0.5
-
-
 @pytest.mark.parametrize("integrator", ["splitting", "leapfrog"])
-def test_mala_is_hmc_with_one_step(integrator: hmc.Integrator) -> None:
+def test_mala_is_hmc_with_one_step(integrator: integrators.Integrator) -> None:
     start = TARGET.exact(stream(6, "start"), 20)
     params = init_params(start, 0.6)
     mala = langevin.build_mala(TARGET.potential, integrator=integrator)
@@ -95,12 +84,7 @@ def test_leapfrog_mala_accepts_with_the_textbook_ratio() -> None:
 def test_a_missing_gradient_is_one_more_evaluation() -> None:
     start = TARGET.exact(stream(10, "start"), 3)
     kernel, params = langevin.build_langevin(TARGET.potential), init_params(start, 0.1)
-    without_grad: KernelState = crank_nicolson.build_pcn(TARGET.potential).init(start)
+    without_grad: KernelState = gradient_free.build_pcn(TARGET.potential).init(start)
     state, info = kernel.step(stream(11, "fill"), without_grad, params)
     assert info.num_evals.tolist() == [2] * 3
     assert kernel.step(stream(11, "fill"), state, params)[1].num_evals.tolist() == [1] * 3
-
-
-def test_an_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ValueError, match="euler, splitting, got 'heun'"):
-        langevin.build_langevin(TARGET.potential, scheme="heun")  # type: ignore[arg-type]

@@ -13,16 +13,14 @@ from torch import Tensor
 from ppl_vaebm.config import TUNABLE_KERNELS, KernelConfig, KernelName
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
-from ppl_vaebm.inference.kernels import chees, crank_nicolson, elliptical, hmc, langevin, targets, tempered
-from ppl_vaebm.inference.kernels import cycle as mixture
-from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels import chees, gradient_free, hmc, integrators, langevin, registry, targets, tempered
 from ppl_vaebm.inference.kernels.base import (
+    DiagonalGaussian,
     Kernel,
     KernelInfo,
     KernelParams,
     KernelState,
     Potential,
-    Reference,
     acceptance,
     init_params,
     init_with_grad,
@@ -31,6 +29,7 @@ from ppl_vaebm.inference.kernels.base import (
     value_and_grad,
 )
 from ppl_vaebm.inference.kernels.chains import run_chains
+from ppl_vaebm.inference.kernels.cycle import build_mixture
 from ppl_vaebm.inference.kernels.ladder import start_ladder
 from ppl_vaebm.rng import stream
 from tests.inference.level_draws import level_draws
@@ -54,12 +53,11 @@ class Case(NamedTuple):
 
 
 def named(name: KernelName, **options: object) -> Build:
-    return lambda potential: kernels.build_kernel(KernelConfig(name=name, **options), potential)  # type: ignore[arg-type]
+    return lambda potential: registry.build_kernel(KernelConfig(name=name, **options), potential)  # type: ignore[arg-type]
 
 
 CASES = {
     "langevin": Case(named("langevin"), is_adjusted=False, is_splitting=False),
-    "langevin splitting": Case(lambda phi: langevin.build_langevin(phi, scheme="splitting"), is_adjusted=False),
     "mala": Case(named("mala")),
     "mala leapfrog": Case(named("mala", integrator="leapfrog"), is_splitting=False),
     "hmc": Case(named("hmc", num_steps=3, jitter=0.0)),
@@ -158,7 +156,7 @@ def without_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
         yes = torch.ones_like(energy_change, dtype=torch.bool)
         return proposal, yes.double(), yes, ~yes
 
-    for module in (hmc, crank_nicolson, tempered):
+    for module in (hmc, gradient_free, tempered):
         monkeypatch.setattr(module, "metropolis", take_all)
 
 
@@ -212,12 +210,12 @@ def test_every_kernel_that_a_recipe_can_name_is_under_contract() -> None:
             lambda phi: tempered.build(phi, num_levels=3, num_steps=2),
         ),
         (KernelConfig("hmc", max_num_steps=2), lambda phi: hmc.build(phi, max_num_steps=2, jitter=0.2)),
-        (KernelConfig("pcn"), crank_nicolson.build_pcn),
-        (KernelConfig("independence"), crank_nicolson.build_independence),
-        (KernelConfig("elliptical"), elliptical.build_elliptical),
+        (KernelConfig("pcn"), gradient_free.build_pcn),
+        (KernelConfig("independence"), gradient_free.build_independence),
+        (KernelConfig("elliptical"), gradient_free.build_elliptical),
         (
             KernelConfig("mixture", members=("independence", "mala")),
-            lambda phi: mixture.build_mixture([crank_nicolson.build_independence(phi), langevin.build_mala(phi)]),
+            lambda phi: build_mixture([gradient_free.build_independence(phi), langevin.build_mala(phi)]),
         ),
     ],
     ids=lambda value: value.name if isinstance(value, KernelConfig) else "",
@@ -226,7 +224,7 @@ def test_a_configuration_builds_the_kernel_that_it_names(config: KernelConfig, d
     target = TARGETS["ar1"].target
     start = target.exact(stream(2, "start"), 6)
     params = init_params(start, 0.3)
-    built, expected = kernels.build_kernel(config, target.potential), direct(target.potential)
+    built, expected = registry.build_kernel(config, target.potential), direct(target.potential)
     assert_same_state(run(built, start, params, 2)[0], run(expected, start, params, 2)[0])
     assert (built.name, built.target_acceptance) == (expected.name, expected.target_acceptance)
 
@@ -234,7 +232,7 @@ def test_a_configuration_builds_the_kernel_that_it_names(config: KernelConfig, d
 def test_a_configuration_sets_the_target_acceptance_of_tunable_kernels_only() -> None:
     phi = targets.reference(1).potential
     tuned = {
-        name: kernels.build_kernel(KernelConfig(name, target_acceptance=0.9), phi).target_acceptance
+        name: registry.build_kernel(KernelConfig(name, target_acceptance=0.9), phi).target_acceptance
         for name in get_args(KernelName)
     }
     untuned = dict.fromkeys(["langevin", "independence", "elliptical"])
@@ -243,18 +241,18 @@ def test_a_configuration_sets_the_target_acceptance_of_tunable_kernels_only() ->
 
 def test_start_params_take_the_given_step_or_the_default_of_the_most_careful_member() -> None:
     position = torch.zeros(2, 3, dtype=torch.float64)
-    given = kernels.start_params(KernelConfig("hmc", step_size=0.7, trajectory_length=1.2), position)
+    given = registry.start_params(KernelConfig("hmc", step_size=0.7, trajectory_length=1.2), position)
     assert (float(given.step_size), float(given.trajectory_length)) == (0.7, 1.2)
     assert torch.equal(given.inverse_mass, torch.ones(3, dtype=torch.float64))
-    default = kernels.start_params(KernelConfig("mixture", members=("independence", "hmc")), position)
-    assert float(default.step_size) == kernels.DEFAULT_STEP_SIZES["hmc"]
+    default = registry.start_params(KernelConfig("mixture", members=("independence", "hmc")), position)
+    assert float(default.step_size) == registry.DEFAULT_STEP_SIZES["hmc"]
     assert default.ladder is None
-    tempered_params = kernels.start_params(KernelConfig("tempered", num_levels=3, num_steps=2), position)
+    tempered_params = registry.start_params(KernelConfig("tempered", num_levels=3, num_steps=2), position)
     assert tempered_params.ladder is not None
     assert tempered_params.ladder.inverse_temperatures.tolist() == [0, 0.125, 1]
     assert tempered_params.ladder.step_sizes.tolist() == [math.pi / 4, 0.1, 0.1]
     # The unadjusted kernel starts from eta = h^2 = 1e-3.
-    assert float(kernels.start_params(KernelConfig("langevin"), position).step_size) ** 2 == pytest.approx(1e-3)
+    assert float(registry.start_params(KernelConfig("langevin"), position).step_size) ** 2 == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("target", sorted(TARGETS))
@@ -527,7 +525,7 @@ def test_acceptance_is_zero_where_anything_is_not_finite(part: str, bad: float) 
 def test_a_mixture_refuses_a_member_with_a_warm_up_of_its_own(build: Build) -> None:
     phi = targets.reference(1).potential
     with pytest.raises(ValueError, match=f"runs no warm-up of a member's own, which {build(phi).name} has"):
-        mixture.build_mixture([crank_nicolson.build_independence(phi), build(phi)])
+        build_mixture([gradient_free.build_independence(phi), build(phi)])
 
 
 LARGE_DIM = 150_000  # the noise of an NVAE on CIFAR-10
@@ -540,7 +538,7 @@ def along_one_direction(position: Tensor) -> Tensor:
 
 
 def rates_at_dim_150_000(
-    dtype: torch.dtype, integrator: hmc.Integrator, has_reference: bool
+    dtype: torch.dtype, integrator: integrators.Integrator, has_reference: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a trajectory's acceptance rate and starting energy, and the rate that subtracted energies would give."""
     generator = stream(20, "large")
@@ -548,7 +546,7 @@ def rates_at_dim_150_000(
     reference = None
     if has_reference:
         mean, log_scale = 0.1 * torch.randn(2, LARGE_DIM, generator=generator, dtype=torch.float32).to(dtype)
-        reference = Reference(mean, log_scale.exp())
+        reference = DiagonalGaussian(mean, log_scale.exp())
     params = init_params(q, 0.003)._replace(reference=reference)
     state = init_with_grad(along_one_direction)(q)
     _, info, trajectory = hmc.transition(
@@ -567,7 +565,7 @@ def rates_at_dim_150_000(
     ("integrator", "has_reference"), [("splitting", False), ("splitting", True), ("leapfrog", False)]
 )
 def test_a_tiny_step_is_accepted_as_it_should_in_150_000_dimensions_of_float32(
-    integrator: hmc.Integrator, has_reference: bool
+    integrator: integrators.Integrator, has_reference: bool
 ) -> None:
     rate, energy, subtracted = rates_at_dim_150_000(torch.float32, integrator, has_reference)
     exact, exact_energy, _ = rates_at_dim_150_000(torch.float64, integrator, has_reference)
@@ -596,7 +594,7 @@ def rate_error_of_a_climb() -> float:
 
 def test_energy_changes_are_added_up_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rate_error_of_a_climb() < 0.005
-    monkeypatch.setattr(hmc, "ENERGY_DTYPE", torch.float32)
+    monkeypatch.setattr(integrators, "ENERGY_DTYPE", torch.float32)
     assert rate_error_of_a_climb() > 0.02
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels import targets, targets_curved, targets_modes
+from ppl_vaebm.inference.kernels import targets
 from ppl_vaebm.inference.kernels.base import value_and_grad
 from ppl_vaebm.rng import stream
 
@@ -22,17 +22,17 @@ TARGETS = [
     targets.ar1_gaussian(3, 0.5, scales=torch.tensor([1.0, 0.8, 1.3])),
     targets.conditioned_gaussian(2, 25.0),
     targets.conditioned_gaussian(3, 4.0, is_rotated=True),
-    targets_curved.banana(curvature=0.2),
-    targets_curved.funnel(torch.tensor([1.5]).double()),
-    targets_curved.funnel(torch.tensor([-1.0, 2.0]).double(), noise_scale=2.0),
-    targets_modes.grid_modes(),
+    targets.banana(curvature=0.2),
+    targets.funnel(torch.tensor([1.5]).double()),
+    targets.funnel(torch.tensor([-1.0, 2.0]).double(), noise_scale=2.0),
+    targets.grid_modes(),
 ]
 IDS = [f"{target.name} {index}" for index, target in enumerate(TARGETS)]
 # Too bent for a cube of quadrature, or of too many dimensions.
 WITHOUT_QUADRATURE = [
-    targets_curved.banana(),
+    targets.banana(),
     targets.conditioned_gaussian(20, is_rotated=True),
-    targets_curved.funnel(torch.linspace(-2, 2, 9).double()),
+    targets.funnel(torch.linspace(-2, 2, 9).double()),
 ]
 # What the cubes resolve: the steps of the staircase and the funnel's neck are hardly wider than the distance of points.
 RESOLUTION = {"grid_modes": 1e-4, "funnel": 1e-3}
@@ -138,7 +138,7 @@ def test_the_condition_number_is_the_stated_one(is_rotated: bool) -> None:
 
 
 def test_a_funnel_that_is_hardly_observed_is_the_reference() -> None:
-    target = targets_curved.funnel(torch.tensor([3.0, -3.0]).double(), noise_scale=1e9)
+    target = targets.funnel(torch.tensor([3.0, -3.0]).double(), noise_scale=1e9)
     torch.testing.assert_close(target.mean, torch.zeros(3).double())
     torch.testing.assert_close(target.variance, torch.ones(3).double())
     assert target.log_z == pytest.approx(0, abs=1e-9)
@@ -146,30 +146,30 @@ def test_a_funnel_that_is_hardly_observed_is_the_reference() -> None:
 
 def test_the_staircase_is_a_monotone_map_with_the_stated_slope_and_inverse() -> None:
     noise = torch.linspace(-5, 5, 4001, dtype=torch.float64, requires_grad=True)
-    x = targets_modes.staircase(noise)
+    x = targets.staircase(noise)
     slope = torch.autograd.grad(x.sum(), noise)[0]
-    assert (slope >= targets_modes.LANDING_SLOPE).all()
-    torch.testing.assert_close(slope.log(), targets_modes.log_slope(noise))
+    assert (slope >= targets.LANDING_SLOPE).all()
+    torch.testing.assert_close(slope.log(), targets.log_slope(noise))
     with torch.no_grad():
-        torch.testing.assert_close(targets_modes.inverse_staircase(x.detach()), noise, rtol=0, atol=1e-12)
+        torch.testing.assert_close(targets.inverse_staircase(x.detach()), noise, rtol=0, atol=1e-12)
     # The middles of the inner landings, zero among them, lie at whole numbers.
     step, next_step = torch.special.ndtri(torch.tensor([0.6, 0.8], dtype=torch.float64))
     middles = torch.stack([-(step + next_step) / 2, torch.zeros(()).double(), (step + next_step) / 2])
     whole = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(targets_modes.staircase(middles), whole, rtol=0, atol=1e-4)
+    torch.testing.assert_close(targets.staircase(middles), whole, rtol=0, atol=1e-4)
 
 
 def test_the_25_modes_are_even_round_and_counted_from_a_corner() -> None:
-    target = targets_modes.grid_modes()
+    target = targets.grid_modes()
     draws = target.exact(stream(6, "draws"), NUM_DRAWS)
     assert target.mode is not None
     index = target.mode(draws)
     counts = torch.bincount(index, minlength=25).double()
     expected = NUM_DRAWS / 25
     assert ((counts - expected).abs() < 5 * math.sqrt(expected)).all()
-    corners = targets_modes.inverse_staircase(torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0]]).double())
+    corners = targets.inverse_staircase(torch.tensor([[-2.0, -2.0], [-2.0, 2.0], [2.0, -2.0]]).double())
     assert target.mode(corners).tolist() == [0, 4, 20]
-    offset = targets_modes.staircase(draws) - torch.stack([index // 5, index % 5], -1) + 2
+    offset = targets.staircase(draws) - torch.stack([index // 5, index % 5], -1) + 2
     assert offset.abs().max() < 6 * 0.05
     assert abs(float(offset.square().mean()) / 0.05**2 - 1) < 5 * math.sqrt(2 / offset.numel())
 
@@ -180,7 +180,7 @@ def test_minus_phi_of_a_logistic_regression_is_the_log_likelihood() -> None:
     labels = torch.randint(2, (50,), generator=generator)
     coefficients = 3 * torch.randn(6, 4, generator=generator, dtype=torch.float64)
     likelihood = torch.distributions.Bernoulli(logits=coefficients @ features.mT).log_prob(labels.double()).sum(-1)
-    torch.testing.assert_close(targets_curved.logistic_regression(features, labels)(coefficients), -likelihood)
+    torch.testing.assert_close(targets.logistic_regression(features, labels)(coefficients), -likelihood)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -190,9 +190,9 @@ def test_targets_come_in_the_dtype_asked_for(dtype: torch.dtype) -> None:
         targets.ar1_gaussian(3, 0.8, dtype),
         targets.conditioned_gaussian(3, 10.0, dtype, is_rotated=True),
         targets.two_modes(dtype=dtype),
-        targets_curved.banana(dtype=dtype),
-        targets_curved.funnel(torch.ones(2, dtype=dtype)),
-        targets_modes.grid_modes(dtype),
+        targets.banana(dtype=dtype),
+        targets.funnel(torch.ones(2, dtype=dtype)),
+        targets.grid_modes(dtype),
     ):
         draws = target.exact(stream(4, "draws"), 2)
         assert draws.dtype == target.potential(draws).dtype == target.mean.dtype == target.variance.dtype == dtype

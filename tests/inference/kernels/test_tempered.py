@@ -11,8 +11,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
-from ppl_vaebm.inference.kernels import ladder, langevin, targets, targets_modes, tempered
-from ppl_vaebm.inference.kernels import registry as kernels
+from ppl_vaebm.inference.kernels import ladder, langevin, registry, targets, tempered
 from ppl_vaebm.inference.kernels.adaptation import STEP_SIZE_GAIN, warm_up, with_step_size
 from ppl_vaebm.inference.kernels.base import (
     Counts,
@@ -221,10 +220,10 @@ def test_evaluations_are_the_rows_that_the_potential_saw() -> None:
     config = KernelConfig("tempered", num_levels=3, num_steps=2)
     start = torch.zeros(5, 1, dtype=torch.float64)
     chains = run_chains(
-        kernels.build_kernel(config, counted),
+        registry.build_kernel(config, counted),
         stream(11, "count"),
         start,
-        kernels.start_params(config, start),
+        registry.start_params(config, start),
         num_draws=7,
         num_warmup=9,
         functionals=lambda state: {"q": state.position},
@@ -307,9 +306,9 @@ def test_another_step_size_scales_the_ladder_with_it() -> None:
 
 def test_warm_up_evens_the_swaps_tunes_every_level_and_starts_the_counts_anew() -> None:
     config = KernelConfig("tempered", num_levels=5)
-    kernel = kernels.build_kernel(config, MODES.potential)
+    kernel = registry.build_kernel(config, MODES.potential)
     start = torch.randn(100, 1, generator=stream(12, "start"), dtype=torch.float64)
-    begun = kernels.start_params(config, start)
+    begun = registry.start_params(config, start)
     state, params, num_evals = warm_up(kernel, stream(13, "warm-up"), kernel.init(start), begun, 300)
     assert num_evals == 300 * 100 * 5
     assert replicas_of(state).counts.num_sweeps == 0 and not replicas_of(state).counts.num_round_trips.any()
@@ -318,7 +317,7 @@ def test_warm_up_evens_the_swaps_tunes_every_level_and_starts_the_counts_anew() 
     for _ in range(200):
         state, info = kernel.step(generator, state, params)
         rates.append(float(info.acceptance_rate.mean()))
-    assert sum(rates) / len(rates) == pytest.approx(tempered.TARGET_ACCEPTANCE, abs=0.05)
+    assert sum(rates) / len(rates) == pytest.approx(tempered.TEMPERED_TARGET_ACCEPTANCE, abs=0.05)
     swaps = ladder.swap_rates(replicas_of(state).counts)
     assert swaps.max() - swaps.min() < 0.08
     assert kernel.report is not None
@@ -367,10 +366,10 @@ def run_named(config: KernelConfig, target: targets.Target, num_chains: int, num
     indices = target.mode
     assert indices is not None
     return run_chains(
-        kernels.build_kernel(config, target.potential),
+        registry.build_kernel(config, target.potential),
         stream(18, config.name),
         start,
-        kernels.start_params(config, start),
+        registry.start_params(config, start),
         num_draws=num_evals,
         num_warmup=num_warmup,
         max_evals=num_evals,
@@ -401,7 +400,7 @@ def test_it_joins_two_modes_that_mala_does_not() -> None:
 
 @pytest.mark.slow
 def test_on_25_modes_it_converges_where_local_kernels_do_not() -> None:
-    target = targets_modes.grid_modes()
+    target = targets.grid_modes()
     global_kernels = [
         KernelConfig("tempered", num_levels=4),
         KernelConfig("mixture", members=("independence", "mala")),

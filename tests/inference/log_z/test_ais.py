@@ -13,8 +13,7 @@ from ppl_vaebm.inference.kernels import hmc, targets
 from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, KernelState, Ladder, Potential, select
 from ppl_vaebm.inference.log_z import ais, annealing
 from ppl_vaebm.inference.log_z.ais import estimate, forward, reverse
-from ppl_vaebm.inference.log_z.annealing import default_kernel
-from ppl_vaebm.inference.log_z.annealing_pilot import run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import default_kernel, run_pilot, spaced_ladder
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 
 TARGETS = {
