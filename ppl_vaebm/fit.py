@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> None:
 
     from ppl_vaebm.devices import check_bfloat16, check_device, set_threads
     from ppl_vaebm.processes import joined, own_device
+    from ppl_vaebm.reports.gallery import gallery_grids, save_png
+    from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.fitting import Request, fit_stage
+    from ppl_vaebm.runs.run import Run
 
     set_threads(options.config.threads)
     device = own_device(os.environ, options.config.device)
@@ -107,7 +110,13 @@ def main(argv: list[str] | None = None) -> None:
         check_bfloat16(device, f"{options.stage}.bf16")
     request = Request(options.stage, folder, options.resume, options.overwrite)
     with joined(os.environ, device) as process:
-        fit_stage(request, options.config, process, device, partial(_announce, options.stage, folder))
+        fit_stage(request, options.config, process, device, partial(_announce, options.stage, folder), gallery_grids)
+        if process.is_first:
+            run = Run(folder)
+            if options.stage == "svi":
+                for file in run.samples_dir.glob("svi_*.npz"):
+                    save_png(file)
+            print(f"report: {write_report(run)}")
 
 
 def _announce(stage: str, folder: Path, config: Config) -> str:

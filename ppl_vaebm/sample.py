@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from ppl_vaebm.config import KernelName
 from ppl_vaebm.config.options import FLAT, NOT_NEGATIVE, Alias, Checked, OptionalCount, RunFolder
@@ -12,6 +12,9 @@ from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
 from ppl_vaebm.runs.given import GivenOptions
 from ppl_vaebm.runs.run import Run
+
+if TYPE_CHECKING:
+    from ppl_vaebm.runs.drawing import Written
 
 DESCRIPTION = """Draw samples from a fitted VAEBM by Markov chains from N(0, I), and from its VAE. Writes
 samples/vaebm.npz, samples/vae.npz and samples/data.npz (array x, samples first), a PNG of each, and the report. With
@@ -55,17 +58,18 @@ def main(argv: list[str] | None = None) -> None:
     run = Run.open(options.run)
     is_conditional = options.condition.is_conditional
 
+    from ppl_vaebm.reports.gallery import save_png
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.fitted_vae import stage_of
 
     stage = stage_of(run, options.stage)
     if is_conditional:
-        lines = _sample_conditional(options, stage)
-    elif stage == "svi":
-        lines = _sample_vae(options)
+        written = _sample_conditional(options, stage)
     else:
-        lines = _sample_vaebm(options)
-    print("\n".join(lines))
+        written = (_sample_vae if stage == "svi" else _sample_vaebm)(options)
+    for file in written.files:
+        save_png(file)
+    print("\n".join(written.lines))
     print(f"report: {write_report(run)}")
 
 
@@ -76,11 +80,11 @@ def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead:
             raise InputError(f"option {name.replace('_', '-')} is for {use}, got it for {instead}: leave it out")
 
 
-def _sample_vae(options: Options) -> list[str]:
+def _sample_vae(options: Options) -> Written:
     from ppl_vaebm.devices import set_threads
-    from ppl_vaebm.reports.gallery import TEMPERATURES, Choices
     from ppl_vaebm.runs.drawing import draw_vae
     from ppl_vaebm.runs.fitted_vae import open_fitted_vae
+    from ppl_vaebm.runs.gallery import TEMPERATURES, Choices
 
     _refuse_unused(options, ("kernel", "num_steps"), "--stage ebm", "svi")
     fitted = open_fitted_vae(options.run)
@@ -89,7 +93,7 @@ def _sample_vae(options: Options) -> list[str]:
     return draw_vae(fitted, choices, options.num or DEFAULT_NUM["svi"], options.seed)
 
 
-def _sample_vaebm(options: Options) -> list[str]:
+def _sample_vaebm(options: Options) -> Written:
     from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.drawing import draw_vaebm
     from ppl_vaebm.runs.loading import load_run
@@ -103,7 +107,7 @@ def _sample_vaebm(options: Options) -> list[str]:
     return draw_vaebm(loaded, kernel, num=num, num_steps=num_steps, seed=options.seed)
 
 
-def _sample_conditional(options: Options, stage: Literal["svi", "ebm"]) -> list[str]:
+def _sample_conditional(options: Options, stage: Literal["svi", "ebm"]) -> Written:
     from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.conditional import kernel_of, open_run, sample_given
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ppl_vaebm.files import write_atomic
 from ppl_vaebm.reports.figures import FIGURE_WIDTH, TITLE_POINTS, Picture, axes_grid, picture, png_of
 from ppl_vaebm.reports.samples import image_grid
 
@@ -39,14 +37,9 @@ def conditional_picture(arrays: Arrays) -> Picture:
     return picture(TITLE, conditional_figure(arrays), note)
 
 
-def save_conditional_png(path: Path, arrays: Arrays) -> None:
-    """Draw a posterior to a PNG file.
-
-    Args:
-        path: of the file.
-        arrays: as :func:`conditional_picture` takes them.
-    """
-    write_atomic(path, png_of(conditional_figure(arrays)))
+def conditional_png(arrays: Arrays) -> bytes:
+    """Draw a posterior as a PNG file; see :func:`conditional_picture`."""
+    return png_of(conditional_figure(arrays))
 
 
 def conditional_figure(arrays: Arrays) -> Figure:

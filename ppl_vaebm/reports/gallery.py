@@ -1,212 +1,184 @@
-"""The arrays behind the pictures of stage 1, into files of the run's samples folder."""
+"""Pictures of stage 1: reconstructions, draws of the prior, the groups' KL, a walk along one group.
+
+Each is drawn from the arrays of one file of the samples folder, whose name it goes by.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from ppl_vaebm.config import Config
-from ppl_vaebm.data.load import Data
-from ppl_vaebm.data.splits import Split, random_subset
-from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.svi.batch_norm import norms_of
-from ppl_vaebm.inference.svi.svi import mean_elbo
-from ppl_vaebm.inference.vae_draws import prior_draws, prior_means, reconstructions, traversal
-from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.reports.samples import save_grid_png
-from ppl_vaebm.reports.vae import (
-    GROUP_KL,
-    LARGE_SIDE,
-    PRIOR,
-    RECONSTRUCTIONS,
-    TRAVERSAL,
-    Arrays,
-    gallery_grids,
-    images_per_row,
-    side_by_side,
-)
-from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.runs.fitted_vae import FittedVAE
-from ppl_vaebm.runs.run import Run
-from ppl_vaebm.runs.tensorboard import StageBoards
+from ppl_vaebm.files import write_atomic
+from ppl_vaebm.reports.conditional import conditional_png
+from ppl_vaebm.reports.figures import DPI, TITLE_POINTS, Picture, axes_grid, picture
+from ppl_vaebm.reports.samples import grid_png, image_grid, sample_pictures, samples_png
+from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 
-TEMPERATURES = (0.6, 0.7, 0.8, 1.0)
-NUM_KL_POINTS = 500
-NUM_POINTS = 2_000
-"""Draws shown of a VAE of points."""
-MAX_ANGLE = 2.0  # radians, to both sides
+Arrays: TypeAlias = Mapping[str, NDArray[Any]]
+Grid: TypeAlias = NDArray[np.uint8]
+
+LABELLED_PIXELS = 900  # stored ones that a grid with labels is enlarged to, by a whole factor
+LABEL_INCHES, TOP_INCHES, EDGE_INCHES = 0.9, 0.3, 0.05  # left of a grid with labels, above, and elsewhere
+_GAP = ((0, 0), (6, 6), (0, 0))  # pixels beside a grid that stands among others
+MIN_BARS = 12  # places for bars, so that few are not as wide as the page
+MAX_NAMED_BARS = 40  # of more groups, not all have their name under their bar
 
 
-class Choices(NamedTuple):
-    """What a user may choose of the gallery."""
-
-    temperatures: Sequence[float] = TEMPERATURES
-    """Of the draws of the prior."""
-    group: str | None = None
-    """Latent group of the traversal; the one with the largest KL if not given."""
-
-
-DEFAULT = Choices()
-
-
-def check_group(vae: HierarchicalVAE, group: str | None) -> None:
-    """Refuse a latent group that the VAE does not have.
-
-    Raises:
-        InputError: naming those that it has.
-    """
-    names = list(vae.model.latent_shapes)
-    if group is not None and group not in names:
-        raise InputError(f"expected a latent group of this VAE, {names[0]} to {names[-1]}, found {group!r}; name one")
+def save_png(path: Path) -> None:
+    """Draw a file of arrays of the samples folder beside it; nothing where it holds no images or points."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    if path.stem == "conditional":
+        png = conditional_png(arrays)
+    elif path.stem not in GALLERY:
+        png = samples_png(arrays["x"])
+    elif grids := gallery_grids(path.stem, arrays):
+        png = grid_png(side_by_side(grids))
+    else:
+        return
+    write_atomic(path.with_suffix(".png"), png)
 
 
-def gallery(fitted: FittedVAE, split: Split, seed: int, choices: Choices = DEFAULT) -> dict[str, Arrays]:
-    """Take the pictures of a VAE as arrays.
+def gallery_grids(name: str, arrays: Arrays) -> dict[str, Grid]:
+    """Arrange the images of a file of the gallery.
 
     Args:
-        fitted: the VAE; draws of the prior are its sampler's.
-        split: held-out data, for reconstructions and KL.
-        seed: of all draws, and of the choice of data where there are more than are shown.
-        choices: of the user.
+        name: of the file, without its ending.
+        arrays: its content.
 
     Returns:
-        File names to arrays: for images reconstructions, draws of the prior, the traversal of one group; for points
-        draws; for both the groups' KL.
-
-    Raises:
-        InputError: a latent group that the VAE does not have.
+        RGB grids ``(height, width, 3)`` by what to call them; none where the file holds no images.
     """
-    check_group(fitted.vae, choices.group)
-    kl = _group_kl(fitted.vae, split, seed)
-    shape = fitted.vae.model.event_shape
-    if len(shape) != 3:
-        return {PRIOR: _point_draws(fitted, split, seed), GROUP_KL: kl} if tuple(shape) == (2,) else {GROUP_KL: kl}
-    largest = str(kl["names"][np.argmax(kl["kl_nats"])])
-    return {
-        RECONSTRUCTIONS: _reconstructions(fitted.vae, split, seed),
-        PRIOR: _prior(fitted, seed, choices.temperatures),
-        TRAVERSAL: _traversal(fitted, choices.group or largest, seed),
-        GROUP_KL: kl,
-    }
+    x = arrays.get("x")
+    if x is None or x.ndim < 4:
+        return {}
+    if name == RECONSTRUCTIONS:
+        columns = math.ceil(len(x) / 2)
+        return {"reconstructions": image_grid(_in_pairs_of_rows(arrays["data"], x, columns), columns)}
+    if name == PRIOR:
+        columns = math.isqrt(len(x))
+        return {f"prior t={t:g}": image_grid(x[:, i], columns) for i, t in enumerate(arrays["temperatures"])}
+    return {f"traversal {arrays['group']}": image_grid(x.reshape(-1, *x.shape[2:]), x.shape[1])}
 
 
-def write_gallery(
-    fitted: FittedVAE, seed: int, choices: Choices = DEFAULT, board: StageBoards | None = None, step: int = 0
-) -> list[Path]:
-    """Write the pictures of a fitted VAE into its run's samples folder, as arrays and images.
+def side_by_side(grids: Mapping[str, Grid]) -> Grid:
+    """Put the grids of a file, which are of one size, beside each other, with white between them."""
+    padded = [np.pad(grid, _GAP if len(grids) > 1 else 0, constant_values=255) for grid in grids.values()]
+    return np.concatenate(padded, axis=1)
+
+
+def gallery_pictures(name: str, arrays: Arrays) -> list[Picture]:
+    """Draw a file of the gallery for the page.
 
     Args:
-        fitted: the VAE.
-        seed: of all draws.
-        choices: of the user.
-        board: to show the grids on too.
-        step: of the stage, for the board.
+        name: of the file, without its ending.
+        arrays: its content.
 
     Returns:
-        The files of arrays.
-
-    Raises:
-        InputError: a latent group that the VAE does not have.
+        The pictures, each with a sentence on what good looks like.
     """
-    paths = []
-    for name, arrays in gallery(fitted, fitted.data.test, seed, choices).items():
-        paths.append(fitted.run.save_npz(name, **arrays))
-        grids = gallery_grids(name, arrays)
-        if grids:
-            save_grid_png(paths[-1].with_suffix(".png"), side_by_side(grids))
-        if board is not None:
-            # Apart from those of show_gallery, which are of other data and weights.
-            board.images({f"test/{label}": grid for label, grid in grids.items()}, step)
-    return paths
+    return _DRAW[name](arrays)
 
 
-def show_gallery(run: Run, config: Config, data: Data, board: StageBoards, vae: HierarchicalVAE, step: int) -> None:
-    """Show the pictures of a VAE in training, of validation data, on a board.
-
-    Args:
-        run: the run; nothing else is written into it.
-        config: its configuration; the seed is that of all draws, so that the pictures of different steps compare.
-        data: its data.
-        board: where to show them.
-        vae: as it is, in evaluation mode; draws of the prior have the batch statistics of training.
-        step: of the stage.
-    """
-    for name, arrays in gallery(FittedVAE(run, config, data, vae), data.validation, config.seed).items():
-        board.images(gallery_grids(name, arrays), step)
+def _in_pairs_of_rows(above: NDArray[Any], below: NDArray[Any], columns: int) -> NDArray[Any]:
+    """Alternate rows of one set with the matching rows of another."""
+    rows = [part[start : start + columns] for start in range(0, len(above), columns) for part in (above, below)]
+    return np.concatenate(rows)
 
 
-def _chosen(split: Split, num: int, seed: int) -> Split:
-    return random_subset(split, num, stream(seed, "gallery", "order"))
+def _reconstructions(arrays: Arrays) -> list[Picture]:
+    (grid,) = gallery_grids(RECONSTRUCTIONS, arrays).values()
+    num = len(arrays["x"])
+    labels = ["test image", "mean"] * min(2, num)
+    note = (
+        f"{num} test images, the first of the set, and under each the decoder's mean for one draw of its latents from "
+        "the posterior. Good: the two look alike; what is lost, the latents do not carry."
+    )
+    return [picture("reconstructions", _labelled(grid, labels, []), note)]
 
 
-def _some(split: Split, num: int, seed: int) -> Tensor:
-    chosen = _chosen(split, num, seed)
-    return chosen.batch(torch.arange(len(chosen)), stream(seed, "gallery", "dequantise"))
+def _prior(arrays: Arrays) -> list[Picture]:
+    temperatures, statistics = arrays["temperatures"], str(arrays["statistics"])
+    if arrays["x"].ndim == 3:
+        sets = {"test data": arrays["data"]}
+        sets |= {f"VAE, temperature {t:g}": arrays["x"][:, i] for i, t in enumerate(temperatures)}
+        note = "Test data, and draws of the VAE. Good: the two cannot be told apart."
+        return [shown._replace(title="draws of the prior", note=note) for shown in sample_pictures(sets)]
+    note = (
+        "The decoder's means for latents from the prior, all their noise times the temperature t above; the same noise "
+        f"in every grid{statistics and '; '}{statistics}. Good: at t = 1 the images are plausible and as varied as the "
+        "data; if only a low t looks right, the prior has room that no posterior fills."
+    )
+    grid = side_by_side(gallery_grids(PRIOR, arrays))
+    labels = [f"t = {t:g}" for t in temperatures]
+    return [picture("draws of the prior by temperature", _labelled(grid, [""], labels), note)]
 
 
-def _reconstructions(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:
-    x = _some(split, 2 * images_per_row(vae.model.event_shape[-1]), seed)
-    return {"x": _array(reconstructions(vae, x, seed_for(seed, "gallery"))), "data": _array(x)}
+def _traversal(arrays: Arrays) -> list[Picture]:
+    (grid,) = gallery_grids(TRAVERSAL, arrays).values()
+    num, group = len(arrays["x"]), arrays["group"]
+    note = (
+        f"Each row is a draw of the prior at temperature {float(arrays['temperature']):g}. Along it the noise of "
+        f"{group} turns towards a random direction by the angle above, in radians, and all other noise stays; 0 is the "
+        "draw itself. Good: the images change smoothly and stay plausible; if nothing changes, the group is not used."
+    )
+    figure = _labelled(grid, [f"draw {i}" for i in range(1, num + 1)], [f"{a:g}" for a in arrays["angles"]])
+    return [picture(f"traversal of latent group {group}", figure, note)]
 
 
-def _prior(fitted: FittedVAE, seed: int, temperatures: Sequence[float]) -> Arrays:
-    num = images_per_row(fitted.vae.model.event_shape[-1]) ** 2
-    means = [prior_means(fitted.sampler, num, seed_for(seed, "gallery"), t) for t in temperatures]
-    return {
-        "x": _array(torch.stack(means, 1)),
-        "temperatures": np.array(temperatures),
-        "statistics": np.array(_statistics(fitted)),
-    }
+def _group_kl(arrays: Arrays) -> list[Picture]:
+    note = (
+        f"Mean over {int(arrays['num_points'])} held-out data points, in the order of the way down. Each bar is what "
+        "the posterior of a group tells about x beyond the groups before it. Good: no long run of bars at 0, which are "
+        "groups that the decoder ignores."
+    )
+    return [picture("KL of every latent group", _bars(arrays), note)]
 
 
-def _statistics(fitted: FittedVAE) -> str:
-    """Say which batch statistics draws of the prior are made with, if any."""
-    if fitted.norm_temperature is not None:
-        return f"batch statistics of prior draws at t = {fitted.norm_temperature:g}"
-    return "batch statistics of training" if norms_of(fitted.vae.model) else ""
+def _bars(arrays: Arrays) -> Figure:
+    kl, sides = arrays["kl_nats"], [int(side) for side in arrays["sides"]]
+    figure, ((ax,),) = axes_grid(1, 1)
+    colours = {side: f"C{index}" for index, side in enumerate(dict.fromkeys(sides))}
+    ax.bar(np.arange(len(kl)), kl, color=[colours[side] for side in sides])
+    step = -(-len(kl) // MAX_NAMED_BARS)
+    ax.set_xticks(np.arange(0, len(kl), step), arrays["names"][::step])
+    ax.set_xlim(-0.6, max(len(kl), MIN_BARS) - 0.4)
+    ax.set_title(f"KL (nats per data point); in all {float(kl.sum()):.4g}", fontsize=TITLE_POINTS)
+    names = {side: f"{side} x {side} grid" if side else "vector" for side in colours}
+    ax.legend(handles=[Patch(color=colour, label=names[side]) for side, colour in colours.items()], fontsize=7)
+    return figure
 
 
-def _point_draws(fitted: FittedVAE, split: Split, seed: int) -> Arrays:
-    x = prior_draws(fitted.sampler, NUM_POINTS, seed_for(seed, "gallery"))
-    return {
-        "x": _array(x.unsqueeze(1)),
-        "temperatures": np.ones(1),
-        "statistics": np.array(""),
-        "data": _array(_some(split, NUM_POINTS, seed)),
-    }
+def _labelled(grid: Grid, row_labels: Sequence[str], column_labels: Sequence[str]) -> Figure:
+    """Put words beside and above the rows and columns of a grid, whose pixels stay exact."""
+    height, width = grid.shape[:2]
+    factor = max(1, LABELLED_PIXELS // width)
+    inches = (width * factor / DPI, height * factor / DPI)
+    left = LABEL_INCHES if any(row_labels) else EDGE_INCHES
+    top = TOP_INCHES if column_labels else EDGE_INCHES
+    size = (left + inches[0] + EDGE_INCHES, EDGE_INCHES + inches[1] + top)
+    figure = Figure(figsize=size, facecolor="white")
+    ax = figure.add_axes((left / size[0], EDGE_INCHES / size[1], inches[0] / size[0], inches[1] / size[1]))
+    ax.imshow(grid, interpolation="nearest", aspect="auto", extent=(0, max(1, len(column_labels)), len(row_labels), 0))
+    ax.set_yticks(np.arange(len(row_labels)) + 0.5, row_labels)
+    ax.set_xticks(np.arange(len(column_labels)) + 0.5, column_labels)
+    ax.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
+    ax.spines[:].set_visible(False)
+    return figure
 
 
-def _traversal(fitted: FittedVAE, group: str, seed: int) -> Arrays:
-    is_large = fitted.vae.model.event_shape[-1] > LARGE_SIDE
-    angles = torch.linspace(-MAX_ANGLE, MAX_ANGLE, 5 if is_large else 9)
-    temperature = fitted.norm_temperature or 1.0
-    x = traversal(fitted.sampler, group, 3 if is_large else 6, seed_for(seed, "gallery"), angles, temperature)
-    return {
-        "x": _array(x),
-        "angles": angles.numpy(),
-        "group": np.array(group),
-        "temperature": np.array(temperature),
-    }
-
-
-def _group_kl(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:
-    chosen = _chosen(split, NUM_KL_POINTS, seed)
-    estimate = mean_elbo(vae, chosen, seed_for(seed, "gallery"), NUM_KL_POINTS)
-    shapes = vae.model.latent_shapes
-    return {
-        "kl_nats": np.array([estimate.kl_nats[name] for name in shapes]),
-        "names": np.array(list(shapes)),
-        "sides": np.array([shape[-1] if len(shape) == 3 else 0 for shape in shapes.values()]),
-        "num_points": np.array(len(chosen)),
-    }
-
-
-def _array(x: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = x.float().numpy()
-    return array
+_DRAW: dict[str, Callable[[Arrays], list[Picture]]] = {
+    RECONSTRUCTIONS: _reconstructions,
+    PRIOR: _prior,
+    TRAVERSAL: _traversal,
+    GROUP_KL: _group_kl,
+}
+GALLERY = tuple(_DRAW)
+"""Names of the gallery's files, in the order of the page."""

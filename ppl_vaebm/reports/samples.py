@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 from matplotlib import image
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.files import write_atomic
 from ppl_vaebm.reports.figures import (
     PANELS_PER_ROW,
     TITLE_POINTS,
@@ -50,53 +48,22 @@ def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
     return [grid_picture(title, image_grid(x[: GRID_SIDE**2])) for title, x in samples.items()]
 
 
-def save_samples_png(path: str | Path, x: ArrayLike) -> None:
-    """Draw samples to a PNG file: points as a scatter plot, images as a grid.
+def samples_png(x: ArrayLike) -> bytes:
+    """Draw samples as a PNG file: points as a scatter plot on equal axes, images as a grid of 10 by 10.
 
     Args:
-        path: of the file.
-        x: ``(n, 2)`` points, or ``(n, C, H, W)`` images in [-1, 1].
+        x: points ``(n, 2)``, of which at most 5,000 are drawn; or images ``(n, C, H, W)`` in [-1, 1], C 1 or 3, of
+            which the first 100 are drawn pixel by pixel, as in :func:`image_grid`.
 
     Raises:
-        ValueError: neither points nor images.
+        InputError: neither points nor images.
     """
-    draw = save_points_png if _are_points(_checked_samples(x)) else save_image_grid_png
-    draw(path, x)
-
-
-def save_points_png(path: str | Path, x: ArrayLike) -> None:
-    """Save a scatter plot on equal axes.
-
-    Args:
-        path: the PNG file.
-        x: points ``(n, 2)``; at most 5,000 are drawn.
-
-    Raises:
-        InputError: not such an array.
-    """
-    points = _checked_samples(x)
-    if not _are_points(points):
-        raise InputError(f"expected points of shape (n, 2), found {points.shape}: use save_image_grid_png for images")
+    samples = _checked_samples(x)
+    if not _are_points(samples):
+        return grid_png(image_grid(samples[: GRID_SIDE**2]))
     figure = Figure(figsize=(5, 5), layout="constrained", facecolor="white")
-    _scatter(figure.subplots(), "samples", points[:MAX_POINTS], _frame(points))
-    write_atomic(Path(path), png_of(figure))
-
-
-def save_image_grid_png(path: str | Path, x: ArrayLike) -> None:
-    """Save the first 100 images as a grid of 10 by 10, pixels exact, small ones enlarged by a whole factor.
-
-    Args:
-        path: the PNG file.
-        x: images ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are cut off, values that are not
-            finite are magenta.
-
-    Raises:
-        InputError: not such an array.
-    """
-    images = _checked_samples(x)
-    if images.ndim != 4:
-        raise InputError(f"expected images of shape (n, C, H, W), found {images.shape}: use save_points_png for points")
-    save_grid_png(Path(path), image_grid(images[: GRID_SIDE**2]))
+    _scatter(figure.subplots(), "samples", samples[:MAX_POINTS], _frame(samples))
+    return png_of(figure)
 
 
 def _checked_samples(x: ArrayLike) -> FloatArray:
@@ -146,7 +113,8 @@ def _scatter(ax: Axes, title: str, points: FloatArray, frame: tuple[FloatArray, 
     )
 
 
-def _grid_png(grid: NDArray[np.uint8]) -> bytes:
+def grid_png(grid: NDArray[np.uint8]) -> bytes:
+    """Draw a grid of images as a PNG file, pixel by pixel."""
     buffer = io.BytesIO()
     image.imsave(buffer, grid, format="png")
     return buffer.getvalue()
@@ -164,17 +132,7 @@ def grid_picture(title: str, grid: NDArray[np.uint8], width: int = GRID_PIXELS, 
     Returns:
         The picture.
     """
-    return Picture(title, encoded(_grid_png(grid)), width, note)
-
-
-def save_grid_png(path: Path, grid: NDArray[np.uint8]) -> None:
-    """Save a grid of images in one step.
-
-    Args:
-        path: the PNG file.
-        grid: as :func:`image_grid` returns it.
-    """
-    write_atomic(path, _grid_png(grid))
+    return Picture(title, encoded(grid_png(grid)), width, note)
 
 
 def image_grid(images: ArrayLike, columns: int = GRID_SIDE) -> NDArray[np.uint8]:

@@ -22,8 +22,8 @@ from ppl_vaebm.reports import chains as figures_chains
 from ppl_vaebm.reports import conditional as figures_conditional
 from ppl_vaebm.reports import evaluation as figures_evaluation
 from ppl_vaebm.reports import figures
+from ppl_vaebm.reports import gallery as figures_svi
 from ppl_vaebm.reports import samples as figures_samples
-from ppl_vaebm.reports import vae as figures_svi
 from ppl_vaebm.reports.cells import Cell, Section, Table, number_cell, value_text, without_empty_columns
 from ppl_vaebm.runs.run import Run
 

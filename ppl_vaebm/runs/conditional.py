@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,8 +24,8 @@ from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import decode_in_blocks
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.reports.conditional import save_conditional_png
 from ppl_vaebm.rng import stream
+from ppl_vaebm.runs.drawing import Written
 from ppl_vaebm.runs.fitted_vae import Stage, open_fitted_vae
 from ppl_vaebm.runs.given import Given, GivenOptions, read_given
 from ppl_vaebm.runs.loading import LoadedRun, load_run
@@ -189,7 +190,7 @@ def open_run(path: str, stage: Stage) -> LoadedRun:
     return LoadedRun(fitted.run, fitted.config, fitted.data, vaebm, noise_potential(vaebm))
 
 
-def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig, *, num: int, seed: int) -> list[str]:
+def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig, *, num: int, seed: int) -> Written:
     """Condition on what the user observed, sample, and write the files.
 
     Args:
@@ -200,7 +201,7 @@ def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig,
         seed: of everything.
 
     Returns:
-        Lines for the user: files, the table of the chains, and the verdict.
+        The file of arrays, and as lines the table of the chains, whether they agree, and the files.
 
     Raises:
         InputError: an observation that does not fit; nothing was written.
@@ -218,11 +219,10 @@ def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig,
     )
     idata = to_inference_data(posterior.chains)
     summaries = diagnostics.summarize(idata)  # before anything is written, for it refuses too few draws
-    paths = _save(loaded.run, given, posterior)
-    netcdf = loaded.run.samples_dir / f"{NAME}.nc"
-    save_netcdf(idata, netcdf)
+    path = _save(loaded.run, given, posterior)
+    save_netcdf(idata, path.with_suffix(".nc"))
     lines = [diagnostics.summary_table(summaries, idata), "", verdict(posterior, summaries)]
-    return [*lines, *map(str, [*paths, netcdf])]
+    return Written([path], lines + [str(path.with_suffix(suffix)) for suffix in (".npz", ".png", ".nc")])
 
 
 def verdict(posterior: Posterior, summaries: list[diagnostics.QuantitySummary]) -> str:
@@ -239,7 +239,7 @@ def verdict(posterior: Posterior, summaries: list[diagnostics.QuantitySummary]) 
     return f"{text}\nNOT CONVERGED: R-hat is above {diagnostics.MAX_R_HAT}; take more --num-draws or another --kernel"
 
 
-def _save(run: Run, given: Given, posterior: Posterior) -> list[object]:
+def _save(run: Run, given: Given, posterior: Posterior) -> Path:
     mask = np.ones(posterior.mean.shape, dtype=bool) if given.mask is None else given.mask.numpy()
     arrays = {
         "x": posterior.x.numpy(),
@@ -249,6 +249,4 @@ def _save(run: Run, given: Given, posterior: Posterior) -> list[object]:
         "given": given.given.numpy(),
         "mask": mask,
     }
-    path = run.save_npz(NAME, **arrays)
-    save_conditional_png(path.with_suffix(".png"), arrays)
-    return [path, path.with_suffix(".png")]
+    return run.save_npz(NAME, **arrays)

@@ -1,13 +1,15 @@
-"""A stage of a run from its options to its report: checks first, then the loop, then what is shown of it."""
+"""A stage of a run: checks first, then the loop, then the arrays behind its pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.config.parsing import as_yaml
@@ -20,14 +22,15 @@ from ppl_vaebm.inference.svi.svi import fit_svi
 from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.processes import Process
-from ppl_vaebm.reports.gallery import show_gallery, write_gallery
-from ppl_vaebm.reports.html import write_report
 from ppl_vaebm.runs.checkpoint import Checkpoint
-from ppl_vaebm.runs.fitted_vae import load_fitted_vae
+from ppl_vaebm.runs.fitted_vae import FittedVAE, load_fitted_vae
+from ppl_vaebm.runs.gallery import Arrays, gallery, write_gallery
 from ppl_vaebm.runs.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
 from ppl_vaebm.runs.run import Run
 from ppl_vaebm.runs.tensorboard import StageBoards, check_installed, open_board
 
+GridsOf: TypeAlias = Callable[[str, Arrays], Mapping[str, NDArray[np.uint8]]]
+"""From the name and the arrays of a file of the gallery to RGB pictures ``(height, width, 3)`` by their labels."""
 MAX_NAMED = 5
 """Skipped images that are named."""
 
@@ -46,7 +49,12 @@ class Request:
 
 
 def fit_stage(
-    request: Request, config: Config, process: Process, device: str, announce: Callable[[Config], str]
+    request: Request,
+    config: Config,
+    process: Process,
+    device: str,
+    announce: Callable[[Config], str],
+    grids_of: GridsOf,
 ) -> None:
     """Fit a stage; of several processes the first speaks and writes.
 
@@ -56,6 +64,8 @@ def fit_stage(
         process: this process's place.
         device: this process's own.
         announce: prints a configuration with its steps resolved, and returns it as it is written to the run.
+
+        grids_of: draws what TensorBoard shows of stage 1.
 
     Raises:
         InputError: options, data or the run do not fit; nothing was touched.
@@ -82,11 +92,9 @@ def fit_stage(
     with _board(run, request, config.tensorboard and process.is_first, resume) as board:
         run = run if board is None else replace(run, mirror=board)
         if vae is None:
-            _fit_svi(run, config, data, resume, board, process)
+            _fit_svi(run, config, data, resume, board, grids_of, process)
         else:
             fit_ebm(run, config, data, vae, resume)
-    if process.is_first:
-        print(f"report: {write_report(run)}")
 
 
 def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
@@ -138,10 +146,26 @@ def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | Non
 
 
 def _fit_svi(
-    run: Run, config: Config, data: Data, resume: Checkpoint | None, board: StageBoards | None, process: Process
+    run: Run,
+    config: Config,
+    data: Data,
+    resume: Checkpoint | None,
+    board: StageBoards | None,
+    grids_of: GridsOf,
+    process: Process,
 ) -> None:
-    """Run stage 1's loop, and leave its pictures."""
-    show = None if board is None else partial(show_gallery, run, config, data, board)
-    fit_svi(run, config, data, resume, show)
+    """Run stage 1's loop, and write the arrays of its pictures."""
+
+    def show(vae: HierarchicalVAE, step: int) -> None:
+        # The seed is always the same, so that the pictures of different steps compare.
+        for name, arrays in gallery(FittedVAE(run, config, data, vae), data.validation, config.seed).items():
+            board.images(grids_of(name, arrays), step)  # type: ignore[union-attr]
+
+    fit_svi(run, config, data, resume, None if board is None else show)
     if process.is_first:
-        write_gallery(load_fitted_vae(run, config, data), config.seed, board=board, step=config.svi.steps)
+        files = write_gallery(load_fitted_vae(run, config, data), config.seed)
+        if board is not None:
+            for name, arrays in files.items():
+                # Under other names than those of show, which are of other data and weights.
+                grids = {f"test/{label}": grid for label, grid in grids_of(name, arrays).items()}
+                board.images(grids, config.svi.steps)

@@ -20,6 +20,8 @@ from ppl_vaebm.files import write_atomic
 # JSON has no word for these numbers; the record holds them as these strings.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 FEATURES_FILE = "features.safetensors"
+RECONSTRUCTIONS, PRIOR, TRAVERSAL, GROUP_KL = "svi_reconstructions", "svi_prior", "svi_traversal", "svi_group_kl"
+"""Files of the samples folder that show stage 1."""
 
 
 class Mirror(Protocol):

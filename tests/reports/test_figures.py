@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,21 +17,26 @@ from ppl_vaebm.inference.diagnostics.convergence import Convergence
 from ppl_vaebm.reports import chains as figures_chains
 from ppl_vaebm.reports import evaluation as figures_evaluation
 from ppl_vaebm.reports import figures
+from ppl_vaebm.reports import gallery as figures_svi
 from ppl_vaebm.reports import samples as figures_samples
-from ppl_vaebm.reports import vae as figures_svi
+from ppl_vaebm.runs.gallery import images_per_row
+from ppl_vaebm.runs.run import PRIOR, RECONSTRUCTIONS, TRAVERSAL
 
 
 def normals(*shape: int) -> NDArray[np.float64]:
     return np.random.default_rng(3).normal(size=shape)
 
 
-def test_images_are_saved_pixel_by_pixel(tmp_path: Path) -> None:
+def pixels_of(png: bytes) -> NDArray[np.uint8]:
+    return np.round(image.imread(io.BytesIO(png))[..., :3] * 255).astype(np.uint8)
+
+
+def test_images_are_drawn_pixel_by_pixel() -> None:
     x = np.zeros((12, 1, 3, 2))
     x[0] = -1.0
     x[1] = 5.0  # cut off at white
     x[2, 0, 1, 0] = np.nan
-    figures_samples.save_image_grid_png(tmp_path / "grid.png", torch.from_numpy(x))
-    saved = np.round(image.imread(tmp_path / "grid.png")[..., :3] * 255).astype(int)
+    saved = pixels_of(figures_samples.samples_png(torch.from_numpy(x)))
     # Two rows of ten images of 3 x 2, one white pixel apart: 7 x 29, enlarged 12 times to pass 320.
     assert saved.shape == (7 * 12, 29 * 12, 3)
     pixels = saved[::12, ::12]
@@ -54,9 +57,9 @@ def test_colour_images_keep_their_channels() -> None:
     assert (figures_samples.image_grid(x) == [0, 255, 0]).all()
 
 
-def test_points_are_saved_as_a_picture(tmp_path: Path) -> None:
-    figures_samples.save_points_png(tmp_path / "points.png", torch.from_numpy(normals(100, 2)))
-    assert image.imread(tmp_path / "points.png").shape[:2] == (5 * figures.DPI, 5 * figures.DPI)
+def test_points_are_drawn_as_a_square_picture() -> None:
+    png = figures_samples.samples_png(torch.from_numpy(normals(100, 2)))
+    assert pixels_of(png).shape[:2] == (5 * figures.DPI, 5 * figures.DPI)
 
 
 def test_points_outside_the_frame_of_the_data_are_counted() -> None:
@@ -67,22 +70,10 @@ def test_points_outside_the_frame_of_the_data_are_counted() -> None:
     assert titles[:2] == ["data: 3 points", "VAE: 3 points, 2 of them outside"]
 
 
-@pytest.mark.parametrize(
-    ("save", "shape"),
-    [
-        (figures_samples.save_points_png, (5, 3)),
-        (figures_samples.save_points_png, (0, 2)),
-        (figures_samples.save_points_png, (5, 1, 4, 4)),
-        (figures_samples.save_image_grid_png, (5, 2)),
-        (figures_samples.save_image_grid_png, (5, 2, 4, 4)),
-    ],
-)
-def test_arrays_of_another_shape_are_refused(
-    tmp_path: Path, save: Callable[[Path, NDArray[np.float64]], None], shape: tuple[int, ...]
-) -> None:
-    with pytest.raises(InputError, match="found"):
-        save(tmp_path / "x.png", np.zeros(shape))
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("shape", [(5, 3), (0, 2), (5, 2, 4, 4)])
+def test_arrays_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="found shape"):
+        figures_samples.samples_png(np.zeros(shape))
 
 
 def test_a_figure_of_curves_has_a_panel_per_known_quantity() -> None:
@@ -178,7 +169,7 @@ def test_a_family_of_many_curves_is_not_named_one_by_one() -> None:
 
 def test_reconstructions_stand_under_their_images() -> None:
     data = np.linspace(-1, 1, 16).reshape(16, 1, 1, 1) * np.ones((1, 1, 2, 2))
-    (grid,) = figures_svi.gallery_grids(figures_svi.RECONSTRUCTIONS, {"x": -data, "data": data}).values()
+    (grid,) = figures_svi.gallery_grids(RECONSTRUCTIONS, {"x": -data, "data": data}).values()
     factor = grid.shape[0] // 11  # four rows of two pixels, one white pixel apart
     assert grid.shape == (11 * factor, 23 * factor, 3)
     shown = grid[::factor, ::factor, 0].astype(int)
@@ -191,7 +182,7 @@ def test_reconstructions_stand_under_their_images() -> None:
 def test_a_grid_with_labels_keeps_its_pixels() -> None:
     grid = np.random.default_rng(0).integers(0, 256, (30, 50, 3)).astype(np.uint8)
     figure = figures_svi._labelled(grid, ["a", "b"], ["1", "2", "3"])
-    png = np.round(image.imread(io.BytesIO(figures.png_of(figure)))[..., :3] * 255).astype(np.uint8)
+    png = pixels_of(figures.png_of(figure))
     enlarged = grid.repeat(18, 0).repeat(18, 1)
     left = round(figures_svi.LABEL_INCHES * figures.DPI)
     bottom = round(figures_svi.EDGE_INCHES * figures.DPI)
@@ -201,18 +192,18 @@ def test_a_grid_with_labels_keeps_its_pixels() -> None:
 
 @pytest.mark.parametrize("side", [8, 96])
 def test_every_picture_of_stage_1_can_be_drawn(side: int) -> None:
-    columns = figures_svi.images_per_row(side)
+    columns = images_per_row(side)
     files: dict[str, figures_svi.Arrays] = {
-        figures_svi.RECONSTRUCTIONS: {
+        RECONSTRUCTIONS: {
             "x": normals(2 * columns, 3, side, side),
             "data": normals(2 * columns, 3, side, side),
         },
-        figures_svi.PRIOR: {
+        PRIOR: {
             "x": normals(columns**2, 2, 3, side, side),
             "temperatures": np.array([0.7, 1.0]),
             "statistics": np.array(""),
         },
-        figures_svi.TRAVERSAL: {
+        TRAVERSAL: {
             "x": normals(3, 5, 3, side, side),
             "angles": np.linspace(-2, 2, 5),
             "group": np.array("z_2"),
@@ -306,7 +297,7 @@ def test_histograms_leave_out_what_is_not_finite_and_say_how_many_they_show() ->
 def test_neighbours_stand_under_their_samples() -> None:
     samples = np.linspace(-1, 1, 10).reshape(10, 1, 1, 1) * np.ones((1, 1, 4, 4))
     (drawn,) = figures_evaluation.neighbours_pictures({"samples": samples, "pixels": -samples})
-    png = np.round(image.imread(io.BytesIO(base64.b64decode(drawn.png)))[..., 0] * 255).astype(int)
+    png = pixels_of(base64.b64decode(drawn.png))[..., 0].astype(int)
     factor = png.shape[1] // (10 * 5 - 1)
     rows = png[::factor, ::factor]
     assert rows.shape == (2 * 5 - 1, 10 * 5 - 1)

@@ -20,8 +20,7 @@ from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
 from ppl_vaebm.reports import html as report
 from ppl_vaebm.reports import sections as report_sections
-from ppl_vaebm.reports import vae as figures_svi
-from ppl_vaebm.runs.run import Run
+from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL, Run
 
 
 def normals(*shape: int, seed: int = 0) -> NDArray[np.float64]:
@@ -172,11 +171,11 @@ def test_a_full_report_is_one_file_without_scripts_or_links_to_elsewhere(run: Ru
 
 def test_pictures_of_the_vae_stand_in_its_section_and_say_what_good_looks_like(run: Run) -> None:
     x = normals(16, 2, 1, 8, 8)
-    run.save_npz(figures_svi.RECONSTRUCTIONS, x=x[:, 0], data=x[:, 1])
-    run.save_npz(figures_svi.PRIOR, x=x, temperatures=np.array([0.7, 1.0]), statistics=np.array("statistics of <b>"))
-    run.save_npz(figures_svi.TRAVERSAL, x=x, angles=np.zeros(2), group=np.array("z_2"), temperature=np.array(0.7))
+    run.save_npz(RECONSTRUCTIONS, x=x[:, 0], data=x[:, 1])
+    run.save_npz(PRIOR, x=x, temperatures=np.array([0.7, 1.0]), statistics=np.array("statistics of <b>"))
+    run.save_npz(TRAVERSAL, x=x, angles=np.zeros(2), group=np.array("z_2"), temperature=np.array(0.7))
     group_kl = {"kl_nats": np.ones(2), "names": np.array(["z_1", "z_2"]), "sides": np.array([2, 4])}
-    run.save_npz(figures_svi.GROUP_KL, **group_kl, num_points=np.array(40))
+    run.save_npz(GROUP_KL, **group_kl, num_points=np.array(40))
     add_svi(run)
     page = page_of(run)
     assert sections_of(page) == ["svi"]
@@ -190,7 +189,7 @@ def test_pictures_of_the_vae_stand_in_its_section_and_say_what_good_looks_like(r
 
 def test_points_are_drawn_beside_the_data(run: Run) -> None:
     draws = {"x": normals(30, 1, 2), "data": normals(20, 2), "temperatures": np.ones(1), "statistics": np.array("")}
-    run.save_npz(figures_svi.PRIOR, **draws)
+    run.save_npz(PRIOR, **draws)
     assert "draws of the prior" in page_of(run)
 
 
