@@ -10,10 +10,9 @@ import ast
 import dataclasses
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from types import UnionType
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_origin
 
 import yaml
 
@@ -24,7 +23,7 @@ from ppl_vaebm.errors import InputError, did_you_mean, shown
 
 Parsed = TypeVar("Parsed")
 HELP = ("-h", "--help")
-MAX_CHOICES = 4  # that stand behind a flag in --help; the texts of options with more name them
+MAX_CHOICES = 4  # that stand behind a flag in --help; the texts of options with more list them
 
 RETIRED: dict[str, object] = {}
 """Options of earlier versions and the constants that replaced them. A stored configuration or a command line may still
@@ -48,8 +47,24 @@ class Option(NamedTuple):
     @property
     def flags(self) -> list[str]:
         """Flags on the command line, the shortest first."""
-        aliases = [mark.flag for mark in self.marks if isinstance(mark, Alias)]
-        return sorted([f"--{self.name}", *aliases], key=len)
+        return sorted([f"--{self.name}", *(mark.flag for mark in self.marks if isinstance(mark, Alias))], key=len)
+
+    @property
+    def kinds(self) -> list[Any]:
+        """Types of a value, or of a tuple's elements."""
+        return list(_kinds(self.hint))
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Values that it may have, empty if any."""
+        return next((get_args(kind) for kind in self.kinds if get_origin(kind) is Literal), ())
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) in (None, Literal):
+        yield hint
+    for part in get_args(hint) if get_origin(hint) is not Literal else ():
+        yield from _kinds(part)
 
 
 def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
@@ -81,23 +96,23 @@ def parse(
     Raises:
         InputError: an unknown option or a wrong value.
     """
-    options = list(options_of(cls))
-    if description is not None and any(flag in argv for flag in HELP):
-        try:
-            values = _values(options, prog, [token for token in argv if token not in HELP])
-        except InputError:  # help is for those whose command line is wrong, too
-            values = {}
-        print(_help_text(options, values, prog, description, first), end="")
-        raise SystemExit(0)
+    options, asks_help = list(options_of(cls)), description is not None and not {*HELP}.isdisjoint(argv)
     try:
-        return _build(cls, _values(options, prog, argv))
+        values = _values(options, prog, [token for token in argv if not (asks_help and token in HELP)])
+        if not asks_help:
+            return _build(cls, values)
     except ValueError as error:
-        raise InputError(str(error) if isinstance(error, InputError) else f"{prog}: {error}") from None
+        if not asks_help:
+            raise InputError(str(error) if isinstance(error, InputError) else f"{prog}: {error}") from None
+        values = {}
+    parser = _Parser(prog, options, description, first, values)
+    parser.print_help()
+    raise SystemExit(0)
 
 
 def _values(options: Sequence[Option], prog: str, argv: Sequence[str]) -> dict[str, Any]:
     """Read tokens into values by their options' names."""
-    given, unknown = _parser(options, prog).parse_known_args([_with_hyphens(token) for token in argv])
+    given, unknown = _Parser(prog, options).parse_known_args([_with_hyphens(token) for token in argv])
     if unknown:
         flag = unknown[0].partition("=")[0]
         kind = "option" if flag.startswith("-") else "argument"
@@ -109,38 +124,75 @@ def _values(options: Sequence[Option], prog: str, argv: Sequence[str]) -> dict[s
     return values
 
 
+def _build(cls: type[Parsed], values: Mapping[str, Any], prefix: str = "") -> Parsed:
+    """Make a dataclass, and the sections in it, of values by their options' names."""
+    made = {}
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        hint, marks = hints_of(cls)[field.name]
+        name = prefix + field.name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            made[field.name] = _build(hint, values, prefix if FLAT in marks else f"{name}.")  # type: ignore[arg-type]
+        elif name in values:
+            made[field.name] = values[name]
+    return cls(**made)
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are InputError."""
+    """Parser of options. With values, it shows them in its help as the defaults."""
+
+    def __init__(
+        self,
+        prog: str,
+        options: Sequence[Option],
+        description: str | None = None,
+        first: Sequence[str] = (),
+        values: Mapping[str, Any] | None = None,
+    ) -> None:
+        arguments = "".join(f"{option.name.upper()} " for option in options if POSITIONAL in option.marks)
+        usage = f"python -m ppl_vaebm.{prog} {arguments}[options]"
+        super().__init__(
+            prog, usage, description, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS
+        )
+        leading = self.add_argument_group("most used" if first else "options")
+        if values is not None:
+            leading.add_argument(*HELP, action="help", help="Show this text, with the options of the chosen kernel.")
+        groups = {"": self.add_argument_group("more") if first else leading}
+        rank = {name: index for index, name in enumerate(first)}
+        for option in sorted(options, key=lambda option: rank.get(option.name, len(first))):
+            section = option.name.rpartition(".")[0]
+            if section not in groups and option.name not in rank:
+                groups[section] = self.add_argument_group(section, str(option.owner.__doc__).partition("\n")[0])
+            text = "" if values is None else _help_text(option, section, values)
+            self._add(leading if option.name in rank else groups[section], option, text)
+        sections = {option.name.partition(".")[0] for option in options if "." in option.name}
+        for name in (name for name in RETIRED if name.partition(".")[0] in sections):
+            self.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
+            flag = _negated(name)
+            self.add_argument(flag, dest=name, action="store_const", const=["False"], help=argparse.SUPPRESS)
+
+    def _add(self, group: Any, option: Option, text: str) -> None:
+        """Add an option to a group."""
+        if POSITIONAL in option.marks:
+            group.add_argument(option.name, metavar=option.name.upper(), help=text)
+        elif option.hint is bool:
+            group.add_argument(*option.flags, dest=option.name, action="store_true", help=text)
+            flag = _negated(option.name)
+            self.add_argument(flag, dest=option.name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            nargs = "*" if get_origin(option.hint) is tuple else None
+            reader, metavar = partial(_read, option), _metavar(option)
+            group.add_argument(*option.flags, dest=option.name, type=reader, nargs=nargs, metavar=metavar, help=text)
 
     def error(self, message: str) -> NoReturn:
+        """Raise InputError in place of exiting."""
         if "required" in message:
             message = "expected the folder of a run as first argument, such as runs/demo, found none"
         message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, found")
         raise InputError(f"{self.prog}: {message}")
 
 
-def _parser(options: Iterable[Option], prog: str) -> _Parser:
-    parser = _Parser(prog, allow_abbrev=False, add_help=False, argument_default=argparse.SUPPRESS)
-    for option in options:
-        if POSITIONAL in option.marks:
-            parser.add_argument(option.name)
-        elif option.hint is bool:
-            parser.add_argument(*option.flags, dest=option.name, action="store_true")
-            parser.add_argument(_negated(option.name), dest=option.name, action="store_false")
-        else:
-            is_tuple = get_origin(option.hint) is tuple
-            element = get_args(option.hint)[0] if is_tuple else option.hint
-            read = partial(_read, _reader(element), option.name)
-            parser.add_argument(*option.flags, dest=option.name, type=read, nargs="*" if is_tuple else None)
-    sections = {option.name.partition(".")[0] for option in options if "." in option.name}
-    for name in (name for name in RETIRED if name.partition(".")[0] in sections):
-        parser.add_argument(f"--{name}", dest=name, nargs="*")
-        parser.add_argument(_negated(name), dest=name, action="store_const", const=["False"])
-    return parser
-
-
 def _negated(name: str) -> str:
-    """Return the flag that switches an option off, such as ``--data.no-download``."""
+    """Return the flag that turns an option off, such as ``--data.no-download``."""
     section, dot, last = name.rpartition(".")
     return f"--{section}{dot}no-{last}"
 
@@ -151,44 +203,22 @@ def _with_hyphens(token: str) -> str:
     return flag.replace("_", "-") + equals + value if token.startswith("--") else token
 
 
-def _reader(hint: Any) -> Callable[[str], Any]:
-    """Return the function that reads a value of a type; it raises ValueError with what it expects."""
-    if get_origin(hint) in (Union, UnionType):
-        (inner,) = (_reader(part) for part in get_args(hint) if part is not type(None))
-        return lambda text: None if text == "None" else inner(text)
-    if get_origin(hint) is Literal:
-        return partial(_choose, get_args(hint))
-    readers: dict[Any, Callable[[str], Any]] = {int: _whole_number, float: _number, str: str}
-    return readers[hint]
-
-
-def _choose(choices: Sequence[str], text: str) -> str:
-    if text in choices:
-        return text
-    raise ValueError(f"one of {', '.join(choices)}, found {shown(text)}{did_you_mean(text, choices)}")
-
-
-def _whole_number(text: str) -> int:
+def _read(option: Option, text: str) -> Any:
+    """Read a value of an option, or of an element of its tuple."""
+    if text == "None" and type(None) in option.kinds:
+        return None
+    if (option.name, text) in RETIRED_VALUES:
+        raise argparse.ArgumentTypeError(f"{text} was removed; {RETIRED_VALUES[option.name, text]}")
+    numbers = {int: "a whole number", float: "a number"}
+    kind = next((kind for kind in numbers if kind in option.kinds), str)
+    expected = numbers.get(kind, f"one of {', '.join(option.choices)}")
     try:
-        return int(text)
+        if option.choices and text not in option.choices:
+            raise ValueError
+        return kind(text)
     except ValueError:
-        raise ValueError(f"a whole number, found {shown(text)}") from None
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"a number, found {shown(text)}") from None
-
-
-def _read(reader: Callable[[str], Any], name: str, text: str) -> Any:
-    if (name, text) in RETIRED_VALUES:
-        raise argparse.ArgumentTypeError(f"{text} was removed; {RETIRED_VALUES[name, text]}")
-    try:
-        return reader(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected {error}") from None
+        found = f"{shown(text)}{did_you_mean(text, option.choices)}"
+        raise argparse.ArgumentTypeError(f"expected {expected}, found {found}") from None
 
 
 def _check_retired(prog: str, name: str, texts: Sequence[str]) -> None:
@@ -210,103 +240,46 @@ def _plain(value: object) -> object:
         return str(value)
 
 
-def _build(cls: type[Parsed], values: Mapping[str, Any], prefix: str = "") -> Parsed:
-    """Make a dataclass, and the sections in it, of values by their options' names."""
-    made = {}
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint, marks = hints_of(cls)[field.name]
-        name = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            made[field.name] = _build(hint, values, prefix if FLAT in marks else f"{name}.")  # type: ignore[arg-type]
-        elif name in values:
-            made[field.name] = values[name]
-    return cls(**made)
-
-
 # --- help ------------------------------------------------------------------------------------------
 
 
-def _help_text(
-    options: Sequence[Option], values: Mapping[str, Any], prog: str, description: str, first: Sequence[str]
-) -> str:
-    """Write the text of ``--help``, with the values that the tokens set as defaults."""
-    positional = "".join(f" {option.name.upper()}" for option in options if POSITIONAL in option.marks)
-    parser = argparse.ArgumentParser(
-        prog, usage=f"python -m ppl_vaebm.{prog}{positional} [options]", description=description, add_help=False
-    )
-    leading = parser.add_argument_group("most used" if first else "options")
-    groups: dict[str, Any] = {"": parser.add_argument_group("more") if first else leading}
-    for option in sorted(options, key=lambda option: first.index(option.name) if option.name in first else len(first)):
-        section = option.name.rpartition(".")[0]
-        if not _is_for(option, section, values):
-            continue
-        if section not in groups and option.name not in first:
-            summary = str(inspect.getdoc(option.owner)).partition("\n")[0]
-            groups[section] = parser.add_argument_group(section, summary)
-        _describe(leading if option.name in first else groups[section], option, values)
-    leading.add_argument(*HELP, action="help", help="Show this text, with the options of the chosen kernel.")
-    return parser.format_help()
-
-
-def _is_for(option: Option, section: str, values: Mapping[str, Any]) -> bool:
-    """Whether the section's kernel has an option."""
+def _help_text(option: Option, section: str, values: Mapping[str, Any]) -> str:
+    """Return the text of an option, with its default; options that the section's kernel does not have are hidden."""
     kernels = {kernel for mark in option.marks if isinstance(mark, OnlyFor) for kernel in mark.kernels}
     name = values.get(f"{section}.name", KernelConfig.name)
     members = values.get(f"{section}.members", KernelConfig.members) if name == "mixture" else ()
-    return not kernels or bool(kernels & {name, *members})
-
-
-def _describe(group: Any, option: Option, values: Mapping[str, Any]) -> None:
-    """Add an option to a group of ``--help``."""
-    text, metavar = docs_of(option.owner)[option.field.name], _metavar(option.hint)
-    if metavar.startswith("NAME"):
-        text += f" Of {', '.join(_choices(option.hint))}."
+    if kernels and kernels.isdisjoint({name, *members}):
+        return argparse.SUPPRESS
+    text = docs_of(option.owner)[option.field.name]
+    if len(option.choices) > MAX_CHOICES:
+        text += f" Of {', '.join(option.choices)}."
     value = values.get(option.name, option.field.default)
     if isinstance(value, bool):
         text += f" [on; {_negated(option.name)} turns it off]" if value else ""
     elif value not in (None, (), dataclasses.MISSING):
-        text += f" [{' '.join(map(_written, value)) if isinstance(value, tuple) else _written(value)}]"
-    text = text.replace("%", "%%")
-    if POSITIONAL in option.marks:
-        group.add_argument(option.name, help=text, metavar=option.name.upper())
-    elif option.hint is bool:
-        group.add_argument(*option.flags, action="store_true", help=text)
-    else:
-        group.add_argument(*option.flags, metavar=metavar, help=text)
+        elements = value if isinstance(value, tuple) else (value,)
+        text += f" [{' '.join(f'{each:.6g}' if isinstance(each, float) else str(each) for each in elements)}]"
+    return text.replace("%", "%%")
 
 
-def _written(value: object) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the values that an option or its elements may have, or nothing if any may be."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return next((found for found in map(_choices, get_args(hint)) if found), ())
-
-
-def _metavar(hint: Any) -> str:
+def _metavar(option: Option) -> str:
     """Return the placeholder of a value: the choices where they are few."""
-    choices, kinds = _choices(hint), (hint, *get_args(hint))
-    text = "NAME" if len(choices) > MAX_CHOICES else "{" + ",".join(choices) + "}"
-    if not choices:
-        text = "N" if int in kinds else "X" if float in kinds else "TEXT"
-    return f"{text} ..." if get_origin(hint) is tuple else text
+    text = "N" if int in option.kinds else "X" if float in option.kinds else "TEXT"
+    if option.choices:
+        text = "NAME" if len(option.choices) > MAX_CHOICES else "{" + ",".join(option.choices) + "}"
+    return f"{text} ..." if get_origin(option.hint) is tuple else text
 
 
+@cache
 def docs_of(cls: type) -> dict[str, str]:
     """Return the docstrings of a dataclass's fields, those of its base classes included, each in one line."""
     docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
+    for base in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
         tree = ast.parse(inspect.getsource(sys.modules[base.__module__]))
         body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.__name__)
         for node, following in zip(body, body[1:], strict=False):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                text = following.value if isinstance(following, ast.Expr) else None
-                docs[node.target.id] = " ".join(str(text.value).split()) if isinstance(text, ast.Constant) else ""
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[ast.unparse(node.target)] = " ".join(str(ast.literal_eval(following.value)).split())
     return docs
 
 
