@@ -1,23 +1,18 @@
-"""What a run would be, in numbers: its layers, its latents, and the memory of one training batch.
+"""Describe a run before it starts: layers, latents, and the memory of one training step.
 
-Nothing is allocated and no file is read. The networks are made on the meta device, and one training step's forward pass
-then runs on fake tensors, which have a shape and a device, so that its kernels and its mixed precision are those of the
-real one, and no values.
+Nothing is allocated and no file is read: the networks are on the meta device, and the forward pass of one training step
+runs on fake tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.overrides import TorchFunctionMode
 
 from ppl_vaebm.config import Config, DataConfig, SviConfig
 from ppl_vaebm.data.load import DataForm, form_without_files
@@ -26,39 +21,29 @@ from ppl_vaebm.inference.svi.svi import Objective
 from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.nvae_cells import BatchNorm2d
+from ppl_vaebm.models.saved_bytes import dry_pass
 from ppl_vaebm.models.spectral import spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.tables import text_table
 
-NUM_MOMENTS = 2  # that Adam and Adamax keep of every weight
-BYTES_PER_NOISE = 4  # a position in the replay is float32
-
-
-class Pass(NamedTuple):
-    """What one forward pass left behind."""
-
-    saved_bytes: int
-    """Kept for the backward pass, beside weights and buffers."""
-    shapes: dict[nn.Module, torch.Size]
-    """Output of every module that was called, one row of it, in the order of the first calls."""
+NUM_MOMENTS = 2  # per weight, in Adam and Adamax
+BYTES_PER_NOISE = 4  # of a position in the replay buffer, float32
 
 
-class Row(NamedTuple):
-    """A line of the table of layers: a module, or several alike in a row."""
+class LayerRow(NamedTuple):
+    """A row of the table of layers: a module, or several equal ones that follow each other."""
 
     part: str
     layers: str
     shape: torch.Size | None
     """Of the output, without the batch."""
     num_parameters: int
-    """Of one of them."""
+    """Of one module."""
     num_alike: int = 1
 
 
 def describe(config: Config) -> list[str]:
-    """Describe a run before it is started.
-
-    Args:
-        config: its configuration; the data's files need not be there.
+    """Describe a run before it starts.
 
     Returns:
         Lines to print: the layers of both networks, then sizes, then memory.
@@ -71,28 +56,20 @@ def describe(config: Config) -> list[str]:
         vae = build_vae(config.model, form.event_shape, form.levels, form.is_dequantized).train()
         latent_shapes = vae.model.latent_shapes
         energy = None if has_discrete_x(config) else build_energy(config.energy, form.event_shape, latent_shapes)
-    svi = dry_pass(
-        Objective(vae, config.svi, config.seed), config.device, (config.svi.batch_size, *form.event_shape), 0
-    )
+    objective = Objective(vae, config.svi, config.seed)
+    svi = dry_pass(objective, config.device, (config.svi.batch_size, *form.event_shape), 0)
     shapes = dict(svi.shapes)
     if energy is not None:
         net = _WithLatents(energy, latent_shapes)
         shapes |= dry_pass(net, config.device, (config.ebm.batch_size, *form.event_shape)).shapes
-    lines = [f"x: {_shape(form.event_shape)}", "", *_table(layer_rows(vae, energy, shapes)), ""]
-    lines += _sizes(vae)
+    lines = [f"x: {_by(form.event_shape)}", "", _table(layer_rows(vae, energy, shapes)), "", *_sizes(vae)]
     if energy is not None:
         lines += _energy_sizes(config, vae, energy)
-    return [*lines, "", *_memory(config.svi, config.device, vae, svi.saved_bytes)]
+    return "\n".join([*lines, "", *_memory(config.svi, config.device, vae, svi.saved_bytes)]).splitlines()
 
 
 def form_of(config: DataConfig) -> DataForm:
-    """Tell the form of a data set without its files; a folder of images is taken to be in colour.
-
-    Args:
-        config: which data set.
-
-    Returns:
-        The form; grey where an option of the data is for grey images only.
+    """Return the form of a data set without its files; a folder of images is assumed to be in color.
 
     Raises:
         InputError: an image folder of unknown size, or an option that does not fit the data set.
@@ -106,11 +83,8 @@ def form_of(config: DataConfig) -> DataForm:
     return DataForm(shape, 2 if config.binarize else 2**config.num_bits, not config.binarize)
 
 
-# --- the pass ------------------------------------------------------------------------------------
-
-
 class _WithLatents(nn.Module):
-    """An energy, called with x alone; the latents have their shapes, and no values."""
+    """An energy that is called with x alone; its latents have shapes and no values."""
 
     def __init__(self, energy: Energy, latent_shapes: Mapping[str, torch.Size]) -> None:
         super().__init__()
@@ -122,121 +96,46 @@ class _WithLatents(nn.Module):
         return energy
 
 
-class _Valueless(TorchFunctionMode):
-    """Read tensors without values: what goes on record is 0, what is asked is not so, what is counted has begun."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (Tensor.item, Tensor.__float__):
-            return 0.0
-        if func is Tensor.__bool__:
-            return args[0].dtype != torch.bool
-        return func(*args, **(kwargs or {}))
+# --- the table of layers ---------------------------------------------------------------------------
 
 
-def dry_pass(net: nn.Module, device: str, batch_shape: tuple[int, ...], *inputs: Any) -> Pass:
-    """Run a network forward without computing anything.
+def layer_rows(vae: HierarchicalVAE, energy: Energy | None, shapes: dict[nn.Module, torch.Size]) -> list[LayerRow]:
+    """List the modules with parameters, in the order of the computation.
 
     Args:
-        net: on the meta device; it is left with fake weights, good for counting alone.
-        device: whose kernels it would run on.
-        batch_shape: of the batch that it is called with, ``(n, ...)``.
-        inputs: what it is called with besides.
-
-    Returns:
-        As :func:`forward_pass`.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        net.to_empty(device=device)
-        return forward_pass(net, torch.empty(batch_shape, device=device), *inputs)
-
-
-def forward_pass(net: nn.Module, *inputs: Any) -> Pass:
-    """Run a network forward, and look at what it keeps and at what its modules return.
-
-    Args:
-        net: called with the inputs; numbers that it takes out of tensors are 0.
-        inputs: the first is a batch, ``(n, ...)``.
-
-    Returns:
-        What was found. Each storage counts once, however many tensors share it. In bfloat16 on a CPU, batch
-        normalisations count a few bytes per channel too little, because a fake one misstates the type of its moments.
-    """
-    owned = {tensor.untyped_storage() for tensor in (*net.parameters(), *net.buffers())}
-    saved: set[torch.UntypedStorage] = set()  # of objects, not of addresses, for fake ones have none
-
-    def pack(tensor: Tensor) -> Tensor:
-        saved.add(tensor.untyped_storage())
-        return tensor
-
-    with _shapes_of(net) as shapes, saved_tensors_hooks(pack, lambda tensor: tensor), _Valueless():
-        result = net(*inputs)  # alive until the storages are counted, and with it all that it needs
-        num_bytes = sum(storage.nbytes() for storage in saved - owned)
-        del result
-    return Pass(num_bytes, shapes)
-
-
-@contextmanager
-def _shapes_of(net: nn.Module) -> Iterator[dict[nn.Module, torch.Size]]:
-    """Record the output shapes of a network's modules as they are called."""
-    shapes: dict[nn.Module, torch.Size] = {}
-
-    def record(module: nn.Module, _: Any, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        if isinstance(first, Tensor):
-            shapes.setdefault(module, first.shape[1:])
-
-    handles = [module.register_forward_hook(record) for module in net.modules()]
-    try:
-        yield shapes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# --- the table -----------------------------------------------------------------------------------
-
-
-def layer_rows(vae: HierarchicalVAE, energy: Energy | None, shapes: dict[nn.Module, torch.Size]) -> list[Row]:
-    """List what has parameters, in the order of the computation.
-
-    Args:
-        vae: its model and guide meet on the way down, so their parts take turns.
+        vae: its model and guide take turns.
         energy: listed last.
         shapes: of a pass through them.
 
     Returns:
-        One row for each layer, or child of a stack of layers; rows alike that follow one another are one.
+        One row per layer, or per child of a stack of layers; equal rows that follow each other are merged.
     """
     position = {module: index for index, module in enumerate(shapes)}
 
     def first_call(module: nn.Module) -> float:
         return min((position[inner] for inner in module.modules() if inner in position), default=len(position))
 
-    parts: list[tuple[float, list[Row]]] = []
+    parts: list[tuple[float, list[LayerRow]]] = []
     for name, net in (("guide", vae.guide), ("model", vae.model)) + ((("energy", energy),) if energy else ()):
-        starts = [first_call(child) for child in net.children()]
-        own = net.named_parameters(recurse=False)
-        bare = [Row(f"{name}.{key}", "parameter", value.shape, value.numel()) for key, value in own]
-        parts.append((min(starts) - 0.5, bare))
-        parts += [
-            (start, _rows(f"{name}.{key}", child, shapes))
-            for start, (key, child) in zip(starts, net.named_children(), strict=True)
+        own = [
+            LayerRow(f"{name}.{key}", "parameter", value.shape, value.numel())
+            for key, value in net.named_parameters(recurse=False)
         ]
+        children = [(first_call(child), _rows(f"{name}.{key}", child, shapes)) for key, child in net.named_children()]
+        parts += [(min(start for start, _ in children) - 0.5, own), *children]
     return [row for _, rows in sorted(parts, key=lambda part: part[0]) for row in rows]
 
 
-def _rows(name: str, part: nn.Module, shapes: dict[nn.Module, torch.Size]) -> list[Row]:
+def _rows(name: str, part: nn.Module, shapes: dict[nn.Module, torch.Size]) -> list[LayerRow]:
     """List the children of a stack, or a part as a whole."""
-    children = list(part.named_children()) if isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else []
-    if not children:
-        rows = [Row(name, _kinds(part), _last_shape(part, shapes), count(part))]
-    else:
-        rows = [Row(key, _kinds(child), _last_shape(child, shapes), count(child)) for key, child in children]
+    is_stack = isinstance(part, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) and len(part) > 0
+    children = [(f".{key}", child) for key, child in part.named_children()] if is_stack else [("", part)]
+    rows = [LayerRow(key, _kinds(child), _last_shape(child, shapes), count(child)) for key, child in children]
     merged = []
     for _, group in groupby((row for row in rows if row.num_parameters), key=lambda row: row[1:]):
-        alike = list(group)
-        span = alike[0].part if len(alike) == 1 else f"{alike[0].part}..{alike[-1].part}"
-        merged.append(alike[0]._replace(part=f"{name}.{span}" if children else name, num_alike=len(alike)))
+        first, *rest = group
+        span = f"..{rest[-1].part.removeprefix('.')}" if rest else ""
+        merged.append(first._replace(part=f"{name}{first.part}{span}", num_alike=1 + len(rest)))
     return merged
 
 
@@ -244,8 +143,7 @@ def _kinds(module: nn.Module) -> str:
     """Name a module's class, or those of the layers with parameters that it stacks."""
     if not isinstance(module, (nn.Sequential, nn.ModuleList)):
         return type_before_parametrizations(module).__name__
-    kinds = [type_before_parametrizations(child).__name__ for child in module if count(child)]
-    return _joined(kinds)
+    return _joined([type_before_parametrizations(child).__name__ for child in module if count(child)])
 
 
 def _last_shape(module: nn.Module, shapes: dict[nn.Module, torch.Size]) -> torch.Size | None:
@@ -261,50 +159,48 @@ def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _table(rows: Iterable[Row]) -> list[str]:
-    cells = [("part", "layers", "output", "parameters")]
+def _table(rows: Iterable[LayerRow]) -> str:
+    cells = []
     for row in rows:
         repeats = f" x {row.num_alike}" if row.num_alike > 1 else ""
-        shape = "" if row.shape is None else _shape(row.shape)
+        shape = "" if row.shape is None else _by(row.shape)
         cells.append((row.part, row.layers, shape, f"{_human(row.num_parameters)}{repeats}"))
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    return text_table(cells, ("part", "layers", "output", "parameters"))
 
 
-# --- sizes ---------------------------------------------------------------------------------------
+# --- sizes -----------------------------------------------------------------------------------------
 
 
 def _sizes(vae: HierarchicalVAE) -> list[str]:
-    """Tell the numbers of parameters, layers and latents."""
+    """Describe the numbers of parameters, layers and latents."""
     generator, guide = count(vae.model), count(vae.guide)
     lines = [f"VAE: {_exact(generator + guide)} parameters, generator {_exact(generator)}, guide {_exact(guide)}"]
-    num_convs = len(spectral_layers(vae, has_linear=False))
     num_norms = sum(isinstance(module, BatchNorm2d) for module in vae.modules())
     if num_norms:
+        num_convs = len(spectral_layers(vae, has_linear=False))
         lines.append(f"layers: {num_convs} convolutions, {num_norms} batch normalisations")
     shapes = list(vae.model.latent_shapes.values())
-    num_latents = sum(shape.numel() for shape in shapes)
+    num_latents, num_x = sum(shape.numel() for shape in shapes), vae.model.event_shape.numel()
     groups = "1 group" if len(shapes) == 1 else f"{len(shapes)} groups, coarsest first"
-    lines.append(f"latents: {num_latents:,} in {groups}: {_joined([_shape(shape) for shape in shapes], bracket=True)}")
-    num_x = vae.model.event_shape.numel()
+    lines.append(f"latents: {num_latents:,} in {groups}: {_joined([_by(shape) for shape in shapes], bracket=True)}")
     return [*lines, f"noise: {num_latents + num_x:,}, of the latents and {num_x:,} of x"]
 
 
 def _energy_sizes(config: Config, vae: HierarchicalVAE, energy: Energy) -> list[str]:
-    """Tell the size of the energy network, and what stage ebm stores."""
+    """Describe the size of the energy network and of the replay buffer."""
     num_noise = sum(shape.numel() for shape in vae.noise_shapes.values())
     num_bytes = config.ebm.replay_size * num_noise * BYTES_PER_NOISE
-    kind = type(energy).__name__
     num_convs = len(spectral_layers(energy, has_linear=False))
     layers = f", layout {config.energy.layout}, {num_convs} convolutions" if num_convs else ""
+    inputs = config.energy.inputs.replace("-", " ")
     return [
-        f"energy: {kind} of {config.energy.inputs.replace('-', ' ')}, {_exact(count(energy))} parameters{layers}",
+        f"energy: {type(energy).__name__} of {inputs}, {_exact(count(energy))} parameters{layers}",
         f"replay of stage ebm: {config.ebm.replay_size:,} positions, {_human_bytes(num_bytes)}",
     ]
 
 
 def _memory(loop: SviConfig, device: str, vae: HierarchicalVAE, saved_bytes: int) -> list[str]:
-    """Tell what a training step holds at most; training in several processes adds a copy of the gradients."""
+    """Describe the largest memory of a training step; several processes need a copy of the gradients more."""
     trained = sum(parameter.nbytes for parameter in vae.parameters())
     with_buffers = trained + sum(buffer.nbytes for buffer in vae.buffers())
     kept = {
@@ -317,27 +213,22 @@ def _memory(loop: SviConfig, device: str, vae: HierarchicalVAE, saved_bytes: int
     kept["in all"] = sum(kept.values())
     precision = "bfloat16 and float32" if loop.bf16 else "float32"
     title = f"memory of stage svi, a process with {loop.batch_size} data points a step, {precision} on {device}"
-    return [f"{title}:", *(f"  {name:<18}  {_human_bytes(number):>10}" for name, number in kept.items())]
+    return [f"{title}:", text_table([(name, _human_bytes(number)) for name, number in kept.items()], numbers=(1,))]
 
 
 def _joined(names: list[str], bracket: bool = False) -> str:
-    """Write out names, with a count before those that repeat."""
-    runs = [(name, len(list(group))) for name, group in groupby(names)]
-    return ", ".join(
-        name if number == 1 else f"{number} x ({name})" if bracket else f"{number} x {name}" for name, number in runs
-    )
+    """List names, with a count before those that repeat."""
+    runs = [(f"({name})" if bracket else name, name, len(list(group))) for name, group in groupby(names)]
+    return ", ".join(name if number == 1 else f"{number} x {repeated}" for repeated, name, number in runs)
 
 
-def _shape(shape: torch.Size) -> str:
+def _by(shape: torch.Size) -> str:
     return " x ".join(map(str, shape)) or "1"
 
 
 def _human(number: int) -> str:
     """Shorten a count: 130.73 M."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}"
-    return str(number)
+    return _short(number, ("", "k", "M", "G"), 1000, 2)
 
 
 def _exact(number: int) -> str:
@@ -346,9 +237,11 @@ def _exact(number: int) -> str:
 
 def _human_bytes(number: int) -> str:
     """Shorten a number of bytes: 1.2 GiB."""
-    size = float(number)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:,.1f} GiB"
+    return _short(number, ("B", "KiB", "MiB", "GiB"), 1024, 1)
+
+
+def _short(number: float, units: tuple[str, ...], step: int, digits: int) -> str:
+    power = 0
+    while number >= step and power < len(units) - 1:
+        number, power = number / step, power + 1
+    return f"{number:,.{digits if power else 0}f} {units[power]}".rstrip()

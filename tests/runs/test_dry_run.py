@@ -14,8 +14,9 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.svi.svi import Objective
 from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.energy import build_energy
+from ppl_vaebm.models.saved_bytes import Pass, dry_pass, forward_pass
 from ppl_vaebm.rng import global_rng
-from ppl_vaebm.runs.dry_run import Pass, Row, count, describe, dry_pass, form_of, forward_pass, layer_rows
+from ppl_vaebm.runs.dry_run import LayerRow, count, describe, form_of, layer_rows
 from tests.small_models import nvae_options
 from tests.tiny import needs_bfloat16
 
@@ -126,7 +127,7 @@ def test_the_table_follows_the_computation() -> None:
         "model.post.1",
         "model.head",
     ]
-    assert rows[0] == Row("guide.stem", "Conv2d", torch.Size([4, 16, 16]), 3 * 4 * 9 + 4 + 4)
+    assert rows[0] == LayerRow("guide.stem", "Conv2d", torch.Size([4, 16, 16]), 3 * 4 * 9 + 4 + 4)
     assert rows[4][1:3] == ("2 x Cell", torch.Size([16, 4, 4]))
     assert rows[9][1:3] == ("2 x AutoregressiveShift", torch.Size([3, 4, 4])) and rows[9].num_alike == 2
 

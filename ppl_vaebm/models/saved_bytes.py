@@ -1,0 +1,89 @@
+"""Count the bytes that a forward pass saves for the backward pass, without computing anything if asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+
+
+class Pass(NamedTuple):
+    """Result of one forward pass."""
+
+    saved_bytes: int
+    """Bytes saved for the backward pass, without weights and buffers."""
+    shapes: dict[nn.Module, torch.Size]
+    """Shape of one row of each module's output, in the order of the first calls."""
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Answer questions about tensors that have no values: numbers are 0, conditions false, counters not 0."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.item, Tensor.__float__):
+            return 0.0
+        if func is Tensor.__bool__:
+            return args[0].dtype != torch.bool
+        return func(*args, **(kwargs or {}))
+
+
+def dry_pass(net: nn.Module, device: str, batch_shape: tuple[int, ...], *inputs: Any) -> Pass:
+    """Run a network forward on fake tensors, which have shapes and a device but no values and no memory.
+
+    The kernels and the mixed precision are those of the device. In bfloat16 on a CPU, batch normalizations count a few
+    bytes per channel too little, because fake ones give their moments the wrong type.
+
+    Args:
+        net: on the meta device; afterwards its weights are fake.
+        device: of the pass.
+        batch_shape: shape of the batch, ``(n, ...)``.
+        inputs: further arguments of the network.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        net.to_empty(device=device)
+        return forward_pass(net, torch.empty(batch_shape, device=device), *inputs)
+
+
+def forward_pass(net: nn.Module, *inputs: Any) -> Pass:
+    """Run a network forward; count what it saves, each storage once, and record the shapes of its modules' outputs.
+
+    Args:
+        net: the network; numbers that it reads from tensors are 0.
+        inputs: its arguments, of which the first is a batch, ``(n, ...)``.
+    """
+    owned = {tensor.untyped_storage() for tensor in (*net.parameters(), *net.buffers())}
+    saved: set[torch.UntypedStorage] = set()  # objects, because fake tensors have no addresses
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor.untyped_storage())
+        return tensor
+
+    with _shapes_of(net) as shapes, saved_tensors_hooks(pack, lambda tensor: tensor), _WithoutValues():
+        result = net(*inputs)  # keeps what the backward pass needs alive until it is counted
+        num_bytes = sum(storage.nbytes() for storage in saved - owned)
+        del result
+    return Pass(num_bytes, shapes)
+
+
+@contextmanager
+def _shapes_of(net: nn.Module) -> Iterator[dict[nn.Module, torch.Size]]:
+    """Record the shapes of the modules' outputs during a block."""
+    shapes: dict[nn.Module, torch.Size] = {}
+
+    def record(module: nn.Module, _: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor):
+            shapes.setdefault(module, first.shape[1:])
+
+    handles = [module.register_forward_hook(record) for module in net.modules()]
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()
