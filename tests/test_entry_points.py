@@ -547,7 +547,7 @@ def test_a_run_without_an_energy_is_refused(
         (compare.main, ["--num-seeds", "0"], ["num-seeds"]),
         (compare.main, ["--num-seconds", "-1"], ["num-seconds", "-1"]),
         (compare.main, ["--kernels", "hmc", "--keep"], ["--keep", "found none"]),
-        (diagnose.main, ["--num-chains", "4", "--chains-per-start", "3"], ["multiple", "4 and 3"]),
+        (diagnose.main, ["--num-chains", "4", "--chains-per-start", "3"], ["multiple", "(3), got 4"]),
         (diagnose.main, ["--position-mib", "0"], ["position-mib"]),
         (diagnose.main, ["--kernel", "nope"], ["nope"]),
         (sample.main, ["--kernel", "nope"], ["nope"]),
