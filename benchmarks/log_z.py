@@ -31,9 +31,8 @@ from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel, run
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.normalizing_constant import Effort, estimate_normaliser
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.energy import Energy
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vae
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.runs.loading import load_run
 

@@ -26,11 +26,10 @@ from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.inference.elbo import BalancedELBO
 from ppl_vaebm.models import nvae_cells
-from ppl_vaebm.models.build import build_vae
-from ppl_vaebm.models.decoders import DecodedLogistics
-from ppl_vaebm.models.distributions import positive_scale, soft_clamp
+from ppl_vaebm.models.decoders import DecodedLogistics, positive_scale, soft_clamp
 from ppl_vaebm.models.nvae import NVAEGuide
 from ppl_vaebm.models.vae import HierarchicalVAE, Prior
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.rng import global_rng, stream
 
 NUM_ROUNDS = 9

@@ -1,8 +1,14 @@
-"""What a device must be able to do before anything runs on it."""
+"""What a device must be able to do, and training in several processes, each on its share of a batch."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 
 from ppl_vaebm.errors import InputError
 
@@ -62,3 +68,77 @@ def check_bfloat16(device: str, option: str) -> None:
             f"expected a device with instructions for bfloat16 for {option}, found a CPU without: set "
             f"--{option.replace('.', '.no-')}, which is faster here"
         )
+
+
+class Process(NamedTuple):
+    """Which of the processes this is."""
+
+    rank: int = 0
+    world: int = 1
+    """Processes in all."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes to the run and to the screen."""
+        return self.rank == 0
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Return what tells this process's random streams from the first's; the first has those of a lone one."""
+        return (self.rank,) if self.rank else ()
+
+
+def current_process() -> Process:
+    """Return this process's place; a lone one's outside of :func:`joined`."""
+    if dist.is_available() and dist.is_initialized():
+        return Process(dist.get_rank(), dist.get_world_size())
+    return Process()
+
+
+def own_device(environment: Mapping[str, str], device: str) -> str:
+    """Choose this process's device.
+
+    Args:
+        environment: of the process; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
+        device: that the run asks for.
+
+    Returns:
+        It, or the accelerator of that kind with this process's number on its machine.
+
+    Raises:
+        InputError: several processes on one numbered accelerator.
+    """
+    kind, _, number = device.partition(":")
+    if "RANK" not in environment or kind == "cpu":
+        return device
+    if number and int(environment["WORLD_SIZE"]) > 1:
+        raise InputError(f"expected a device for every process, found {device!r} for all of them; set --device {kind}")
+    return device if number else f"{kind}:{environment['LOCAL_RANK']}"
+
+
+@contextmanager
+def joined(environment: Mapping[str, str], device: str) -> Iterator[Process]:
+    """Join the other processes that torchrun started, for the length of a block.
+
+    Args:
+        environment: of the process.
+        device: this process's own.
+
+    Yields:
+        The process's place.
+    """
+    if "RANK" not in environment:
+        yield Process()
+        return
+    kind, _, number = device.partition(":")
+    if kind != "cpu":
+        torch.accelerator.set_device_index(int(number))
+    dist.init_process_group("gloo" if kind == "cpu" else None)
+    try:
+        with warnings.catch_warnings():
+            # Of sides of length one, where strides mean nothing.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+            yield current_process()
+        dist.barrier()  # none leaves before the first has written what it has to
+    finally:
+        dist.destroy_process_group()

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if options.dry_run:
         from ppl_vaebm.inference.ebm.train import check_kernel
-        from ppl_vaebm.models.build import check_continuous_x
+        from ppl_vaebm.models.vaebm import check_continuous_x
         from ppl_vaebm.runs.dry_run import describe
 
         if options.stage == "ebm":
@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(describe(options.config)))
         return
 
-    from ppl_vaebm.devices import check_bfloat16, check_device, set_threads
-    from ppl_vaebm.processes import joined, own_device
+    from ppl_vaebm.devices import check_bfloat16, check_device, joined, own_device, set_threads
     from ppl_vaebm.reports.gallery import gallery_grids, save_png
     from ppl_vaebm.reports.html import write_report
     from ppl_vaebm.runs.fitting import Request, fit_stage

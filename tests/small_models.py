@@ -10,12 +10,11 @@ from pyro.poutine import Trace
 from torch import Tensor, nn
 
 from ppl_vaebm.config import EnergyConfig, ModelConfig, NvaeConfig
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.energy import Energy, build_energy
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, RelativeGuide
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vae
 from ppl_vaebm.rng import global_rng, stream
 
 

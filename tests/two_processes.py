@@ -1,4 +1,4 @@
-"""Run by torchrun in test_processes.py: a gradient of stage svi on this process's half of a batch, and a short fit."""
+"""Run by torchrun in test_devices.py: a gradient of stage svi on this process's half of a batch, and a short fit."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviConfig
 from ppl_vaebm.data.load import load_data
+from ppl_vaebm.devices import Process, current_process, joined
 from ppl_vaebm.inference.svi.svi import Objective, fit_svi, new_vae
-from ppl_vaebm.processes import Process, current, joined
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.run import Run
 
@@ -68,7 +68,7 @@ def fitted(folder: Path) -> dict[str, Tensor]:
 
     normal._standard_normal = recorded
     try:
-        run = Run.create(folder) if current().is_first else Run(folder)
+        run = Run.create(folder) if current_process().is_first else Run(folder)
         fit_svi(run, CONFIG, load_data(CONFIG.data, 0))
     finally:
         normal._standard_normal = sampler

@@ -15,7 +15,7 @@ from ppl_vaebm.evaluation.base import Effort, Section, mean_cell
 from ppl_vaebm.inference.ebm.learner import data_latents
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogLikelihood, log_p, reference_energies
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
-from ppl_vaebm.models.build import has_discrete_x
+from ppl_vaebm.models.vaebm import has_discrete_x
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs.loading import LoadedRun
 

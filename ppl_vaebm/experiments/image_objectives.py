@@ -32,8 +32,8 @@ from ppl_vaebm.inference.ebm.train import fit_ebm, likelihood_gain
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vaebm
 from ppl_vaebm.rng import seed_for
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run

@@ -33,9 +33,8 @@ from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run

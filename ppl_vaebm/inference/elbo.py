@@ -21,7 +21,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import kl_divergence
 
-from ppl_vaebm import processes
+from ppl_vaebm.devices import current_process
 from ppl_vaebm.models.vae import Guide, OnePass
 
 BALANCE_OFFSET = 0.01  # nats, added to every group's KL in the weights, so that none is zero
@@ -103,9 +103,9 @@ class BalancedELBO(TraceMeanField_ELBO):
             return {name: torch.ones_like(value[0]) for name, value in kl.items()}
         with torch.no_grad():
             sizes = torch.stack([value.abs().mean() for value in kl.values()]) + BALANCE_OFFSET
-            if processes.current().world > 1:  # the weights that one process with the whole batch would take
+            if current_process().world > 1:  # the weights that one process with the whole batch would take
                 dist.all_reduce(sizes)
-                sizes = sizes / processes.current().world
+                sizes = sizes / current_process().world
             shares = sizes / torch.tensor([self.balance[name] for name in kl]).to(sizes)
             return dict(zip(kl, shares / shares.mean(), strict=True))
 

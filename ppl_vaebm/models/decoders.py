@@ -6,18 +6,19 @@ potential keeps its form ``E(x(eps)) + |eps|^2 / 2`` whatever the decoder.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from pyro.distributions import Bernoulli, Independent, TorchDistribution
-from torch import Tensor
+from pyro.distributions import Bernoulli, Independent, Normal, TorchDistribution
+from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.functional import softplus
 from torch.special import ndtri
 
+from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.distributions import diagonal_normal, positive_scale, soft_clamp
 from ppl_vaebm.models.logistic_mixture import (
     DiscretizedLogisticMixture,
     MixtureParams,
@@ -25,6 +26,33 @@ from ppl_vaebm.models.logistic_mixture import (
     num_outputs,
 )
 from ppl_vaebm.models.quantile_transport import logistic_mixture
+
+# NVAE (Vahdat and Kautz 2020): raw outputs u pass through 5 tanh(u / 5), and a standard deviation has a floor of 0.01.
+CLAMP = 5.0
+MIN_SCALE = 0.01
+
+
+def soft_clamp(raw: Tensor) -> Tensor:
+    """Bound a raw network output smoothly to (-5, 5); near 0 it is the identity."""
+    return CLAMP * torch.tanh(raw / CLAMP)
+
+
+def positive_scale(raw: Tensor) -> Tensor:
+    """Turn a raw network output into a standard deviation in (0.0167, 148.4); raw 0 gives 1.01."""
+    return soft_clamp(raw).exp() + MIN_SCALE
+
+
+def diagonal_normal(loc: Tensor, scale: Tensor) -> Independent:
+    """Make a diagonal Normal whose first axis is the batch.
+
+    Args:
+        loc: ``(n, *event)``.
+        scale: positive, broadcastable to ``loc``.
+
+    Returns:
+        The distribution, batch shape ``(n,)``.
+    """
+    return Independent(Normal(loc, scale.expand_as(loc)), loc.dim() - 1)
 
 
 class Decoded(ABC):
@@ -84,6 +112,36 @@ class DecodedNormal(Decoded):
     def mean(self) -> Tensor:
         """Return the Normal's mean."""
         return self.loc
+
+
+class XScale(nn.Module):
+    """Standard deviation of x given z: one trained number, or the exponential of the decoder's own output.
+
+    With one for every x, that output is averaged over all coordinates.
+
+    Args:
+        config: kind, floor and starting value.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.min_scale = config.min_x_scale
+        self.kind = config.x_scale
+        self.raw = nn.Parameter(torch.tensor(math.log(config.init_x_scale - config.min_x_scale)))
+
+    @property
+    def num_outputs(self) -> int:
+        """Decoder outputs per value of x."""
+        return 1 if self.kind == "global" else 2
+
+    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Split the decoder's output along axis 1 into the mean and standard deviation of x, of one shape."""
+        if self.kind == "global":
+            return out, (self.min_scale + self.raw.exp()).expand_as(out)
+        loc, raw = out.chunk(2, dim=1)
+        if self.kind == "sample":
+            raw = raw.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
+        return loc, (self.min_scale + (self.raw + soft_clamp(raw)).exp()).expand_as(loc)
 
 
 class SignBernoulli(TorchDistribution):

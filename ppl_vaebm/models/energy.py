@@ -5,8 +5,9 @@ An energy is called as ``energy(x, z)`` and returns nats per row. One of x alone
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -15,12 +16,17 @@ from torch.nn import functional
 
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.energy_init import standardise_layers
-from ppl_vaebm.models.energy_layouts import Layout, build_layout
-from ppl_vaebm.models.energy_nets import build_block
-from ppl_vaebm.models.layers import FourierFeatures, LipSwish, mlp, net_kind
+from ppl_vaebm.models.energy_nets import Layout, build_block, build_layout
+from ppl_vaebm.models.layers import (
+    FourierFeatures,
+    LipSwish,
+    bound_spectral_norm,
+    hold_spectral_norms,
+    mlp,
+    net_kind,
+    spectral_layers,
+)
 from ppl_vaebm.models.nvae_cells import Conv2d
-from ppl_vaebm.models.spectral import bound_spectral_norm, hold_spectral_norms, spectral_layers
 
 IMAGE_OPTIONS = ("layout", "stem_stride", "block", "weight_norm")
 
@@ -290,7 +296,7 @@ def initialise_from_data(energy: Energy, x: Tensor, z: dict[str, Tensor] | None 
     """Give every hidden layer outputs of mean 0 and standard deviation 0.2 on data, in place.
 
     Only the first call does anything, and a flag that is saved with the weights says so; nor does a call on an energy
-    that was configured without it. See :func:`~ppl_vaebm.models.energy_init.standardise_layers`.
+    that was configured without it. See :func:`standardise_layers`.
 
     Args:
         energy: to initialise; before it is copied, for averages or otherwise.
@@ -305,3 +311,60 @@ def initialise_from_data(energy: Energy, x: Tensor, z: dict[str, Tensor] | None 
     if flag is not None and not flag:
         standardise_layers(energy, energy.hidden_layers(), lambda: energy(x, z))
         flag.fill_(True)
+
+
+STD = 0.2
+"""Of every output channel; the mean is 0 (the code of VAEBM, Xiao et al. 2021)."""
+MIN_STD = 1e-6
+"""Below it a channel counts as constant: chosen by us, above the rounding of float32."""
+
+
+@torch.no_grad()
+def standardise_layers(net: nn.Module, layers: Sequence[nn.Module], call: Callable[[], object]) -> None:
+    """Scale and shift layers, in place, so that on given data every channel of their outputs has mean 0 and sd 0.2.
+
+    One pass, layer after layer (Salimans and Kingma 2016, section 3): each sees what those before it give once they are
+    done. Weight-normalised layers change their gains, others their weights; layers without a bias keep their mean.
+    Convolutions count before the mean over pixels that may follow.
+
+    Args:
+        net: that the layers belong to.
+        layers: convolutions and fully connected ones; each is called once.
+        call: calls the network with the data.
+
+    Raises:
+        InputError: a channel is constant on the data, or not finite, so that no scale gives it that deviation.
+    """
+    names = {module: name for name, module in net.named_modules()}
+    handles = [layer.register_forward_pre_hook(partial(_standardise, names[layer])) for layer in layers]
+    try:
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _standardise(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Give a layer the scale and the shift that its input asks for."""
+    assert isinstance(layer, (Conv2d, nn.Linear))
+    if layer.bias is not None:
+        layer.bias.zero_()
+    # Not by a call, which would come back here; and a subclass may go on to take a mean over pixels.
+    if isinstance(layer, Conv2d):
+        out: Tensor = Conv2d.forward(layer, inputs[0])
+    else:
+        out = nn.Linear.forward(layer, inputs[0])
+    std, mean = torch.std_mean(out.double().transpose(0, 1).flatten(1), dim=1, correction=0)
+    num_bad = int((~((std > MIN_STD) & std.isfinite())).sum())
+    if num_bad:
+        raise InputError(
+            f"expected data on which every channel of the energy varies, for energy.data-init, found {num_bad} of "
+            f"{len(std)} channels of {name} constant or not finite: set --no-energy.data-init, or look at the data"
+        )
+    scale = STD / std
+    if isinstance(layer, Conv2d) and layer.log_gain is not None:
+        layer.log_gain.add_(scale.log())
+    else:
+        layer.weight.mul_(scale.view(-1, *[1] * (layer.weight.dim() - 1)))
+    if layer.bias is not None:
+        layer.bias.copy_(-mean * scale)

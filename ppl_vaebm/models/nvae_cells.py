@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ppl_vaebm import processes
+from ppl_vaebm.devices import current_process
 
 RESIDUAL_SCALE = 0.1  # of every cell's branch, so that a deep tower starts near the identity
 NORM_MOMENTUM = 0.05  # weight of a new batch in the running statistics
@@ -104,13 +104,13 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(n, channels, h, w)``."""
         # Without a momentum the statistics are those of draws that one process makes alone.
-        if not self.training or self.momentum is None or processes.current().world == 1:
+        if not self.training or self.momentum is None or current_process().world == 1:
             return super().forward(x)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         mean = _mean_over_processes(wide.mean((0, 2, 3)))
         centred = wide - mean[:, None, None]  # or a variance far below the squared mean is lost in its rounding
         var = _mean_over_processes(centred.square().mean((0, 2, 3)))
-        self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * processes.current().world)
+        self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * current_process().world)
         return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
 
     @torch.no_grad()
@@ -142,7 +142,7 @@ class _SumOverProcesses(torch.autograd.Function):
 def _mean_over_processes(value: Tensor) -> Tensor:
     """Average over all processes, each of which has as many images; differentiable."""
     total: Tensor = _SumOverProcesses.apply(value)
-    return total / processes.current().world
+    return total / current_process().world
 
 
 class SqueezeExcite(nn.Module):

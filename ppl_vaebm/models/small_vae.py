@@ -8,10 +8,9 @@ from torch.nn import functional
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.decoders import Decoded, DecodedNormal
-from ppl_vaebm.models.distributions import positive_scale, soft_clamp
+from ppl_vaebm.models.decoders import Decoded, DecodedNormal, XScale, positive_scale, soft_clamp
 from ppl_vaebm.models.layers import FourierFeatures, ResidualBlock, check_side, leaky_relu, mlp, net_kind, num_halvings
-from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide, XScale
+from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide
 
 # Of what the convolutions compute: a fifth faster on a CPU than the default, with 16 to 32 channels. The parameters
 # stay as they are: Pyro's store, which pyro.optim reads, would train copies of others.

@@ -8,7 +8,6 @@ Pyro model samples, the guide samples its posterior, :meth:`HierarchicalVAE.tran
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from functools import partial
@@ -21,9 +20,7 @@ from pyro.infer.autoguide.effect import GuideMessenger  # type: ignore[attr-defi
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppl_vaebm.config import ModelConfig
-from ppl_vaebm.models.decoders import Decoded
-from ppl_vaebm.models.distributions import diagonal_normal, soft_clamp
+from ppl_vaebm.models.decoders import Decoded, diagonal_normal, soft_clamp
 
 MAX_VALUES_PER_PASS = 1 << 21
 """Values of noise that one pass evaluates; a network has some hundred bytes of activations to each. Chosen by us."""
@@ -158,36 +155,6 @@ def _sample(name: str, prior: Prior, state: Tensor, temperature: float) -> Tenso
     infer: Any = {"group": (prior, state)}
     value: Tensor = pyro.sample(name, prior.distribution(temperature), infer=infer)
     return value
-
-
-class XScale(nn.Module):
-    """Standard deviation of x given z: one trained number, or the exponential of the decoder's own output.
-
-    With one for every x, that output is averaged over all coordinates.
-
-    Args:
-        config: kind, floor and starting value.
-    """
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.min_scale = config.min_x_scale
-        self.kind = config.x_scale
-        self.raw = nn.Parameter(torch.tensor(math.log(config.init_x_scale - config.min_x_scale)))
-
-    @property
-    def num_outputs(self) -> int:
-        """Decoder outputs per value of x."""
-        return 1 if self.kind == "global" else 2
-
-    def forward(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Split the decoder's output along axis 1 into the mean and standard deviation of x, of one shape."""
-        if self.kind == "global":
-            return out, (self.min_scale + self.raw.exp()).expand_as(out)
-        loc, raw = out.chunk(2, dim=1)
-        if self.kind == "sample":
-            raw = raw.mean(dim=tuple(range(1, raw.dim())), keepdim=True)
-        return loc, (self.min_scale + (self.raw + soft_clamp(raw)).exp()).expand_as(loc)
 
 
 class Guide(PyroModule):

@@ -18,12 +18,12 @@ from ppl_vaebm.config import Config, DataConfig, SviConfig
 from ppl_vaebm.data.load import DataForm, form_without_files
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.svi.svi import Objective
-from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import Energy, build_energy
+from ppl_vaebm.models.layers import spectral_layers
 from ppl_vaebm.models.nvae_cells import BatchNorm2d
 from ppl_vaebm.models.saved_bytes import dry_pass
-from ppl_vaebm.models.spectral import spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vae, has_discrete_x
 from ppl_vaebm.tables import text_table
 
 NUM_MOMENTS = 2  # per weight, in Adam and Adamax

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from ppl_vaebm.config import Config
 from ppl_vaebm.config.parsing import as_yaml
 from ppl_vaebm.data.load import Data, KeyedSampler, load_data
+from ppl_vaebm.devices import Process
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm.step_search import Trial, chosen, table, trained_copy, tune, with_trial
 from ppl_vaebm.inference.ebm.train import check_kernel, fit_ebm
 from ppl_vaebm.inference.svi.svi import fit_svi
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.processes import Process
+from ppl_vaebm.models.vaebm import build_vaebm
 from ppl_vaebm.runs.checkpoint import Checkpoint
 from ppl_vaebm.runs.fitted_vae import FittedVAE, load_fitted_vae
 from ppl_vaebm.runs.gallery import Arrays, gallery, write_gallery

@@ -22,9 +22,8 @@ from ppl_vaebm.inference.ebm import guard, latent_balance, latent_term
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi.batch_norm import set_statistics
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm, has_discrete_x
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm, has_discrete_x
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 

@@ -12,9 +12,9 @@ from ppl_vaebm import fit
 from ppl_vaebm.config import Config, EnergyConfig, SviConfig
 from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
-from ppl_vaebm.models.build import build_vae, has_discrete_x
 from ppl_vaebm.models.energy import build_energy
-from ppl_vaebm.models.spectral import spectral_layers
+from ppl_vaebm.models.layers import spectral_layers
+from ppl_vaebm.models.vaebm import build_vae, has_discrete_x
 from ppl_vaebm.runs.dry_run import count, describe, form_of
 
 

@@ -21,8 +21,7 @@ from ppl_vaebm.evaluation.modes import modes
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run

@@ -33,10 +33,9 @@ from ppl_vaebm.inference.log_z.base import LogZ
 from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run

@@ -35,11 +35,10 @@ from ppl_vaebm.inference.observations import (
     whole,
 )
 from ppl_vaebm.inference.potential import noise_potential
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vae
 from ppl_vaebm.rng import global_rng, stream
 from tests.small_models import (
     FEW,

@@ -39,9 +39,8 @@ from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy, build_energy
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.runs import checkpoint
 from ppl_vaebm.runs.run import Run

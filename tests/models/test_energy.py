@@ -169,7 +169,7 @@ def test_data_that_an_energy_cannot_take_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"stem_stride": 3}, "energy.stem-stride must be 1 or 2, got 3"),
+        ({"stem_stride": 3}, "energy.stem-stride must be one of 1, 2, got 3"),
         ({"stem_stride": 2, "layout": "cifar10"}, "energy.stem-stride must be 1 with energy.layout cifar10"),
         ({"spectral_norm": True, "weight_norm": True}, "energy.weight-norm must be off with energy.spectral-norm"),
         ({"spectral_norm": True, "data_init": True}, "energy.data-init must be off with energy.spectral-norm"),

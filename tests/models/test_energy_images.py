@@ -12,8 +12,7 @@ from torch.nn import functional
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.models.energy import ImageEnergy, build_energy
-from ppl_vaebm.models.energy_layouts import BlockShape
-from ppl_vaebm.models.energy_nets import EnergyBlock, PooledConv2d, build_block
+from ppl_vaebm.models.energy_nets import BlockShape, EnergyBlock, PooledConv2d, build_block
 from ppl_vaebm.models.nvae_cells import Conv2d
 from ppl_vaebm.rng import global_rng
 

@@ -12,8 +12,8 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Tensor, nn
 
-from ppl_vaebm.models.distributions import diagonal_normal
-from ppl_vaebm.models.flows import AutoregressiveShift, autoregressive_mask, flow
+from ppl_vaebm.models.decoders import diagonal_normal
+from ppl_vaebm.models.nvae import AutoregressiveShift, autoregressive_mask, flow
 from ppl_vaebm.rng import global_rng
 from tests.small_models import strengthen
 

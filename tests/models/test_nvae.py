@@ -17,10 +17,9 @@ from torch.nn import functional
 
 from ppl_vaebm.config import NvaeConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.flows import AutoregressiveShift
-from ppl_vaebm.models.nvae import Layout, NVAEGenerator, NVAEGuide, build_nvae
+from ppl_vaebm.models.layers import spectral_layers
+from ppl_vaebm.models.nvae import AutoregressiveShift, LatentGrids, NVAEGenerator, NVAEGuide, build_nvae
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
-from ppl_vaebm.models.spectral import spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass, Prior
 from ppl_vaebm.rng import global_rng
 from tests.inference import test_elbo
@@ -296,7 +295,7 @@ def test_values_have_the_worked_shapes() -> None:
     ],
 )
 def test_groups_lie_on_their_grids_coarsest_first(options: dict[str, Any], expected: tuple[int, ...]) -> None:
-    layout = Layout(NvaeConfig(**options), torch.Size([3, 64, 64]))
+    layout = LatentGrids(NvaeConfig(**options), torch.Size([3, 64, 64]))
     assert layout.groups == expected
     assert layout.sides == [32 >> scale for scale in range(len(expected))]
     assert layout.widths == [64 << scale for scale in range(len(expected))]
@@ -330,11 +329,11 @@ def test_images_that_the_grids_do_not_divide_are_refused(
     shape: tuple[int, ...], options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        Layout(NvaeConfig(**options), torch.Size(shape))
+        LatentGrids(NvaeConfig(**options), torch.Size(shape))
 
 
 def test_the_padding_that_the_message_names_works() -> None:
-    layout = Layout(NvaeConfig(num_pre_blocks=2, num_scales=2, padding=2), torch.Size([1, 28, 28]))
+    layout = LatentGrids(NvaeConfig(num_pre_blocks=2, num_scales=2, padding=2), torch.Size([1, 28, 28]))
     assert layout.sides == [8, 4]
 
 

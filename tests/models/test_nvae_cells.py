@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ppl_vaebm import processes
+from ppl_vaebm.devices import Process
+from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.nvae_cells import (
     BatchNorm2d,
     Cell,
@@ -124,7 +125,7 @@ class Grads:
 @pytest.fixture
 def two_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let this process believe in a second one that has the same batch."""
-    monkeypatch.setattr(processes, "current", lambda: processes.Process(rank=0, world=2))
+    monkeypatch.setattr(nvae_cells, "current_process", lambda: Process(rank=0, world=2))
     monkeypatch.setattr(dist, "all_reduce", lambda value: value.mul_(2))
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.inference.optim import AveragedWeights
 from ppl_vaebm.models.energy import Energy, build_energy
+from ppl_vaebm.models.layers import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
-from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.rng import global_rng
 from tests.small_models import shipped_vae, shipped_vaebm
 

@@ -19,9 +19,10 @@ from torch.distributions import kl_divergence
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.build import build_vae
+from ppl_vaebm.models.decoders import XScale
 from ppl_vaebm.models.small_vae import Stem
-from ppl_vaebm.models.vae import HierarchicalVAE, XScale
+from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.rng import global_rng
 from tests.small_models import (
     FEW,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ppl_vaebm.config import Config, DataConfig, EbmConfig, EnergyConfig, ModelConfig, NvaeConfig, SviConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.svi.svi import Objective
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.energy import build_energy
 from ppl_vaebm.models.saved_bytes import Pass, dry_pass, forward_pass
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.rng import global_rng
 from ppl_vaebm.runs.dry_run import LayerRow, count, describe, form_of, layer_rows
 from tests.small_models import nvae_options

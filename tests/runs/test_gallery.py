@@ -26,8 +26,8 @@ from ppl_vaebm.inference.vae_draws import (
     traversal,
 )
 from ppl_vaebm.models import vae as vae_module
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.reports.gallery import GALLERY, gallery_grids, save_png
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.runs.drawing import draw_vae

@@ -181,11 +181,12 @@ def test_stage_ebm_refuses_several_processes(
 ) -> None:
     from contextlib import contextmanager
 
-    from ppl_vaebm import processes
+    from ppl_vaebm import devices
+    from ppl_vaebm.devices import Process
 
     @contextmanager
-    def two(environment: object, device: str) -> Iterator[processes.Process]:
-        yield processes.Process(0, 2)
+    def two(environment: object, device: str) -> Iterator[Process]:
+        yield Process(0, 2)
 
-    monkeypatch.setattr(processes, "joined", two)
+    monkeypatch.setattr(devices, "joined", two)
     assert "one process for stage ebm, found several" in refusal(["--stage", "ebm", "--run", str(mixture)], capsys)

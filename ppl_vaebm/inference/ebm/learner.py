@@ -17,7 +17,7 @@ from ppl_vaebm.inference.ebm.negatives import Latents, NegativePhase, Phase
 from ppl_vaebm.inference.optim import AveragedWeights, GuardedOptimizer
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import initialise_from_data
-from ppl_vaebm.models.spectral import SpectralPenalty
+from ppl_vaebm.models.layers import SpectralPenalty
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for, stream

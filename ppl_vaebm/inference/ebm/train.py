@@ -22,9 +22,8 @@ from ppl_vaebm.inference.ebm.negatives import Phase
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogZ, log_z_from_vae
 from ppl_vaebm.inference.optim import DivergedError, learning_rate
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from ppl_vaebm import processes
 from ppl_vaebm.config import Config, SviConfig
 from ppl_vaebm.config.parsing import to_dict
 from ppl_vaebm.data.load import Data, KeyedSampler, Split
+from ppl_vaebm.devices import current_process
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.inference.likelihood import elbo_rows
 from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, GuardedOptimizer, copy_buffers, learning_rate
 from ppl_vaebm.inference.svi.batch_norm import prior_statistics
-from ppl_vaebm.models.build import build_vae
-from ppl_vaebm.models.spectral import SpectralPenalty, norm_gain_penalty, spectral_layers
+from ppl_vaebm.models.layers import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
@@ -105,7 +105,7 @@ class Objective(nn.Module):
         self.loop = loop
         module = self.elbo(vae.model, vae.guide)
         # DDP averages the processes' gradients, so each one's loss is a mean over its data.
-        self.module = DistributedDataParallel(module) if processes.current().world > 1 else module
+        self.module = DistributedDataParallel(module) if current_process().world > 1 else module
         self.vae = (vae,)  # in a tuple, so that its weights are registered once
         with global_rng(seed_for(seed, "spectral")):
             self.spectral = SpectralPenalty(spectral_layers(vae, has_linear=False) if loop.spectral_penalty else [])
@@ -147,7 +147,7 @@ def fit_svi(
     Raises:
         DivergedError: gradients stopped being finite, or the validation ELBO did.
     """
-    loop, seed, stage, process = config.svi, config.seed, "svi", processes.current()
+    loop, seed, stage, process = config.svi, config.seed, "svi", current_process()
     vae = new_vae(config, data)
     average = AveragedWeights(vae, loop.ema_decay)
     objective = Objective(vae, loop, seed)

@@ -23,9 +23,8 @@ from ppl_vaebm.inference.ebm.train import likelihood_gain
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.energy import Energy
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import stream
 from tests.small_models import (
     FEW,

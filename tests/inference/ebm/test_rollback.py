@@ -21,8 +21,8 @@ from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.inference.ebm.learner import EnergyLearner
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.svi.svi import new_vae
-from ppl_vaebm.models.build import build_vaebm
 from ppl_vaebm.models.vae import HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vaebm
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 from tests.tiny import POINTS

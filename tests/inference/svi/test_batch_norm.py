@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ppl_vaebm.config import ModelConfig, NvaeConfig
 from ppl_vaebm.inference.svi.batch_norm import BATCH, norms_of, prior_statistics, set_statistics
-from ppl_vaebm.models.build import build_vae
 from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.nvae_cells import NORM_MOMENTUM, BatchNorm2d
 from ppl_vaebm.models.vae import Choose, HierarchicalVAE
+from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.rng import global_rng
 from tests.small_models import LinearGenerator, LinearGuide
 

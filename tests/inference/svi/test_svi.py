@@ -17,8 +17,8 @@ from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.inference.optim import DivergedError, learning_rate
 from ppl_vaebm.inference.svi.svi import Objective, fit_svi, kl_weight, mean_elbo, new_vae, penalty_weight
+from ppl_vaebm.models.layers import norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.nvae_cells import Conv2d
-from ppl_vaebm.models.spectral import norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng, stream
 from ppl_vaebm.runs import checkpoint
