@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from ppl_vaebm.config.kernel import check_kernels, missing_packages
+from ppl_vaebm.config.kernel import kernel_names, missing_packages
 from ppl_vaebm.config.options import NOT_NEGATIVE, ChainOptions, Count
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
@@ -24,8 +24,8 @@ used both budgets, with several seeds; when a kernel fails, the table has its me
 compare.csv (the table), compare/compare.html (pictures), compare/KERNEL-seedN.nc (chains for ArviZ) and the report."""
 
 DEFAULT_KERNELS = (
-    "langevin,mala,hmc,hmc-leapfrog,pcn,elliptical,mixture,chees,tempered,"
-    "pyro-nuts,numpyro-nuts,blackjax-nuts,blackjax-mclmc"
+    *("langevin", "mala", "hmc", "hmc-leapfrog", "pcn", "elliptical", "mixture", "chees", "tempered"),
+    *("pyro-nuts", "numpyro-nuts", "blackjax-nuts", "blackjax-mclmc"),
 )
 
 
@@ -33,9 +33,9 @@ DEFAULT_KERNELS = (
 class Options(ChainOptions):
     """Options of compare."""
 
-    kernels: str = DEFAULT_KERNELS
-    """Kernels, separated by commas; a wrong name is answered with all known ones. Those of NumPyro and BlackJAX need
-    pip install -e '.[jax]'; without it the default leaves them out."""
+    kernels: str | None = None
+    """Kernels, separated by commas; a wrong name is answered with all known ones. The default is most of them. Those of
+    NumPyro and BlackJAX need pip install -e '.[jax]'; without it the default leaves them out."""
     num_chains: Count = 8
     """Chains of each kernel and seed, started from N(0, I); Pyro's run one after another. R-hat needs 4 or more."""
     num_warmup: Count = 100
@@ -51,12 +51,19 @@ class Options(ChainOptions):
     """Keep the kernels of an earlier compare with the same options in the table; those in kernels run anew."""
 
 
+def default_kernels() -> str:
+    """Return the default kernels that are installed, and report the others."""
+    absent = [name for name in DEFAULT_KERNELS if missing_packages(name)]
+    if absent:
+        print(f"left out, because they need pip install -e '.[jax]': {', '.join(absent)}", file=sys.stderr)
+    return ",".join(name for name in DEFAULT_KERNELS if name not in absent)
+
+
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "compare", DESCRIPTION)
-    names = _names(options.kernels)
-    check_kernels(names)
+    names = kernel_names(options.kernels or default_kernels())
     Run.open(options.run)
 
     from ppl_vaebm.devices import set_threads
@@ -89,15 +96,6 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\n{comparison_text.reference_text(reference)}")
     page = comparison_page.write_comparison(run, rows, outcomes, budget, reference)
     print(f"{run.comparison_file}\npictures: {page}\nreport: {write_report(run)}")
-
-
-def _names(kernels: str) -> list[str]:
-    """Split the option, and leave out of the default the kernels that are not installed."""
-    names = [name.strip() for name in kernels.split(",") if name.strip()]
-    absent = [name for name in names if kernels == DEFAULT_KERNELS and missing_packages(name)]
-    if absent:
-        print(f"left out, because they need pip install -e '.[jax]': {', '.join(absent)}", file=sys.stderr)
-    return [name for name in names if name not in absent]
 
 
 def _run(loaded: LoadedRun, name: str, seed: int, budget: Budget, progress: str) -> Outcome:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ppl_vaebm.config.kernel import check_kernels
+from ppl_vaebm.config.kernel import kernel_names
 from ppl_vaebm.config.options import ChainOptions, Count, require
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
@@ -39,7 +39,7 @@ class Options(ChainOptions):
     def check_together(self) -> None:
         """Refuse values that do not fit together."""
         if self.kernel is not None:
-            check_kernels([self.kernel])
+            kernel_names(self.kernel)
         expected = f"a multiple of chains-per-start ({self.chains_per_start})"
         require(self.num_chains % self.chains_per_start == 0, "num-chains", expected, self.num_chains)
 

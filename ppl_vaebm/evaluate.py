@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ppl_vaebm.config.options import Check, Checked, OptionalCount, RunFolder, at_least
+from ppl_vaebm.config.evaluation import OOD_SETS, PARTS, SYNTHETIC_SETS, Part
+from ppl_vaebm.config.options import Check, Checked, OptionalCount, RunFolder, at_least, split_names
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
 from ppl_vaebm.runs.run import Run
@@ -16,7 +17,7 @@ from ppl_vaebm.runs.run import Run
 if TYPE_CHECKING:
     from ppl_vaebm.config import Config
     from ppl_vaebm.data.load import Data
-    from ppl_vaebm.evaluation.base import Effort, Measured, Part
+    from ppl_vaebm.evaluation.base import Effort, Measured
     from ppl_vaebm.evaluation.evaluation import Plan
 
 DESCRIPTION = """Evaluate a fitted VAEBM: its normalized log-likelihood on test data; for points the modes; for images
@@ -97,6 +98,14 @@ class Options(Checked):
     seed: int = 0
     """Seed of all random numbers."""
 
+    def check_together(self) -> None:
+        """Refuse unknown names, and sets without their part."""
+        parts = None if self.only is None else split_names(self.only, PARTS, "part")
+        if self.ood is not None:
+            split_names(self.ood, OOD_SETS, "set")
+            if parts and "ood" not in parts:
+                raise ValueError("ood names sets for a part that --only leaves out: add ood to it, or leave --ood out")
+
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
@@ -152,47 +161,35 @@ def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
 
 def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -> Plan:
     from ppl_vaebm.evaluation.evaluation import Plan
-    from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
     from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
 
     chosen = _chosen(options, parts)
     _refuse_unused(options, chosen)
-    ood = tuple(SYNTHETIC) if options.ood is None and "ood" in chosen else _names(options.ood)
+    ood = SYNTHETIC_SETS if "ood" in chosen else ()
     return Plan(
         effort=_effort(options, config, data),
         parts=chosen,
         seed=options.seed,
         features=options.features,
         feature_weights=None if options.feature_weights is None else Path(options.feature_weights),
-        ood=ood,
+        ood=ood if options.ood is None else split_names(options.ood, OOD_SETS, "set"),
         ood_root=options.ood_root,
         normaliser=NormaliserEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
     )
 
 
 def _chosen(options: Options, default: Sequence[Part]) -> tuple[Part, ...]:
-    """Read --only, or take what goes with the data; --log-likelihood adds its part to either."""
-    from ppl_vaebm.evaluation.base import PARTS
-
-    asked: Sequence[str] = default if options.only is None else _names(options.only)
-    unknown = [name for name in asked if name not in PARTS]
-    if unknown or not asked:
-        raise InputError(f"only: expected some of {', '.join(PARTS)}, found {', '.join(unknown) or 'none'}")
-    if options.ood is not None and "ood" not in asked:
-        raise InputError("ood names sets for a part that --only leaves out: add ood to --only, or leave --ood out")
+    """Read --only, or take what fits the data; --log-likelihood adds its part to either."""
+    asked = default if options.only is None else split_names(options.only, PARTS, "part")
     return tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
 
 
 def _refuse_unused(options: Options, chosen: Sequence[Part]) -> None:
-    """Refuse an option that would do nothing."""
+    """Refuse an option that has no effect."""
     for name, parts in USED_BY.items():
         if getattr(options, name) is not None and not set(parts) & set(chosen):
             use = "--log-likelihood" if "normaliser" in parts else f"the part {' or '.join(parts)}"
             raise InputError(f"option {name.replace('_', '-')} is for {use}, got it without: leave it out")
-
-
-def _names(text: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 
 def _effort(options: Options, config: Config, data: Data) -> Effort:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ from ppl_vaebm.reports import html as report
 from ppl_vaebm.runs.run import Run
 from tests.tiny import IMAGES, POINTS, fit_run, write_empty_report, write_recipe
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 Main = Callable[[list[str]], None]
 EFFORT = ["--num-test", "20", "--num-importance", "10", "--num-z-draws", "500", "--num-samples", "100"]
 write_report = report.write_report
@@ -244,11 +246,11 @@ def test_kernels_of_other_libraries_are_left_out_of_the_default_where_they_are_m
     points: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel_config, "find_spec", lambda name: None)
-    names = compare._names(compare.DEFAULT_KERNELS)
-    assert names and not any(name.startswith(("numpyro", "blackjax")) for name in names)
+    names = compare.default_kernels()
+    assert "pyro-nuts" in names and "numpyro" not in names and "blackjax" not in names
     assert "left out, because they need pip install -e '.[jax]': numpyro-nuts, blackjax-nuts" in capsys.readouterr().err
     monkeypatch.undo()
-    kernel_config.check_kernels([*compare.DEFAULT_KERNELS.split(",")])
+    assert kernel_config.kernel_names(compare.default_kernels()) == compare.DEFAULT_KERNELS
 
 
 def test_the_report_of_a_whole_run_has_every_section(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,17 +380,43 @@ def test_another_kernel_does_not_inherit_the_recipes_tuning() -> None:
     assert named.config.kernel.target_acceptance == 0.4
 
 
-@pytest.mark.parametrize("module", ["fit", "sample", "diagnose", "compare", "evaluate"])
-def test_help_does_not_import_torch(module: str) -> None:
-    code = (
-        f"import sys; from ppl_vaebm import {module}\n"
-        f"try: {module}.main(['--help'])\n"
-        "except SystemExit as stop: assert not stop.code\n"
-        "assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "options" in done.stdout
+def help_of(*argv: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """Return the words of fit's help."""
+    with pytest.raises(SystemExit) as stop:
+        fit.resolve([*argv, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out.split()
+
+
+def test_help_has_the_defaults_of_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def default(words: list[str], flag: str) -> str:
+        return next(word for word in words[words.index(flag) :] if word.startswith("["))
+
+    assert default(help_of("--run", str(tmp_path), capsys=capsys), "--svi.steps") == "[6500]"
+    recipe = str(write_recipe(tmp_path))
+    assert default(help_of("--recipe", recipe, capsys=capsys), "--svi.steps") == "[12]"
+    assert default(help_of("--recipe", recipe, "--svi.steps", "7", capsys=capsys), "--svi.steps") == "[7]"
+    assert "--svi.steps" in help_of(
+        "--recipe", recipe, "--svi.stepz", "7", capsys=capsys
+    )  # for a wrong command line too
+
+
+def test_help_begins_with_the_options_most_used(capsys: pytest.CaptureFixture[str]) -> None:
+    words = help_of(capsys=capsys)
+    flags = [word for word in words[: words.index("more:")] if word.startswith("--") and "." not in word]
+    assert flags[1:] == [f"--{name.removesuffix('.name')}" for name in fit.FIRST]
+
+
+def test_help_has_the_options_of_the_chosen_kernel_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert {"--kernel.members", "--kernel.num-steps"} <= {*help_of("--kernel", "mixture", capsys=capsys)}
+    words = help_of("--kernel", "tempered", capsys=capsys)
+    assert "--kernel.num-levels" in words and "--kernel.members" not in words and "--kernel.integrator" not in words
+
+
+def test_options_that_the_kernel_ignores_are_named(points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--stage", "ebm", "--run", str(points), "--dry-run", "--objective", "mle"]
+    fit.main([*command, "--kernel", "mala", "--kernel.num-levels", "3"])
+    assert "note: kernel mala does not use kernel.num-steps, kernel.num-levels\n" in capsys.readouterr().out
 
 
 # --- resuming ----------------------------------------------------------------------------------------
@@ -445,6 +473,61 @@ def test_another_seed_gives_other_weights(tmp_path: Path) -> None:
 
 
 # --- bad input ---------------------------------------------------------------------------------------
+
+
+MODULES = ("fit", "sample", "diagnose", "compare", "evaluate")
+MISTAKES = [
+    (["fit", "--recipe", "cifarr"], "did you mean cifar10?"),
+    (["fit", "--data", "minst"], "did you mean mnist?"),
+    (["fit", "--svi.learning-rat", "1"], "did you mean --svi.learning-rate?"),
+    (["fit", "--svi.steps", "many"], "--svi.steps: expected a whole number, found 'many'"),
+    (["fit", "--svi.steps", "0"], "svi.steps must be positive, got 0"),
+    (["fit", "--kernel", "hcm"], "did you mean hmc?"),
+    (["sample", "runs/demoo"], "found nothing; make one with: .* did you mean runs/demo?"),
+    (["sample", "runs/demo", "--given-values", "a,b"], "numbers with commas in --given-values, .*, found 'a,b'"),
+    (["sample", "runs/demo", "--nmu", "3"], "unknown option --nmu; did you mean --num?"),
+    (["sample", "runs/demo", "--mask", "m.png"], "option mask expects --given or --given-values, found neither"),
+    (["sample"], "expected the folder of a run as first argument"),
+    (["diagnose", "runs/demo", "--kernel", "pyro-nutz"], "did you mean pyro-nuts?"),
+    (["compare", "runs/demo", "--kernels", "hmcc"], "unknown kernel 'hmcc': .* did you mean hmc?"),
+    (["evaluate", "runs/demo", "--only", "likelyhood"], "unknown part 'likelyhood': .* did you mean likelihood?"),
+    (["evaluate", "runs/demo", "--ood", "rotatet"], "did you mean rotated?"),
+    (["evaluate", "runs/demo", "--num-particles", "8"], "num-particles must be at least 16, two for each .*, got 8"),
+]
+"""Command lines, and parts of the answers that they get without PyTorch."""
+WITHOUT_TORCH = """
+import contextlib, importlib, io, json, sys
+sys.modules["torch"] = None  # so that an import of it fails
+answers = []
+for command, *argv in json.loads(sys.argv[1]):
+    with contextlib.redirect_stderr(io.StringIO()) as output, contextlib.redirect_stdout(output):
+        try:
+            importlib.import_module(f"ppl_vaebm.{command}").main(argv)
+        except SystemExit as stop:
+            answers.append([stop.code, output.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+def without_torch(folder: Path, *commands: list[str]) -> list[tuple[int, str]]:
+    """Run commands in one process that cannot import torch, and return their exit status and their output."""
+    process = [sys.executable, "-c", WITHOUT_TORCH, json.dumps(commands)]
+    done = subprocess.run(process, cwd=folder, env=ENVIRONMENT, check=True, capture_output=True)
+    return [(status, text) for status, text in json.loads(done.stdout)]
+
+
+def test_help_is_shown_without_torch(tmp_path: Path) -> None:
+    for status, text in without_torch(tmp_path, *([module, "--help"] for module in MODULES)):
+        assert status == 0 and "options" in text and "--seed" in text
+
+
+def test_mistakes_are_answered_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "config.yaml").write_text("seed: 0")
+    answers = without_torch(tmp_path, *(argv for argv, _ in MISTAKES))
+    for (argv, expected), (status, text) in zip(MISTAKES, answers, strict=True):
+        pattern = "error: .*" + re.escape(expected).replace(re.escape(".*"), ".*") + ".*\n"
+        assert status == 2 and re.fullmatch(pattern, text), (argv, text)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal, get_args
@@ -20,8 +19,9 @@ from ppl_vaebm.config.options import (
     at_least,
     hints_of,
     require,
+    split_names,
 )
-from ppl_vaebm.errors import InputError, did_you_mean, shown
+from ppl_vaebm.errors import InputError
 
 KernelName = Literal["langevin", "mala", "hmc", "chees", "pcn", "independence", "elliptical", "mixture", "tempered"]
 TUNABLE_KERNELS = ("mala", "hmc", "chees", "pcn", "tempered")
@@ -47,20 +47,13 @@ def missing_packages(name: str) -> list[str]:
     return [package for package in PACKAGES.get(name, ()) if find_spec(package) is None]
 
 
-def check_kernels(names: Sequence[str]) -> None:
-    """Refuse a list of kernels with an unknown or repeated name, or with one whose packages are missing.
+def kernel_names(text: str) -> tuple[str, ...]:
+    """Split names of kernels between commas.
 
     Raises:
-        InputError: with that name and the known ones.
+        InputError: an unknown or repeated name, or a kernel whose packages are not installed.
     """
-    for name in names:
-        if name not in COMPARABLE_KERNELS:
-            raise InputError(
-                f"unknown kernel {shown(name)}: expected some of {', '.join(COMPARABLE_KERNELS)}, separated by commas"
-                + did_you_mean(name, COMPARABLE_KERNELS)
-            )
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"expected a list of different kernels, found {', '.join(names) or 'none'}")
+    names = split_names(text, COMPARABLE_KERNELS, "kernel")
     for name in names:
         missing = missing_packages(name)
         if missing:
@@ -68,6 +61,7 @@ def check_kernels(names: Sequence[str]) -> None:
                 f"kernel {name} needs {' and '.join(PACKAGES[name])}, found no {' and no '.join(missing)}; "
                 "install them with pip install -e '.[jax]', or leave that kernel out"
             )
+    return names
 
 
 @dataclass(frozen=True)

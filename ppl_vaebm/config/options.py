@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, get_origin, get_type_hints
+
+from ppl_vaebm.errors import InputError, did_you_mean, shown
 
 
 class Check(NamedTuple):
@@ -75,6 +77,27 @@ def require(condition: bool, option: str, expected: str, got: object) -> None:
     """
     if not condition:
         raise ValueError(f"{option} must be {expected}, got {got!r}")
+
+
+def split_names(text: str, known: Sequence[str], kind: str) -> tuple[str, ...]:
+    """Split names that stand between commas.
+
+    Args:
+        text: names.
+        known: all names that may be given.
+        kind: what they name, for messages.
+
+    Raises:
+        InputError: no name, an unknown one, or one that is given twice.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            end = f", separated by commas{did_you_mean(name, known)}"
+            raise InputError(f"unknown {kind} {shown(name)}: expected some of {', '.join(known)}{end}")
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"expected a list of different {kind}s, found {', '.join(names) or 'none'}")
+    return names
 
 
 def hints_of(cls: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:

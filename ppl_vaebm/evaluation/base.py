@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,9 +14,6 @@ from torch import Tensor
 from ppl_vaebm.data.splits import Split
 from ppl_vaebm.rng import stream
 
-Part = Literal["likelihood", "normaliser", "samples", "ood", "histograms", "neighbours"]
-PARTS: tuple[Part, ...] = get_args(Part)
-"""Parts of an evaluation, in the order in which they are shown."""
 Cell = float | int | str | dict[str, float]
 """A number, a text, or a number with its ``value`` and ``error``."""
 Section = dict[str, Cell]

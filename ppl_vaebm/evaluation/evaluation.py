@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Effort, Measured, Part, Section
+from ppl_vaebm.evaluation.base import Effort, Measured, Section
 from ppl_vaebm.evaluation.likelihood import Terms, likelihood, likelihood_terms
 from ppl_vaebm.evaluation.log_z import normaliser_sections
 from ppl_vaebm.evaluation.modes import mode_section, modes

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Effort, Part, Section
+from ppl_vaebm.evaluation.base import Effort, Section
 from ppl_vaebm.evaluation.image_metrics import Judge, check_sizes, new_judge
 from ppl_vaebm.evaluation.metrics.features import FeatureChoice, feature_net
 from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from ppl_vaebm.config.evaluation import PARTS
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import PARTS, Arrays, Measured, Section
+from ppl_vaebm.evaluation.base import Arrays, Measured, Section
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.runs.run import Run, from_json, to_json
 

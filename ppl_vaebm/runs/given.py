@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ppl_vaebm.errors import InputError
+from ppl_vaebm.errors import InputError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,14 @@ class GivenOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"expected {name.replace('_', '-')} of at least {least}, got {value}: raise it")
+        if self.given_values is not None:
+            try:
+                [float(word) for word in self.given_values.split(",")]
+            except ValueError:
+                found = shown(self.given_values)
+                raise InputError(
+                    f'expected numbers with commas in --given-values, such as "0.5,nan", found {found}'
+                ) from None
         for name in ("noise_sd", "blur"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
-from ppl_vaebm.errors import InputError
+from ppl_vaebm.errors import InputError, did_you_mean
 from ppl_vaebm.files import write_atomic
 
 # JSON has no word for these numbers; the record holds them as these strings.
@@ -60,9 +60,10 @@ class Run:
         if not run.config_file.is_file():
             found = "a folder without one" if run.path.is_dir() else "a file" if run.path.exists() else "nothing"
             command = f"python -m ppl_vaebm.fit --stage svi --run {shlex.quote(str(path))}"
+            siblings = [str(file.parent) for file in run.path.parent.glob(f"*/{run.config_file.name}")]
             raise InputError(
                 f"expected a run, that is a folder with {run.config_file.name}, at {path}, found {found}; "
-                f"make one with: {command}"
+                f"make one with: {command}{did_you_mean(str(path), siblings)}"
             )
         return run
 

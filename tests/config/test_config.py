@@ -22,10 +22,12 @@ from ppl_vaebm.config import (
     parsing,
 )
 from ppl_vaebm.config import kernel as kernel_config
-from ppl_vaebm.config.kernel import check_kernels, missing_packages
+from ppl_vaebm.config.evaluation import SYNTHETIC_SETS
+from ppl_vaebm.config.kernel import kernel_names, missing_packages
 from ppl_vaebm.config.parsing import as_yaml, differences, from_dict, last_value, parse, to_dict, tokens
 from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
 from ppl_vaebm.errors import InputError
+from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName
 
@@ -321,25 +323,27 @@ def test_last_value_is_that_of_the_last_flag(argv: list[str], value: str | None)
     assert last_value(argv, "--run", "-r") == value
 
 
-@pytest.mark.parametrize(
-    ("names", "message"), [(["hcm"], "did you mean hmc"), (["hmc", "hmc"], "different"), ([], "none")]
-)
-def test_unknown_and_repeated_kernels_are_refused(names: list[str], message: str) -> None:
+@pytest.mark.parametrize(("names", "message"), [("hcm", "did you mean hmc"), ("hmc,hmc", "different"), (",", "none")])
+def test_unknown_and_repeated_kernels_are_refused(names: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_kernels(names)
+        kernel_names(names)
 
 
 def test_a_kernel_without_its_packages_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel_config, "find_spec", lambda name: None if name == "blackjax" else object())
-    check_kernels(["hmc", "numpyro-nuts"])
+    assert kernel_names("hmc, numpyro-nuts") == ("hmc", "numpyro-nuts")
     assert missing_packages("blackjax-nuts") == ["blackjax"]
     with pytest.raises(InputError, match=r"blackjax-nuts needs jax and blackjax, found no blackjax; .*-e '.\[jax\]'"):
-        check_kernels(["hmc", "blackjax-nuts"])
+        kernel_names("hmc,blackjax-nuts")
 
 
 def test_comparable_kernels_are_those_that_run() -> None:
     assert kernel_config.PYRO_KERNELS == get_args(PyroKernelName)
     assert {*kernel_config.NUMPYRO_KERNELS, *kernel_config.BLACKJAX_KERNELS} == {*get_args(JaxKernelName)}
+
+
+def test_sets_without_files_are_those_that_are_made() -> None:
+    assert SYNTHETIC_SETS == (*SYNTHETIC,)
 
 
 # --- options of one kernel -------------------------------------------------------------------------

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from ppl_vaebm import evaluate
+from ppl_vaebm.config.evaluation import PARTS, Part
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import evaluation
 from ppl_vaebm.evaluation import plan as evaluation_plan
-from ppl_vaebm.evaluation.base import PARTS, Part
 from ppl_vaebm.evaluation.evaluation import Effort, Evaluation, Plan
 from ppl_vaebm.evaluation.evaluation import evaluate as evaluate_parts
 from ppl_vaebm.evaluation.ood_sets import SYNTHETIC

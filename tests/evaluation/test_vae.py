@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config, ModelConfig, NvaeConfig
+from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import IntegerImages, Points, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import plan as evaluation_plan
 from ppl_vaebm.evaluation import vae as evaluation_svi
-from ppl_vaebm.evaluation.base import Part, Section
+from ppl_vaebm.evaluation.base import Section
 from ppl_vaebm.evaluation.evaluation import Effort, Plan
 from ppl_vaebm.evaluation.vae import _test_blocks, bounds, evaluate_vae
 from ppl_vaebm.inference.elbo import BalancedELBO
