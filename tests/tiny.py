@@ -1,16 +1,22 @@
-"""A VAEBM run so small that every command finishes in a second."""
+"""VAEBM runs so small that every command finishes in a second, fitted once for all tests."""
 
 from __future__ import annotations
 
+import functools
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from ppl_vaebm import fit
 from ppl_vaebm.devices import has_bfloat16
+from ppl_vaebm.reports import html
 from ppl_vaebm.runs.run import Run
 
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU only emulates bfloat16")
+
+_FITTED = tempfile.TemporaryDirectory()  # removed when the process ends
 
 POINTS = """
 threads: 1
@@ -46,17 +52,32 @@ def write_recipe(folder: Path, text: str = POINTS) -> Path:
 
 
 def fit_run(folder: Path, text: str = POINTS, *options: str) -> Path:
-    """Fit both stages into ``folder / "run"`` and return it."""
+    """Return ``folder / "run"``, a copy of a run of both stages that is fitted once for all tests of a process."""
+    write_recipe(folder, text)
+    return copy_run(_fitted(text, options), folder)
+
+
+def copy_run(run: Path, folder: Path) -> Path:
+    """Copy a run to ``folder / "run"``, for a test that writes to it."""
+    shutil.copytree(run, folder / "run")
+    return folder / "run"
+
+
+@functools.cache
+def _fitted(text: str, options: tuple[str, ...]) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=_FITTED.name))
     recipe, run = write_recipe(folder, text), folder / "run"
-    fit.main(["--stage", "svi", "--recipe", str(recipe), "--run", str(run)])
-    fit.main(["--stage", "ebm", "--run", str(run), *options])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(html, "write_report", write_empty_report)
+        fit.main(["--stage", "svi", "--recipe", str(recipe), "--run", str(run)])
+        fit.main(["--stage", "ebm", "--run", str(run), *options])
     return run
 
 
 def write_empty_report(run: Run) -> Path:
-    """Stand in for report.write_report, whose pictures take longer than a tiny run.
+    """Replace ``html.write_report``, whose pictures take longer than a tiny run.
 
-    The module that is first imported while it does keeps it, so all tests use this one.
+    A module that is first imported while it is in place keeps it, so all tests use this one.
     """
     run.report_file.touch()
     return run.report_file
