@@ -6,12 +6,8 @@ Each compiles for seconds: two of them are in the fast tests, and all share one 
 from __future__ import annotations
 
 import math
-import os
 import time
 from typing import Any, get_args
-
-# JAX's own arithmetic is next to nothing here, and without optimisation it compiles in half the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
