@@ -27,8 +27,9 @@ from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.likelihood import log_p, reference_energies
 from ppl_vaebm.inference.log_z import ais
-from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel, run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
+from ppl_vaebm.inference.log_z.smc import Adaptive, run_smc, spaced_ladder
 from ppl_vaebm.inference.normalizing_constant import Effort, estimate_normaliser
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
@@ -143,7 +144,7 @@ def anneal(
     potential: NoisePotential, build: BuildKernel, num_temperatures: int, num: int, generator: torch.Generator
 ) -> ais.AnnealedWeights:
     """Anneal particles by a kernel with a pilot of its own."""
-    pilot = run_pilot(potential, generator, potential.draw_reference(generator, 128), build=build)
+    pilot = run_smc(potential, generator, potential.draw_reference(generator, 128), Adaptive(), build=build)
     ladder = spaced_ladder(pilot, num_temperatures)
     return ais.forward(potential, generator, potential.draw_reference(generator, num), ladder, build=build)
 

@@ -26,8 +26,7 @@ from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.conditional_starts import annealed_starts
-from ppl_vaebm.inference.conditioning import ConditionalPotential
+from ppl_vaebm.inference.conditioning import ConditionalPotential, annealed_starts
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.sbc import ranks, uniformity
 from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_only
@@ -142,7 +141,7 @@ def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> 
     begin = time.perf_counter()
     posterior = observed(setting, loaded, loaded.potential.decode(prior), seed)
     generator = stream(seed, "sbc-posterior", setting)
-    starts = annealed_starts(posterior, generator, NUM_CHAINS, num_groups=len(prior), num_particles=NUM_PARTICLES)
+    starts, particles = annealed_starts(posterior, generator, NUM_CHAINS, num_particles=NUM_PARTICLES)
 
     def functionals(state: KernelState) -> dict[str, Tensor]:
         return quantities(posterior, state.position)
@@ -150,8 +149,8 @@ def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> 
     chains = run_chains(
         build_kernel(KERNEL, posterior),
         generator,
-        starts.position,
-        init_params(starts.position, starts.step_size),
+        starts,
+        init_params(starts, float(particles.ladder.step_sizes[-1])),
         num_draws=NUM_DRAWS,
         num_warmup=NUM_WARMUP,
         thin=THIN,
@@ -173,9 +172,9 @@ def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> 
         "R-hat over simulations and functionals, median and 95 %": np.quantile(r_hat, (0.5, 0.95)).tolist(),
         "acceptance, mean and smallest of a chain": [float(acceptance.mean()), float(acceptance.min())],
         "divergent draws": int(chains.stats["diverging"].sum()),
-        "levels of tempering": starts.num_levels,
-        "evaluations per chain": starts.num_evals * NUM_PARTICLES // NUM_CHAINS
-        + (chains.warmup_evals + chains.num_evals) // (len(prior) * NUM_CHAINS),
+        "levels of tempering": particles.num_levels,
+        "evaluations per chain": (particles.num_evals + chains.warmup_evals + chains.num_evals)
+        // (len(prior) * NUM_CHAINS),
         "seconds": time.perf_counter() - begin,
     }
 

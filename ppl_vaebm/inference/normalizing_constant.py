@@ -22,7 +22,7 @@ from ppl_vaebm.inference.kernels.chains import Chains, run_chains
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.log_z import ais, smc
-from ppl_vaebm.inference.log_z.annealing import Pilot, default_kernel, num_temperatures_for, run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import default_kernel
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.log_z.bridge import bridge
 from ppl_vaebm.inference.log_z.thermodynamic import Integral, integrate, ladder_bridge
@@ -41,7 +41,6 @@ NUM_LADDERS, NUM_LADDER_WARMUP, NUM_LADDER_DRAWS = 32, 150, 200
 IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES = 0.1, 50, 1_000
 """So many temperatures that moves which forget where they came from would leave this gap; within these numbers."""
 
-Annealing = Callable[..., ais.AnnealedWeights]
 LOWER, UPPER = "annealing, forward: a lower bound", "annealing, reverse: an upper bound"
 
 
@@ -80,7 +79,7 @@ class Normaliser(NamedTuple):
     """The worst over the energies at the levels of its ladders."""
     ladder_report: dict[str, float | list[float]]
     """What its kernel reports."""
-    pilot: Pilot
+    pilot: smc.Population
     down: ais.AnnealedWeights
     up: ais.AnnealedWeights
     populations: list[smc.Population]
@@ -113,18 +112,18 @@ def estimate_normaliser(potential: NoisePotential, effort: Effort, reference_ene
     def named(purpose: str) -> torch.Generator:
         return stream(seed, "normaliser", purpose, device=reference_energy.device)
 
-    generator, num_pilot = named("pilot"), max(2, min(NUM_PILOT, potential.rows_per_pass))
-    pilot = run_pilot(potential, generator, potential.draw_reference(generator, num_pilot))
-    num_temperatures = effort.num_temperatures or num_temperatures_for(
+    generator = named("pilot")
+    pilot = smc.run_smc(potential, generator, potential.draw_reference(generator, NUM_PILOT), smc.Adaptive())
+    num_temperatures = effort.num_temperatures or smc.num_temperatures_for(
         pilot, IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES
     )
-    ladder = spaced_ladder(pilot, num_temperatures)
+    ladder = smc.spaced_ladder(pilot, num_temperatures)
     generator = named("forward")
     start = potential.draw_reference(generator, effort.num_particles)
-    down = _in_blocks(ais.forward, potential, generator, start, ladder)
+    down = ais.forward(potential, generator, start, ladder)
     populations = _populations(potential, named("smc"), effort.num_particles, ladder)
     target = target_draws(potential, named("target"), populations, ladder, len(reference_energy))
-    up = _in_blocks(ais.reverse, potential, named("reverse"), target.position, ladder)
+    up = ais.reverse(potential, named("reverse"), target.position, ladder)
     lower = ais.estimate(down.log_weights, named("bootstrap down"), "forward")
     upper = ais.estimate(up.log_weights, named("bootstrap up"), "reverse")
     levels, energy, chains = ladder_energies(potential, named("ladders"))
@@ -149,26 +148,6 @@ def _attempt(estimator: Callable[[], LogZ]) -> LogZ | str:
         return estimator()
     except InputError as error:
         return str(error)
-
-
-def _in_blocks(
-    anneal: Annealing, potential: NoisePotential, generator: torch.Generator, position: Tensor, ladder: Ladder
-) -> ais.AnnealedWeights:
-    """Anneal as many particles at a time as fit in one pass."""
-    parts = [anneal(potential, generator, rows, ladder) for rows in _blocks(position, potential.rows_per_pass)]
-    return ais.AnnealedWeights(
-        torch.cat([part.log_weights for part in parts]),
-        torch.cat([part.position for part in parts]),
-        torch.stack([part.acceptance_rate for part in parts]).mean(0),
-        sum(part.num_divergent for part in parts),
-        sum(part.num_evals for part in parts),
-    )
-
-
-def _blocks(position: Tensor, num_rows: int) -> list[Tensor]:
-    """Cut positions into blocks of like sizes: one row left over would be too few particles."""
-    num_blocks = max(1, min(-(-len(position) // num_rows), len(position) // 2))
-    return list(position.tensor_split(num_blocks))
 
 
 def _populations(
@@ -205,7 +184,7 @@ def target_draws(
         exact = exact_draws(potential, generator, max(NUM_EXACT, len(starts)), max_proposals)
     except RejectionError:
         return _chain_draws(potential, generator, starts, float(ladder.step_sizes[-1]), len(populations))
-    energy = torch.cat([value_only(potential, rows) for rows in exact.position.split(potential.rows_per_pass)])
+    energy = value_only(potential, exact.position)
     source = f"exact draws, by rejection from the VAE (acceptance {exact.acceptance_rate:.2g})"
     return TargetDraws(exact.position[: len(starts)], energy.unsqueeze(1), source, None)
 
@@ -215,27 +194,23 @@ def _chain_draws(
 ) -> TargetDraws:
     kernel = default_kernel(potential)
     # The pilot tuned the step, so the warm-up has nothing to tune: its draws are thrown away.
-    blocks = [
-        run_chains(
-            kernel,
-            generator,
-            rows,
-            init_params(rows, step_size),
-            num_draws=NUM_CHAIN_WARMUP + NUM_CHAIN_DRAWS,
-            functionals=_energy_and_square,
-        )
-        for rows in _blocks(starts, potential.rows_per_pass)
-    ]
-    draws = torch.cat([chains.draws["columns"] for chains in blocks])[:, NUM_CHAIN_WARMUP:]
+    chains = run_chains(
+        kernel,
+        generator,
+        starts,
+        init_params(starts, step_size),
+        num_draws=NUM_CHAIN_WARMUP + NUM_CHAIN_DRAWS,
+        functionals=_energy_and_square,
+    )
+    draws = chains.draws["columns"][:, NUM_CHAIN_WARMUP:]
     source = (
         f"the ends of {len(starts)} {kernel.name} chains of {NUM_CHAIN_WARMUP + NUM_CHAIN_DRAWS} steps, from where "
         "the sequential samplers ended"
     )
-    position = torch.cat([chains.position for chains in blocks])
     groups = np.arange(num_populations).repeat(len(starts) // num_populations)
     columns = draws.double().cpu().numpy()
     r_hat = max(nested_r_hat(columns[:, :, column], groups) for column in range(columns.shape[2]))
-    return TargetDraws(position, draws[:, :, 0], source, r_hat)
+    return TargetDraws(chains.position, draws[:, :, 0], source, r_hat)
 
 
 def _energy_and_square(state: KernelState) -> dict[str, Tensor]:
@@ -253,8 +228,7 @@ def ladder_energies(potential: NoisePotential, generator: torch.Generator) -> tu
         Inverse temperatures ``(K + 1,)``; energies ``(C, N, K + 1)``, nats; the chains.
     """
     config = KernelConfig(name="tempered")
-    num = max(2, min(NUM_LADDERS, potential.rows_per_pass // config.num_levels))
-    start = potential.draw_reference(generator, num)
+    start = potential.draw_reference(generator, NUM_LADDERS)
     chains = run_chains(
         build_kernel(config, potential),
         generator,

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
-from ppl_vaebm.inference.conditional_starts import annealed_starts
-from ppl_vaebm.inference.conditioning import ConditionalPotential, condition
+from ppl_vaebm.inference.conditioning import ConditionalPotential, annealed_starts, condition
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
@@ -96,21 +95,21 @@ def sample_posterior(
         The posterior.
     """
     device = next(potential.vaebm.parameters()).device
-    starts = annealed_starts(potential, stream(seed, "starts", device=device), num_chains)
+    starts, particles = annealed_starts(potential, stream(seed, "starts", device=device), num_chains)
     size = max(potential.packing.dim, potential.vaebm.vae.model.event_shape.numel())
     max_draws = min(num_draws + 1, max(2, MAX_STORED_VALUES // (num_chains * size)))
-    functionals = posterior_functionals(potential, starts.position)
+    functionals = posterior_functionals(potential, starts)
     recorder = PositionRecorder(functionals, num_chains, potential.packing.dim, max_draws)
     chains = run_chains(
         build_kernel(config, potential),
         stream(seed, "chains", config.name, device=device),
-        starts.position,
-        start_params(config, starts.position),
+        starts,
+        start_params(config, starts),
         num_draws=num_draws,
         num_warmup=num_warmup,
         functionals=recorder,
     )
-    positions = torch.from_numpy(recorder.positions).to(starts.position)
+    positions = torch.from_numpy(recorder.positions).to(starts)
     x = decode_in_blocks(potential, positions.flatten(0, 1))
     values = x.flatten(1).unflatten(0, positions.shape[:2]).numpy()
     chosen = torch.linspace(0, len(x) - 1, min(num, len(x))).round().long()
@@ -121,7 +120,7 @@ def sample_posterior(
         # Rounding would give values that never move a spread.
         sd=np.where((values == values[0, 0]).all((0, 1)), 0.0, values.std((0, 1), dtype=np.float64)).reshape(event),
         r_hat=diagnose_columns(values).r_hat.reshape(event),
-        chains=replace(chains, attrs={**chains.attrs, "seed": seed, "start_levels": starts.num_levels}),
+        chains=replace(chains, attrs={**chains.attrs, "seed": seed, "start_levels": particles.num_levels}),
     )
 
 

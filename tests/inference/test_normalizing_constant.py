@@ -15,7 +15,7 @@ from ppl_vaebm.inference.kernels import gradient_free
 from ppl_vaebm.inference.likelihood import RejectionError, reference_energies
 from ppl_vaebm.inference.log_z import smc
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
+from ppl_vaebm.inference.normalizing_constant import Effort, Normaliser, estimate_normaliser
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
@@ -99,19 +99,28 @@ def _frozen(potential: object) -> object:
     )
 
 
-def test_blocks_give_the_same_estimates_within_their_errors(monkeypatch: pytest.MonkeyPatch) -> None:
-    potential = linear_potential()
-    potential.rows_per_pass = 60
-    found = estimate(potential, EFFORT._replace(num_temperatures=30), num=3_000)
-    for name in (LOWER, UPPER):
-        one = found.estimates[name]
-        assert isinstance(one, LogZ) and abs(one.value - LOG_Z) < 5 * one.error < 0.2
-    assert len(found.down.log_weights) == EFFORT.num_particles and len(found.down.acceptance_rate) == 29
+def test_passes_within_the_memory_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gives_up(*args: object) -> None:
+        raise RejectionError("too far")
 
+    monkeypatch.setattr(normaliser, "exact_draws", gives_up)
+    potential, plain, num_rows = linear_potential(), NoisePotential.__call__, [0]
 
-@pytest.mark.parametrize(("num", "rows", "sizes"), [(10, 4, [4, 3, 3]), (5, 100, [5]), (9, 1, [3, 2, 2, 2])])
-def test_no_block_is_too_small_to_have_an_error(num: int, rows: int, sizes: list[int]) -> None:
-    assert [len(block) for block in normaliser._blocks(torch.zeros(num, 2), rows)] == sizes
+    def recorded(self: NoisePotential, position: Tensor) -> Tensor:
+        num_rows.append(len(position))
+        return plain(self, position)
+
+    energy = reference_energies(potential, stream(0, "reference"), 500)
+    monkeypatch.setattr(NoisePotential, "__call__", recorded)
+    values, most = [], []
+    for rows_per_pass in (10_000, 100):
+        potential.rows_per_pass = rows_per_pass
+        found = estimate_normaliser(potential, Effort(num_particles=160, num_temperatures=4), energy, 0)
+        values.append({name: one.value for name, one in found.estimates.items() if isinstance(one, LogZ)})
+        most.append(max(num_rows))
+        num_rows.clear()
+    assert most == [normaliser.NUM_LADDERS * 6, 100]  # ladders of 6 levels
+    assert values[1] == pytest.approx(values[0], rel=1e-8)
 
 
 def test_without_an_energy_everything_is_zero() -> None:

@@ -7,7 +7,7 @@ A target is given by its energy relative to N(0, I), ``Phi``, so that the negati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,10 @@ DIVERGENCE_THRESHOLD_NATS = 1000.0
 
 
 class Potential(Protocol):
-    """``Phi``: positions ``(C, D)`` to ``(C,)`` nats relative to N(0, I); rows are independent."""
+    """``Phi``: positions ``(C, D)`` to ``(C,)`` nats relative to N(0, I); rows are independent.
+
+    An optional attribute ``rows_per_pass`` bounds the rows of one call.
+    """
 
     def __call__(self, position: Tensor) -> Tensor:
         """Evaluate Phi for every chain."""
@@ -175,7 +178,7 @@ def init_params(position: Tensor, step_size: float, trajectory_length: float = t
 
 
 def value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluate Phi and its gradient for every chain.
+    """Evaluate Phi and its gradient for every chain, as many rows at a time as the potential's ``rows_per_pass``.
 
     Args:
         potential: the target.
@@ -187,6 +190,11 @@ def value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tens
     Raises:
         ValueError: the potential did not return one number per chain.
     """
+    values, grads = zip(*(_value_and_grad(potential, rows) for rows in _passes(potential, position)), strict=True)
+    return (values[0], grads[0]) if len(values) == 1 else (torch.cat(values), torch.cat(grads))
+
+
+def _value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         leaf = position.detach().requires_grad_(True)
         value = _checked(potential(leaf), position)
@@ -199,20 +207,16 @@ def value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tens
 
 
 def value_only(potential: Potential, position: Tensor) -> Tensor:
-    """Evaluate Phi for every chain, without a gradient.
-
-    Args:
-        potential: the target.
-        position: ``(C, D)``.
-
-    Returns:
-        Phi, ``(C,)``.
-
-    Raises:
-        ValueError: the potential did not return one number per chain.
-    """
+    """Evaluate Phi for every chain without a gradient, ``(C, D)`` to ``(C,)``; else as :func:`value_and_grad`."""
     with torch.no_grad():
-        return _checked(potential(position), position)
+        values = [_checked(potential(rows), rows) for rows in _passes(potential, position)]
+    return values[0] if len(values) == 1 else torch.cat(values)
+
+
+def _passes(potential: Potential, position: Tensor) -> Sequence[Tensor]:
+    """Cut positions into the passes that fit in memory; all draws are made before, so they do not depend on it."""
+    num_rows = getattr(potential, "rows_per_pass", None)
+    return [position] if num_rows is None or len(position) <= num_rows else position.split(num_rows)
 
 
 def _checked(value: Tensor, position: Tensor) -> Tensor:

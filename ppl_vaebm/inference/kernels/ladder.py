@@ -8,6 +8,7 @@ and round trips are most frequent when all neighbours share it equally.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,24 +120,34 @@ def swap_rates(counts: Counts) -> Tensor:
 def respace(ladder: Ladder, rates: Tensor) -> Ladder:
     """Move the levels so that all neighbours would reject equally often, as the paper does.
 
-    Between the present levels the barrier is taken to rise linearly, where the paper has a monotone cubic: rounds of
-    adaptation repeat the move, and the fixed point is the same.
-
     Args:
         ladder: the present one.
         rates: acceptance of each pair of neighbours, ``(K,)``.
 
     Returns:
-        Levels with the same ends, and their step sizes, read off between those of the present levels.
+        As many levels, by :func:`space_evenly`. Between levels the barrier is taken to rise linearly, where the paper
+        has a monotone cubic: rounds of adaptation repeat the move, and the fixed point is the same.
     """
-    levels = ladder.inverse_temperatures.tolist()
     rejections = (1 - rates).clamp(min=MIN_REJECTION)
-    barrier = [0.0, *rejections.cumsum(0).tolist()]
-    shares = [barrier[-1] * k / len(rejections) for k in range(1, len(rejections))]
-    inner = [_interpolate(share, barrier, levels) for share in shares]
-    spaced = [levels[0], *inner, levels[-1]]
+    return space_evenly(ladder, torch.cat([rejections.new_zeros(1), rejections.cumsum(0)]), len(rates) + 1)
+
+
+def space_evenly(ladder: Ladder, barrier: Tensor, num_levels: int) -> Ladder:
+    """Place levels at equal distances of a barrier.
+
+    Args:
+        ladder: levels at which the barrier is known.
+        barrier: there, increasing from 0, ``(K + 1,)``; linear between them.
+        num_levels: of the new ladder, at least 2.
+
+    Returns:
+        Levels from b = 0 to b = 1; the logs of their step sizes are interpolated over b between those of ``ladder``.
+    """
+    levels, knots = ladder.inverse_temperatures.tolist(), barrier.tolist()
+    places = [knots[-1] * k / (num_levels - 1) for k in range(1, num_levels - 1)]
+    spaced = [levels[0], *(_interpolate(place, knots, levels) for place in places), levels[-1]]
     log_steps = ladder.step_sizes.log().tolist()
-    # The step at b = 0 is no matter of acceptance: below the first other level, its step serves.
+    # At b = 0 every step is accepted, so its step size says nothing about the levels next to it.
     log_steps = [log_steps[0], *(_interpolate(b, levels[1:], log_steps[1:]) for b in spaced[1:])]
     like = ladder.inverse_temperatures
     return Ladder(like.new_tensor(spaced), like.new_tensor([math.exp(value) for value in log_steps]))
@@ -186,9 +197,8 @@ def report(counts: Counts, ladder: Ladder) -> dict[str, float | list[float]]:
 
 def _interpolate(x: float, knots: list[float], values: list[float]) -> float:
     """Interpolate linearly between increasing knots, and constantly beyond them."""
-    if x <= knots[0]:
-        return values[0]
-    for left, right, one, other in zip(knots, knots[1:], values, values[1:], strict=False):
-        if x <= right:
-            return one + (other - one) * (x - left) / (right - left)
-    return values[-1]
+    index = bisect_left(knots, x)
+    if index in (0, len(knots)):
+        return values[min(index, len(knots) - 1)]
+    left, right, one, other = knots[index - 1], knots[index], values[index - 1], values[index]
+    return one + (other - one) * (x - left) / (right - left)

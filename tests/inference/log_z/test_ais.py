@@ -13,8 +13,9 @@ from ppl_vaebm.inference.kernels import hmc, targets
 from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, KernelState, Ladder, Potential, select
 from ppl_vaebm.inference.log_z import ais, annealing
 from ppl_vaebm.inference.log_z.ais import estimate, forward, reverse
-from ppl_vaebm.inference.log_z.annealing import default_kernel, run_pilot, spaced_ladder
+from ppl_vaebm.inference.log_z.annealing import default_kernel
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
+from ppl_vaebm.inference.log_z.smc import Adaptive, run_smc, spaced_ladder
 
 TARGETS = {
     "gaussian": targets.gaussian(
@@ -57,7 +58,7 @@ def test_without_an_energy_log_z_is_zero_exactly(direction: ais.Direction, gener
 @pytest.mark.parametrize("name", TARGETS)
 def test_both_bounds_close_on_the_known_log_z(name: str, generator: torch.Generator) -> None:
     target = TARGETS[name]
-    pilot = run_pilot(target.potential, generator, start(target, 200, generator))
+    pilot = run_smc(target.potential, generator, start(target, 200, generator), Adaptive())
     ladder = spaced_ladder(pilot, 200)
     down = forward(target.potential, generator, start(target, 800, generator), ladder)
     up = reverse(target.potential, generator, target.exact(generator, 800), ladder)
@@ -186,7 +187,7 @@ def test_a_change_of_temperature_costs_no_evaluation(anneal: object, generator: 
         rows += len(position)
         return target.potential(position)
 
-    found = anneal(counting, generator, start(target, 7, generator), few_levels(5))  # type: ignore[operator]
+    found = anneal(counting, generator, start(target, 7, generator), few_levels(5, step_size=1.2))  # type: ignore[operator]
     # A move is one evaluation of the independence step, and of HMC three steps and the gradient at its start.
     assert found.num_evals == rows == 7 * (1 + 4 * 5)
     assert found.acceptance_rate.shape == (4,)
