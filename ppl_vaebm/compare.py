@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.evaluation import kernels as comparison
     from ppl_vaebm.files import write_atomic
     from ppl_vaebm.reports import comparison_page
-    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.inference.diagnostics import functionals
     from ppl_vaebm.inference.diagnostics import summary as diagnostics
     from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
-    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)

@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ppl_vaebm.evaluation.store import read_sections, store
     from ppl_vaebm.evaluation.tables import lines
-    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.fitted_vae import stage_of
 
     read_sections(run)  # refuses a damaged file before anything slow is done

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ppl_vaebm.devices import check_bfloat16, check_device, joined, own_device, set_threads
     from ppl_vaebm.reports.gallery import gallery_grids, save_png
-    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.fitting import Request, fit_stage
     from ppl_vaebm.runs.run import Run
 

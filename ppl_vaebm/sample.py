@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     is_conditional = options.condition.is_conditional
 
     from ppl_vaebm.reports.gallery import save_png
-    from ppl_vaebm.reports.html import write_report
+    from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.fitted_vae import stage_of
 
     stage = stage_of(run, options.stage)

@@ -25,8 +25,7 @@ from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
-from ppl_vaebm.reports import comparison_page
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import comparison_page, report
 from ppl_vaebm.runs.run import Run
 from tests.tiny import IMAGES, POINTS, copy_run, fit_run, write_empty_report, write_recipe
 

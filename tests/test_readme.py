@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.rng import global_rng
 from tests.tiny import fit_run, write_empty_report
 

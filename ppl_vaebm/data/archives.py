@@ -19,8 +19,6 @@ from ppl_vaebm.data.splits import Data, IntegerImages, LazyImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import stream
 
-# --- image sets held in memory -------------------------------------------------------------------
-
 
 class _Archive(NamedTuple):
     """A data set of torchvision that fits in memory."""
@@ -43,21 +41,22 @@ class _Archive(NamedTuple):
 _IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _MNIST_FILES = tuple(f"MNIST/raw/{file}" for file in _IDX_FILES)
 _FASHION_FILES = tuple(f"FashionMNIST/raw/{file}" for file in _IDX_FILES)
-_CIFAR10_FILES = (*(f"data_batch_{index}" for index in range(1, 6)), "test_batch", "batches.meta")
+_CIFAR10_FILES = tuple(
+    f"cifar-10-batches-py/{file}" for file in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta")
+)
+_CIFAR100_FILES = tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta"))
 _ARCHIVES = {
     "mnist": _Archive("MNIST", _MNIST_FILES, 1, 28, padding=2),
     "fashion-mnist": _Archive("FashionMNIST", _FASHION_FILES, 1, 28, padding=2),
-    "cifar10": _Archive("CIFAR10", tuple(f"cifar-10-batches-py/{file}" for file in _CIFAR10_FILES), has_flips=True),
-    "cifar100": _Archive(
-        "CIFAR100", tuple(f"cifar-100-python/{file}" for file in ("train", "test", "meta")), has_flips=True
-    ),
+    "cifar10": _Archive("CIFAR10", _CIFAR10_FILES, has_flips=True),
+    "cifar100": _Archive("CIFAR100", _CIFAR100_FILES, has_flips=True),
     "svhn": _Archive("SVHN", ("train_32x32.mat", "test_32x32.mat")),
     "stacked-mnist": _Archive("MNIST", _MNIST_FILES, 3, 28, padding=2),
 }
 
 
 def _archive(config: DataConfig) -> Data:
-    """Load a torchvision set: the last of its training images are the validation split, a tenth if not said."""
+    """Load a torchvision set, of which the last training images are for validation."""
     parts = _read_archive(config)
     flips = (has_flips(config, _ARCHIVES[config.name].has_flips), False, False)
     levels = 2**config.num_bits
@@ -71,22 +70,16 @@ def _archive(config: DataConfig) -> Data:
 def _stacked_mnist(config: DataConfig) -> Data:
     """Stack three MNIST digits a, b, c as red, green and blue, with label 100 a + 10 b + c (1,000 modes).
 
-    Metz et al. 2017, arXiv:1611.02163. Each channel of a split is a permutation of that split of MNIST, fixed for
-    good, so no digit is in two splits.
+    Metz et al. 2017, arXiv:1611.02163. Each channel of a split is a fixed permutation of that split of MNIST, so no
+    digit is in two splits.
     """
     weights = torch.tensor([100, 10, 1])
     flips = (has_flips(config, own=False), False, False)
     splits = []
-    for name, (images, labels), is_flipping in zip(
-        ("train", "validation", "test"), _read_archive(config), flips, strict=True
-    ):
-        triples = torch.stack(
-            [
-                torch.randperm(len(images), generator=stream(0, "stacked-mnist", name, channel))
-                for channel in range(len(weights))
-            ],
-            dim=1,
-        )
+    names = ("train", "validation", "test")
+    for name, (images, labels), is_flipping in zip(names, _read_archive(config), flips, strict=True):
+        generators = [stream(0, "stacked-mnist", name, channel) for channel in range(len(weights))]
+        triples = torch.stack([torch.randperm(len(images), generator=generator) for generator in generators], dim=1)
         stacked = images[triples].squeeze(2)
         splits.append(IntegerImages(stacked, labels[triples] @ weights, 2**config.num_bits, is_flipping))
     return image_data(config.name, splits[0].images.shape[1:], splits)
@@ -133,8 +126,6 @@ def _resized(images: Tensor, size: int | None) -> Tensor:
     resized: Tensor = transforms.resize(images, [size, size], antialias=True)
     return resized
 
-
-# --- image sets read lazily ----------------------------------------------------------------------
 
 _CELEBA_FILES = tuple(
     f"celeba/{file}"
@@ -214,22 +205,19 @@ def _open_lmdb(config: DataConfig, folder: Path) -> Any:
         raise _unusable(config, _CHURCH_FILES, error) from error
 
 
-# --- torchvision, and what may be missing --------------------------------------------------------
-
-
 def _open(config: DataConfig, class_name: str, files: Sequence[str], **options: Any) -> Any:
     try:
         from torchvision import datasets
 
         return getattr(datasets, class_name)(root_folder(config), download=config.download, **options)
-    # RuntimeError and OSError (URLError, FileNotFoundError) are what torchvision says when files are missing or
-    # a download fails; the other two come from files that are cut short.
+    # torchvision raises RuntimeError and OSError (URLError, FileNotFoundError) when files are missing or a download
+    # fails, and the other two for files that are cut short.
     except (RuntimeError, ModuleNotFoundError, OSError, ValueError, AssertionError) as error:
         raise _unusable(config, files, error) from error
 
 
 def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> InputError:
-    """Say in one sentence why a data set cannot be opened; the only place that does."""
+    """Make the error that says why a data set cannot be opened."""
     root = root_folder(config)
     missing = [file for file in files if not (root / file).exists()]
     reason = " ".join(str(error).split())
@@ -259,7 +247,7 @@ def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> Inp
 
 
 def shape_without_files(config: DataConfig) -> torch.Size | None:
-    """Return the shape ``(C, H, W)`` of a set's images where no file is needed to tell it, else ``None``."""
+    """Return the shape ``(C, H, W)`` of a set's images, or ``None`` if only its files determine it."""
     if config.name in _ARCHIVES:
         archive = _ARCHIVES[config.name]
         side = config.image_size or archive.side + 2 * archive.padding_for(config)
@@ -280,13 +268,9 @@ DIVISIBLE = (*_ARCHIVES, "lsun-church", *FOLDERS)
 LOADERS: dict[str, Callable[[DataConfig], Data]] = {
     "image-folder": load_image_folder,
     "celeba-hq": load_image_folder,
-    "mnist": _archive,
-    "fashion-mnist": _archive,
-    "cifar10": _archive,
-    "cifar100": _archive,
-    "svhn": _archive,
+    **dict.fromkeys(_ARCHIVES, _archive),
+    "stacked-mnist": _stacked_mnist,
     "celeba": _celeba,
     "lsun-church": _lsun_church,
-    "stacked-mnist": _stacked_mnist,
 }
 """The loader of each set by its name; it raises InputError where files or a package are missing."""

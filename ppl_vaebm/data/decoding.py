@@ -1,4 +1,4 @@
-"""Image files: decoding them to one form."""
+"""Decoding of image files to one form."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from ppl_vaebm.errors import InputError
 VALIDATION_SHARE = 0.1
 OWN_SIZES = {"celeba": 64, "celeba-hq": 256, "lsun-church": 64}
 """Sides that the published models resize these colour sets to."""
-
-# --- decoding ------------------------------------------------------------------------------------
 
 GREY_MODES = ("1", "L", "LA")
 """Pillow's modes without colour."""
@@ -45,30 +43,16 @@ class UnreadableImage(InputError):
     """An image that cannot be decoded, because it is none or is cut short."""
 
     def __init__(self, name: str, error: Exception) -> None:
-        """Say which and why.
-
-        Args:
-            name: of the image.
-            error: what the decoder said.
-        """
-        self.name = name
-        self.reason = " ".join(str(error).split())
+        """Name the image, and the reason that the decoder gave."""
+        self.name, self.reason = name, " ".join(str(error).split())
         super().__init__(f"the image {name} cannot be read ({self.reason}); remove or replace it")
 
 
 def decode(file: Path | io.BytesIO, form: ImageForm, name: str | None = None) -> Tensor:
-    """Read one image.
+    """Read one image as ``(C, size, size)`` if the form is square, uint8, in {0, ..., 2**num_bits - 1}.
 
-    Palettes and CMYK become RGB. What is transparent lets black through, the level of padding too; a wholly opaque
-    image keeps its colours. An image that is smaller than the form is enlarged.
-
-    Args:
-        file: the image, encoded.
-        form: what to bring it to.
-        name: for messages; the file's if not given.
-
-    Returns:
-        ``(C, size, size)`` if the form is square, uint8, in {0, ..., 2**num_bits - 1}.
+    Palettes and CMYK become RGB. Transparent pixels are blended with black, which is also the level of padding. An
+    image smaller than the form is enlarged. ``name`` stands in messages instead of the file's.
 
     Raises:
         InputError: it cannot be read, or has more than 8 bits per channel.
@@ -108,13 +92,7 @@ def _middle_square(pixels: Tensor) -> Tensor:
 
 
 def header(file: Path) -> tuple[str, tuple[int, int]]:
-    """Look at an image file without decoding it.
-
-    Args:
-        file: the image file.
-
-    Returns:
-        Pillow's mode, and ``(width, height)``.
+    """Return Pillow's mode and ``(width, height)`` of an image file without decoding it.
 
     Raises:
         InputError: it cannot be read, or has more than 8 bits per channel.
@@ -144,29 +122,20 @@ def _check_mode(mode: str, name: str) -> None:
 
 
 def root_folder(config: DataConfig) -> Path:
-    """Return the folder that holds a data set's files."""
+    """Return the absolute folder of a data set's files."""
     return Path(config.root).expanduser().absolute()
 
 
 def has_flips(config: DataConfig, own: bool) -> bool:
-    """Tell whether training images are mirrored.
-
-    Args:
-        config: the option.
-        own: what the data set does by itself.
-    """
+    """Return whether training images are mirrored; ``own`` is the choice of the data set for ``auto``."""
     return {"auto": own, "random": True, "never": False}[config.flips]
 
 
 def num_train(config: DataConfig, size: int) -> int:
-    """Return how many training images are left when those for validation are held out.
-
-    Args:
-        config: the option.
-        size: training images there are.
+    """Return how many of ``size`` training images remain when those for validation are held out.
 
     Raises:
-        InputError: all would be held out.
+        InputError: none would remain.
     """
     num = int(VALIDATION_SHARE * size) if config.num_validation is None else config.num_validation
     if num >= size:

@@ -1,4 +1,4 @@
-"""A data set that is a folder of images: its files, its parts, its labels."""
+"""Data sets that are a folder of images: files, splits and labels."""
 
 from __future__ import annotations
 
@@ -40,22 +40,16 @@ _Parts = tuple[list[int], list[int], list[int]]
 
 
 def load_image_folder(config: DataConfig) -> Data:
-    """Load any nested folder of images; it is kept in memory if it decodes to at most ``MAX_CACHED_BYTES``.
+    """Load any nested folder of images, into memory if it decodes to at most ``MAX_CACHED_BYTES``.
 
-    Folders ``train`` and ``test`` at its top are the parts, and ``validation`` or ``val`` if there is one; else part of
-    ``train`` is held out. Without them the images are split 80/10/10. Both choices are by a hash of each path, so that
-    adding or removing a file moves no other, or one; so is the order within a part. Where every image lies in a folder
-    of its class, and there are several such folders, their order by name gives the labels.
+    Folders ``train``, ``test`` and ``validation`` or ``val`` at its top are the splits; without one for validation,
+    part of ``train`` is held out. Without these folders the images are split 80/10/10. Both choices, and the order
+    within a split, are by a hash of each path, so that adding or removing a file moves at most one other. If every
+    image lies in a folder of its class, and there are several such folders, their order by name gives the labels.
 
-    Every header is read at the start; every file is, where the folder is kept in memory or bad files may be skipped.
-    Only ``celeba-hq`` is mirrored of itself, for letters and digits may be in other pictures. The published models were
-    trained on 27,000 of its 30,000 images and measured on the rest: put them in folders ``train`` and ``test``.
-
-    Args:
-        config: the options.
-
-    Returns:
-        The data set.
+    Every header is read at the start; whole files are if the folder is kept in memory or bad files may be skipped.
+    Only ``celeba-hq`` is mirrored by default, because other pictures may hold letters and digits. The published models
+    train on 27,000 of its 30,000 images and are measured on the others: put them in folders ``train`` and ``test``.
 
     Raises:
         InputError: no images, too few or unreadable ones, or an option that does not fit them.
@@ -88,7 +82,7 @@ def load_image_folder(config: DataConfig) -> Data:
 def _splits(
     config: DataConfig, form: ImageForm, root: Path, files: Sequence[Path], images: Tensor | None
 ) -> list[IntegerImages | LazyImages[Path]]:
-    """Deal out the files, or what they decode to."""
+    """Make the splits of the files, or of their decoded images."""
     paths = [file.relative_to(root) for file in files]
     has_parts = _has_parts(root)
     labels = _labels([path.relative_to(path.parts[0]) if has_parts else path for path in paths])
@@ -107,7 +101,7 @@ def _splits(
 
 
 def _image_files(root: Path) -> list[Path]:
-    """List the images, sorted; links are followed, but never back to a folder that was seen or that holds the root."""
+    """List the images, sorted; links are followed, but not to a folder already seen or above the root."""
     if not root.is_dir():
         raise InputError(f"expected a folder of images at {root}, found none; set --data.root")
 
@@ -133,7 +127,7 @@ def _image_files(root: Path) -> list[Path]:
 
 
 def _readable(files: Iterable[Path], read: Callable[[Path], T], bad: list[UnreadableImage]) -> Iterator[tuple[Path, T]]:
-    """Read files; what cannot be read goes to the list."""
+    """Read files, and append those that cannot be read to ``bad``."""
     for file in files:
         try:
             yield file, read(file)
@@ -153,7 +147,7 @@ def _unreadable_files(root: Path, bad: Sequence[UnreadableImage], num_files: int
 
 
 def _common_form(config: DataConfig, root: Path, headers: Sequence[tuple[str, tuple[int, int]]]) -> ImageForm:
-    """Decide on grey if all are grey, and on their size if all have the same square one."""
+    """Choose grey if all images are grey, and their size if all have the same square one."""
     is_grey = config.name != "celeba-hq" and all(mode in GREY_MODES for mode, _ in headers)
     if config.binarize and not is_grey:
         raise InputError(
@@ -188,7 +182,7 @@ def _has_parts(root: Path) -> bool:
 
 
 def _own_parts(config: DataConfig, root: Path, paths: Sequence[Path]) -> _Parts:
-    """Deal by the folders at the top; without one for validation, what has the smallest hashes in train is held out."""
+    """Split by the folders at the top; without one for validation, the smallest hashes in train are held out."""
     astray = [path for path in paths if path.parts[0] not in _PART_FOLDERS]
     if astray:
         raise InputError(

@@ -1,8 +1,8 @@
-"""Images as metrics see them: whole levels, of real and generated images alike.
+"""Rounding of images to whole levels, real and generated ones alike, for metrics.
 
-Draws of a model are real numbers, also beyond the range of pixels, and data come with the noise of their
-dequantisation. Both are clipped to [-1, 1] and rounded to the level in whose cell they lie, never stretched, so that
-noise below a level is no part of a distance. The cells are those of :mod:`ppl_vaebm.data.splits`.
+Samples of a model are real numbers, also beyond the range of pixels, and data have dequantisation noise. Both are
+clipped to [-1, 1] and rounded to the level whose cell they lie in, and never rescaled, so that noise smaller than a
+level does not count in a distance. The cells are those of :mod:`ppl_vaebm.data.splits`.
 """
 
 from __future__ import annotations
@@ -44,13 +44,6 @@ def quantised(x: Tensor, levels: int = NUM_BYTE_LEVELS, *, is_dequantized: bool 
 def quantised_as(x: Tensor, data: Data) -> Tensor:
     """Round images to the levels of a data set; see :func:`quantised`.
 
-    Args:
-        x: images, of the data set or generated.
-        data: images with levels.
-
-    Returns:
-        The rounded images.
-
     Raises:
         InputError: a pixel is not finite, or the data are no images.
     """
@@ -60,23 +53,12 @@ def quantised_as(x: Tensor, data: Data) -> Tensor:
 
 
 def to_bytes(x: Tensor) -> Tensor:
-    """Turn images into bytes, as image files and networks for photographs have them.
-
-    Args:
-        x: images, any shape, finite; what lies beyond [-1, 1] is clipped.
-
-    Returns:
-        ``floor(128 (x + 1))`` in {0, ..., 255}, uint8: of 8-bit images that were rounded, the level itself.
-    """
+    """Return ``floor(128 (x + 1))`` clipped to {0, ..., 255}, uint8: for rounded 8-bit images the level itself."""
     return ((x + 1) * 128).floor().clamp(0, 255).to(torch.uint8)
 
 
 def check_images(real: Tensor, generated: Tensor) -> None:
-    """Refuse sets of images that no metric should compare.
-
-    Args:
-        real: images, ``(n, C, H, W)``, in [-1, 1].
-        generated: images, ``(m, C, H, W)``, in [-1, 1].
+    """Refuse sets of images ``(n, C, H, W)`` and ``(m, C, H, W)`` that no metric should compare.
 
     Raises:
         InputError: no images, different shapes, pixels that are not finite or beyond [-1, 1], a set of one constant
@@ -88,10 +70,7 @@ def check_images(real: Tensor, generated: Tensor) -> None:
             f"{tuple(generated.shape)}; take both from the same data set"
         )
     ranges = {name: _range(images, name) for name, images in (("real", real), ("generated", generated))}
-    for (name, (low, _)), (other, (other_low, _)) in (
-        tuple(ranges.items()),
-        tuple(reversed(ranges.items())),
-    ):
+    for (name, (low, _)), (other, (other_low, _)) in (tuple(ranges.items()), tuple(reversed(ranges.items()))):
         # A set without any pixel darker than middle grey, beside one that has black.
         if low >= 0 and other_low < -0.5:
             raise InputError(
@@ -106,7 +85,7 @@ def _range(images: Tensor, name: str) -> tuple[float, float]:
     if not (low >= -1 and high <= 1):
         raise InputError(
             f"{name} images must lie in [-1, 1], got pixels in [{low:.4g}, {high:.4g}]; "
-            "bring them there with ppl_vaebm.pixels.quantised"
+            "bring them there with ppl_vaebm.data.pixels.quantised"
         )
     if low == high:
         raise InputError(

@@ -1,10 +1,9 @@
-"""The pixel range, and what every data set is made of: splits that make batches.
+"""The pixel range, and the splits of a data set, which make batches.
 
-The pixel range is decided here and nowhere else. An integer level k in {0, ..., levels - 1} becomes
-``y = 2 * (k + u) / levels - 1`` with u uniform on [0, 1) (uniform dequantisation, Theis et al. 2016,
-arXiv:1511.01844), so y lies in [-1, 1). A log density of y in nats turns into a bound on the log probability
-of the levels by adding ``log(2 / levels)`` per coordinate. Binarised images are the exception: their values are
-exactly -1 and 1, and what models give them is a log probability already.
+An integer level k in {0, ..., levels - 1} becomes ``y = 2 * (k + u) / levels - 1`` with u uniform on [0, 1) (uniform
+dequantisation, Theis et al. 2016, arXiv:1511.01844), so y lies in [-1, 1). A log density of y in nats plus
+``log(2 / levels)`` per coordinate is a lower bound on the log probability of the levels. The values of binarised images
+are exactly -1 and 1, and their model gives a log probability.
 """
 
 from __future__ import annotations
@@ -26,16 +25,10 @@ NUM_NOISE_BITS = 15
 
 
 def dequantize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """Turn integer levels into the real numbers that models see.
+    """Map integer levels k in {0, ..., levels - 1} of any shape to ``2 * (k + u) / levels - 1``, float32, in (-1, 1).
 
-    Args:
-        k: levels in {0, ..., levels - 1}, any shape, integer.
-        levels: how many there are, at most 256.
-        generator: source of u, on the device of ``k``.
-
-    Returns:
-        ``2 * (k + u) / levels - 1``, float32, the shape of ``k``, inside (-1, 1). u is uniform over the midpoints
-        of 2**15 equal cells of [0, 1), so that k can be recovered exactly.
+    ``u`` is uniform over the midpoints of 2**15 equal cells of [0, 1), so that k can be recovered exactly. ``levels``
+    is at most 256; the generator is on the device of ``k``.
     """
     cell = torch.randint(2**NUM_NOISE_BITS, k.shape, generator=generator, device=k.device)
     u = (cell.float() + 0.5) / 2**NUM_NOISE_BITS
@@ -44,15 +37,9 @@ def dequantize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
 
 
 def binarize(k: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """Draw every pixel black or white, anew at every call (dynamic binarisation, Salakhutdinov and Murray 2008).
+    """Draw 1 with probability exactly ``k / (levels - 1)``, else -1, for integer levels k of any shape; float32.
 
-    Args:
-        k: levels in {0, ..., levels - 1}, any shape, integer.
-        levels: how many there are, at least 2.
-        generator: source of the draws, on the device of ``k``.
-
-    Returns:
-        1 with probability exactly ``k / (levels - 1)``, else -1; float32, the shape of ``k``.
+    This is dynamic binarisation, Salakhutdinov and Murray 2008. The generator is on the device of ``k``.
     """
     is_white = torch.randint(levels - 1, k.shape, generator=generator, device=k.device) < k
     return is_white.float() * 2 - 1
@@ -74,14 +61,9 @@ class Split(Protocol):
         ...
 
     def batch(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """Make a batch.
+        """Make a batch ``(b, *event_shape)``, float32, of elements ``(b,)``, int64.
 
-        Args:
-            indices: which elements, ``(b,)``, int64.
-            generator: source of crops, flips and noise or binarisation, on the CPU.
-
-        Returns:
-            ``(b, *event_shape)``, float32.
+        The generator, on the CPU, draws crops, flips and noise or binarisation.
         """
         ...
 
@@ -166,9 +148,9 @@ class LazyImages(Generic[K]):
     labels: Tensor | None = None
     levels: int = NUM_BYTE_LEVELS
     has_flips: bool = False
-    """Whether each image of a batch is mirrored left to right with probability 1/2."""
+    """As in :class:`IntegerImages`."""
     is_binarized: bool = False
-    """Whether a batch is drawn by :func:`binarize`; else by :func:`dequantize`."""
+    """As in :class:`IntegerImages`."""
     random_crop: int | None = None
     """Side of the square to cut out of each image of a batch, anywhere in it; ``None`` for images of one shape."""
     load_middle: Callable[[K], Tensor] | None = None
@@ -192,7 +174,7 @@ class LazyImages(Generic[K]):
 
 @dataclass(frozen=True, eq=False)
 class Smoothed:
-    """A split whose every batch has Gaussian noise on it, so that its law is a smoothed one."""
+    """A split with Gaussian noise added to every batch: its distribution is a smoothed one."""
 
     clean: Split
     """Without the noise."""
@@ -237,16 +219,10 @@ class Subset:
 
 
 def random_subset(split: Split, num: int, generator: torch.Generator) -> Split:
-    """Choose elements by chance and keep their order, for files may be sorted by class.
+    """Choose ``num`` elements at random and keep their order, because files may be sorted by class.
 
-    Args:
-        split: the elements to choose from.
-        num: how many, at least 1.
-        generator: source of the choice, on the CPU; that of ``stream(seed, "order", name)`` chooses the first ones of
-            :func:`~ppl_vaebm.evaluation_base.random_order`.
-
-    Returns:
-        The chosen ones; the split itself where it has no more than that, so that nothing changes there.
+    A split of at most ``num`` elements is returned as it is. The generator is on the CPU; ``stream(seed, "order",
+    name)`` chooses the first elements of ``random_order`` in ``evaluation``.
     """
     if num >= len(split):
         return split
@@ -254,32 +230,19 @@ def random_subset(split: Split, num: int, generator: torch.Generator) -> Split:
 
 
 def smoothed(x: Tensor, noise_sd: float, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise to images.
-
-    Args:
-        x: images, any shape, on the CPU.
-        noise_sd: its standard deviation; 0 draws nothing.
-        generator: source of the noise.
-
-    Returns:
-        The noisy images.
-    """
+    """Add Gaussian noise of this standard deviation to images of any shape on the CPU; 0 draws nothing."""
     return x + noise_sd * torch.randn(x.shape, generator=generator) if noise_sd else x
 
 
 def without_noise(split: Split) -> Split:
-    """Return a split as it is before it is smoothed, whose images have whole levels."""
+    """Return a split without the noise of :class:`Smoothed`."""
     if isinstance(split, Subset):
         return replace(split, whole=without_noise(split.whole))
     return split.clean if isinstance(split, Smoothed) else split
 
 
 def without_augmentation(split: Split) -> Split:
-    """Return a split as held-out images are read: none is mirrored, and crops are the middle square.
-
-    A training part is augmented, the others are not: what compares the two must not see that. The rest of a batch's
-    random numbers is what it was where nothing was augmented.
-    """
+    """Return a split without mirroring and with middle crops, as held-out images are read."""
     if isinstance(split, Smoothed):
         return replace(split, clean=without_augmentation(split.clean))
     if isinstance(split, Subset):
@@ -334,7 +297,7 @@ class Data:
     mode_std: float | None = None
     """Standard deviation of each of its components, along every axis."""
     max_log_density_nats: float | None = None
-    """Mean log density of the data under their own law, which no model can pass but by chance; ``None`` if unknown."""
+    """Mean log density of the data under their own distribution; ``None`` if unknown."""
     skipped: tuple[str, ...] = ()
     """Files that could not be read and were left out, for the entry point to report."""
     noise_sd: float = 0.0
@@ -346,7 +309,7 @@ class Data:
         if not all(sizes):
             raise InputError(
                 f"data set {self.name} needs elements for training, validation and test, found {sizes[0]}, {sizes[1]} "
-                f"and {sizes[2]}: too few to go round; add more"
+                f"and {sizes[2]}; add more"
             )
 
 
@@ -356,17 +319,7 @@ def image_data(
     splits: Sequence[IntegerImages | LazyImages[Any]],
     skipped: tuple[str, ...] = (),
 ) -> Data:
-    """Make a data set of integer images.
-
-    Args:
-        name: of the data set.
-        event_shape: of an image, ``(C, H, W)``.
-        splits: train, validation and test, alike in levels and binarisation.
-        skipped: files that were left out.
-
-    Returns:
-        The data set.
-    """
+    """Make a data set of integer images from train, validation and test, which have the same levels."""
     train, validation, test = splits
     return Data(
         name,

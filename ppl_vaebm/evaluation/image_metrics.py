@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config.evaluation import Part
-from ppl_vaebm.data.load import Data, without_augmentation, without_noise
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import check_images, quantised_as
+from ppl_vaebm.data.splits import without_augmentation, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.base import Arrays, Cell, Effort, Section, random_order
 from ppl_vaebm.evaluation.metrics.classification import (

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.data.load import Data, gaussians25_log_prob, random_subset
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import random_subset
+from ppl_vaebm.data.toys import gaussians25_log_prob
 from ppl_vaebm.evaluation.base import Effort, Section, mean_cell
 from ppl_vaebm.inference.ebm.learner import data_latents
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogLikelihood, log_p, reference_energies

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config.evaluation import Part
-from ppl_vaebm.data.load import random_subset
+from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.base import Effort, Measured, Section, mean_cell
 from ppl_vaebm.evaluation.image_metrics import (

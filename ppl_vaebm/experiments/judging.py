@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data.load import Data, without_noise
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
+from ppl_vaebm.data.splits import without_noise
 from ppl_vaebm.evaluation.metrics.classification import frechet_distance
 from ppl_vaebm.evaluation.metrics.features import FeatureNet, network_outputs
 from ppl_vaebm.inference.potential import NoisePotential

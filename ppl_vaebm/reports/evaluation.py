@@ -11,9 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, picture
-from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid
-
-Arrays = Mapping[str, NDArray[Any]]
+from ppl_vaebm.reports.samples import GRID_PIXELS, Arrays, grid_picture, image_grid
 
 NUM_BINS = 40
 CHANCE = 0.5  # the area under the ROC curve of scores that know nothing

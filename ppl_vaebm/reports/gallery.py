@@ -16,12 +16,10 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.reports.conditional import conditional_png
 from ppl_vaebm.reports.figures import DPI, TITLE_POINTS, Picture, axes_grid, picture
-from ppl_vaebm.reports.samples import grid_png, image_grid, sample_pictures, samples_png
+from ppl_vaebm.reports.samples import Arrays, conditional_png, grid_png, image_grid, sample_pictures, samples_png
 from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 
-Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 Grid: TypeAlias = NDArray[np.uint8]
 
 LABELLED_PIXELS = 900  # stored ones that a grid with labels is enlarged to, by a whole factor

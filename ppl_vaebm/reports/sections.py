@@ -1,34 +1,29 @@
-"""The sections of the report, each from the files of a run that it is about; none where they are missing."""
+"""The chapters of a run's report, each from the files that it is about; ``None`` where they are missing."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_vaebm.evaluation.base import Section as Numbers
+from ppl_vaebm.evaluation.base import Section
 from ppl_vaebm.evaluation.kernel_text import with_spread
 from ppl_vaebm.evaluation.store import SOURCES, load_arrays, read_sections, source_of
-from ppl_vaebm.evaluation.tables import TextTable, tables
+from ppl_vaebm.evaluation.tables import tables
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
-from ppl_vaebm.reports import chains as figures_chains
-from ppl_vaebm.reports import conditional as figures_conditional
-from ppl_vaebm.reports import evaluation as figures_evaluation
-from ppl_vaebm.reports import figures
-from ppl_vaebm.reports import gallery as figures_svi
-from ppl_vaebm.reports import samples as figures_samples
-from ppl_vaebm.reports.cells import Cell, Section, Table, number_cell, value_text, without_empty_columns
+from ppl_vaebm.reports import chains, evaluation, figures, gallery, samples
+from ppl_vaebm.reports.html import Contents, Table
 from ppl_vaebm.runs.run import Run
 
 SAMPLE_SETS = {"data": "data", "vae": "VAE", "vaebm": "VAEBM"}
-"""Files of the samples folder and what to call them."""
+"""Files of the samples folder, with their titles."""
 COMPARED = {
     "kernel": "kernel",
     "adjusted": "exact",
@@ -44,20 +39,18 @@ COMPARED = {
 """Columns of the comparison that the report shows; the others are on the comparison's own page."""
 
 
-def svi_section(run: Run) -> Section | None:
-    """Show the curves of stage 1, and what its VAE draws."""
+def svi_contents(run: Run) -> Contents | None:
+    """Show the curves of stage 1, and reconstructions and samples of its VAE."""
     records = run.metrics("svi")
-    gallery = _gallery_pictures(run)
-    if not records:
-        return Section(gallery) if gallery else None
-    curves = figures.curves_picture("curves of stage 1 over optimiser steps", records, figures.SVI_PANELS)
-    return Section([curves, *gallery])
-
-
-def _gallery_pictures(run: Run) -> list[figures.Picture]:
-    files = {name: run.samples_dir / f"{name}.npz" for name in figures_svi.GALLERY}
-    drawn = [figures_svi.gallery_pictures(name, _arrays(file)) for name, file in files.items() if file.exists()]
-    return [picture for pictures in drawn for picture in pictures]
+    pictures = (
+        [figures.curves_picture("curves of stage 1 over optimiser steps", records, figures.SVI_PANELS)]
+        if records
+        else []
+    )
+    for name in gallery.GALLERY:
+        if (file := run.samples_dir / f"{name}.npz").exists():
+            pictures += gallery.gallery_pictures(name, _arrays(file))
+    return Contents(pictures) if pictures else None
 
 
 def _arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -65,24 +58,23 @@ def _arrays(path: Path) -> dict[str, NDArray[Any]]:
         return dict(file)
 
 
-def ebm_section(run: Run) -> Section | None:
-    """Show the curves of stage 2, and count what failed."""
+def ebm_contents(run: Run) -> Contents | None:
+    """Show the curves of stage 2, and count failures."""
     records = run.metrics("ebm")
     if not records:
         return None
     picture = figures.curves_picture("curves of stage 2 over optimiser steps", records, figures.EBM_PANELS)
-    return Section([picture], notes=[_failures(records), *_returns(records)])
-
-
-def _failures(records: Sequence[figures.Record]) -> str:
-    """Say how often numbers failed, from records that count skipped updates in all and divergent moves per step."""
+    # Records count skipped updates in all, and divergent moves per step.
     num_skipped = max(record.get("num_skipped", 0) for record in records)
     num_divergent = sum(record.get("num_divergent", 0) for record in records)
-    return f"Updates skipped because their gradient was not finite: {num_skipped}. Divergent moves: {num_divergent}."
+    failures = (
+        f"Updates skipped because their gradient was not finite: {num_skipped}. Divergent moves: {num_divergent}."
+    )
+    return Contents([picture], notes=[failures, *_returns(records)])
 
 
 def _returns(records: Sequence[figures.Record]) -> list[str]:
-    """Say where the training passed a limit and went back to a checkpoint, or stopped."""
+    """Describe where the training passed a limit and returned to a checkpoint, or stopped."""
     ends = {"rollback": "back to", "stop": "stopped, with the result of"}
     return [
         f"Step {record['step']}: {record['reason']}: {ends[record['event']]} step {record['to_step']}."
@@ -91,122 +83,105 @@ def _returns(records: Sequence[figures.Record]) -> list[str]:
     ]
 
 
-def samples_section(run: Run) -> Section | None:
+def samples_contents(run: Run) -> Contents | None:
     """Show the files of ``sample``."""
     files = {title: run.samples_dir / f"{name}.npz" for name, title in SAMPLE_SETS.items()}
     sets = {title: _arrays(file)["x"] for title, file in files.items() if file.exists()}
-    if not sets:
-        return None
-    return Section(figures_samples.sample_pictures(sets))
+    return Contents(samples.sample_pictures(sets)) if sets else None
 
 
-def evaluation_section(run: Run) -> Section | None:
-    """Show the numbers of ``evaluate``, and what its parts left to be drawn."""
+def evaluation_contents(run: Run) -> Contents | None:
+    """Show the numbers and the pictures of ``evaluate``."""
     sections = read_sections(run)
     if not sections:
         return None
     shown = {title: section for title, section in sections.items() if title != SOURCES}
     pictures = []
-    for part, draw in figures_evaluation.PICTURES.items():
+    for part, draw in evaluation.PICTURES.items():
         arrays = load_arrays(run, part)
         pictures += draw(arrays) if arrays is not None else []
-    return Section(pictures, list(map(_text_table, tables(shown, value_text))), _origins(sections))
-
-
-def _text_table(table: TextTable) -> Table:
-    header = [Cell(""), *(Cell(name, "number") for name in table.columns)] if table.columns else []
-    rows = [
-        [Cell(name), *(Cell(text, "number" if _is_number(text) else "") for text in texts)]
-        for name, texts in table.rows.items()
+    found = [
+        Table(t.title, ["", *t.columns] if t.columns else [], [[name, *texts] for name, texts in t.rows.items()])
+        for t in tables(shown, figures.value_text)
     ]
-    return Table(table.title, header, rows)
+    return Contents(pictures, found, _origins(sections))
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text.partition(" ± ")[0])
-    except ValueError:
-        return False
-    return True
-
-
-def _origins(sections: dict[str, Numbers]) -> list[str]:
-    """Say with which seed which part was measured, and on which weights."""
+def _origins(sections: dict[str, Section]) -> list[str]:
+    """Describe with which seed, and on which weights, each part was measured."""
     sources = [source_of(sections, title) for title in sections]
     found = dict.fromkeys((s["part"], s["seed"], s["weights"]) for s in sources if s is not None)
     return [f"{part}: seed {seed}, weights {weights}" for part, seed, weights in found]
 
 
-def chains_section(run: Run) -> Section | None:
-    """Show what ``diagnose`` found."""
+def chains_contents(run: Run) -> Contents | None:
+    """Show the chains of ``diagnose``."""
     if not run.chains_file.exists():
         return None
     idata = load_netcdf(run.chains_file)
     summaries = diagnostics.summarize(idata)
-    num_converged = sum(map(diagnostics.is_converged, summaries))
-    caption = f"{num_converged} of {len(summaries)} functionals meet the thresholds of R-hat and ESS"
-    header = [_header_cell(*column) for column in diagnostics.TABLE_HEADER]
-    pictures, lines = figures_chains.chain_pictures(idata, summaries), diagnostics.run_lines(idata)
+    pictures, lines = chains.chain_pictures(idata, summaries), diagnostics.run_lines(idata)
     if run.positions_file.exists():
         coordinates = load_coordinates(run.positions_file)
-        pictures.append(figures_chains.coordinates_picture(coordinates.convergence))
+        pictures.append(chains.coordinates_picture(coordinates.convergence))
         lines += coordinates.lines
-    return Section(pictures, [without_empty_columns(Table(caption, header, list(map(_row, summaries))))], lines)
+    return Contents(pictures, [_diagnostics_table(summaries)], lines)
 
 
-def conditioning_section(run: Run) -> Section | None:
+def conditioning_contents(run: Run) -> Contents | None:
     """Show the posterior that ``sample --given`` drew from."""
     file = run.samples_dir / "conditional.npz"
     if not file.exists():
         return None
     idata = load_netcdf(file.with_suffix(".nc"))
-    summaries = diagnostics.summarize(idata)
-    caption = f"{sum(map(diagnostics.is_converged, summaries))} of {len(summaries)} functionals meet the thresholds"
-    header = [_header_cell(*column) for column in diagnostics.TABLE_HEADER]
-    table = without_empty_columns(Table(caption, header, list(map(_row, summaries))))
-    return Section([figures_conditional.conditional_picture(_arrays(file))], [table], diagnostics.run_lines(idata))
+    table = _diagnostics_table(diagnostics.summarize(idata))
+    return Contents([samples.conditional_picture(_arrays(file))], [table], diagnostics.run_lines(idata))
 
 
-def comparison_section(run: Run) -> Section | None:
-    """Show the table of ``compare``."""
+def _diagnostics_table(summaries: Sequence[diagnostics.QuantitySummary]) -> Table:
+    """Make the table of all quantities, with the R-hats and ESS that miss their threshold marked."""
+    header = ["\n".join(column).strip() for column in diagnostics.TABLE_HEADER]
+    rows = list(map(diagnostics.table_cells, summaries))
+    header, *rows = diagnostics.without_empty_columns([header, *rows], num_header=1)
+    misses = {
+        (place, header.index(title))
+        for place, summary in enumerate(summaries)
+        for title, is_good in (
+            ("R-hat", summary.r_hat <= diagnostics.MAX_R_HAT),
+            ("ESS bulk\ndraws", summary.ess_bulk >= diagnostics.MIN_ESS),
+            ("ESS tail\ndraws", summary.ess_tail >= diagnostics.MIN_ESS),
+        )
+        if not is_good
+    }
+    num_converged = sum(map(diagnostics.is_converged, summaries))
+    caption = f"{num_converged} of {len(summaries)} quantities meet the thresholds of R-hat and ESS"
+    return Table(caption, header, rows, frozenset(misses))
+
+
+def comparison_contents(run: Run) -> Contents | None:
+    """Show the table of ``compare``; columns that its version did not have are left out."""
     if not run.comparison_file.exists():
         return None
     with run.comparison_file.open(newline="", encoding="utf-8") as file:
-        header, *rows = csv.reader(file)
+        lines = list(csv.DictReader(file, strict=True))
+    header = [title for name, title in COMPARED.items() if lines and name in lines[0]]
+    rows = [[_compared_text(name, line) for name in COMPARED if name in line] for line in lines]
+    header, *rows = diagnostics.without_empty_columns([header, *rows], num_header=1)
+    misses = {(i, header.index(COMPARED["max_r_hat"])) for i, line in enumerate(lines) if _misses(line)}
+    notes = [f"{line['kernel']}: {line['note']}" for line in lines if line.get("note")]
     link = run.comparison_page.relative_to(run.path).as_posix() if run.comparison_page.exists() else ""
-    if not {*COMPARED, "note"} <= set(header):  # a file of an earlier version, or of somebody else
-        table = Table("kernels", [Cell(name) for name in header], [list(map(number_cell, row)) for row in rows])
-        return Section(tables=[table], link=link)
-    lines = [dict(zip(header, row, strict=True)) for row in rows]
-    titles = [Cell(title, "" if name in ("kernel", "adjusted") else "number") for name, title in COMPARED.items()]
-    table = Table("kernels", titles, [[_compared_cell(name, line) for name in COMPARED] for line in lines])
-    notes = [f"{line['kernel']}: {line['note']}" for line in lines if line["note"]]
-    return Section(tables=[without_empty_columns(table)], notes=notes, link=link)
+    return Contents(tables=[Table("kernels", header, rows, frozenset(misses))], notes=notes, link=link)
 
 
-def _compared_cell(name: str, line: Mapping[str, str]) -> Cell:
-    """Make a cell of the comparison; what is not known of a kernel is empty."""
+def _misses(line: dict[str, str]) -> bool:
+    return "max_r_hat" in line and not float(line["max_r_hat"]) <= diagnostics.MAX_R_HAT
+
+
+def _compared_text(name: str, line: dict[str, str]) -> str:
+    """Write a cell of the comparison; an unknown number is empty."""
     if name in ("kernel", "adjusted"):
-        return Cell(line[name], "name")
+        return line[name]
     value = float(line[name])
     if name == "max_r_hat":
-        return Cell(diagnostics.r_hat_text(value), "number" if value <= diagnostics.MAX_R_HAT else "number bad")
-    return Cell("" if math.isnan(value) else with_spread(value, float(line[f"{name}_sd"])), "number")
-
-
-def _header_cell(title: str, unit: str) -> Cell:
-    return Cell(f"{title}\n{unit}".strip(), "" if title == "functional" else "number")
-
-
-def _row(summary: diagnostics.QuantitySummary) -> list[Cell]:
-    bad = {
-        "r_hat": not summary.r_hat <= diagnostics.MAX_R_HAT,
-        "ess_bulk": not summary.ess_bulk >= diagnostics.MIN_ESS,
-        "ess_tail": not summary.ess_tail >= diagnostics.MIN_ESS,
-    }
-    name, *numbers = diagnostics.table_cells(summary)
-    fields = summary._fields[1:]
-    return [
-        Cell(name),
-        *(Cell(text, "number bad" if bad.get(f) else "number") for f, text in zip(fields, numbers, strict=True)),
-    ]
+        return diagnostics.r_hat_text(value)
+    return "" if math.isnan(value) else with_spread(value, float(line.get(f"{name}_sd", "nan")))

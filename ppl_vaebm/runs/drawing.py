@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig
-from ppl_vaebm.data.load import Data, random_subset
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.rng import stream

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.config.parsing import as_yaml
-from ppl_vaebm.data.load import Data, KeyedSampler, load_data
+from ppl_vaebm.data.load import Data, load_data
+from ppl_vaebm.data.sampler import KeyedSampler
 from ppl_vaebm.devices import Process
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic

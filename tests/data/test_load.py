@@ -13,15 +13,10 @@ from torch import Tensor
 
 from ppl_vaebm.config import Config, DataConfig, DataName, ModelConfig, NvaeConfig
 from ppl_vaebm.data import load as data_module
-from ppl_vaebm.data.load import (
-    KeyedSampler,
-    Points,
-    form_without_files,
-    gaussians25_log_prob,
-    gaussians25_modes,
-    load_data,
-    without_noise,
-)
+from ppl_vaebm.data.load import form_without_files, load_data
+from ppl_vaebm.data.sampler import KeyedSampler
+from ppl_vaebm.data.splits import Points, without_noise
+from ppl_vaebm.data.toys import gaussians25_log_prob, gaussians25_modes
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.rng import stream
 from tests.pixels import noise, pixels

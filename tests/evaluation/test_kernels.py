@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.data.load import Data, Points
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import Points
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernel_files as comparison_files
 from ppl_vaebm.evaluation import kernel_table as comparison_table

@@ -319,7 +319,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"NUM_PILOT": 16, "NUM_EXACT": 20, "NUM_LADDERS": 4, "NUM_LADDER_WARMUP": 20, "NUM_LADDER_DRAWS": 10}
     for name, value in small.items():
         monkeypatch.setattr(normaliser, name, value)
-    monkeypatch.setattr("ppl_vaebm.reports.html.write_report", write_empty_report)  # its pictures take most of the time
+    monkeypatch.setattr("ppl_vaebm.reports.report.write_report", write_empty_report)
 
 
 def test_the_command_writes_the_sections_and_leaves_them_out_unasked(

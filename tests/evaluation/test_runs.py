@@ -22,9 +22,9 @@ from ppl_vaebm.evaluation.evaluation import evaluate as evaluate_parts
 from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
 from ppl_vaebm.evaluation.store import SOURCES, store
 from ppl_vaebm.inference import sampling
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.reports.evaluation import PICTURES
-from ppl_vaebm.reports.sections import evaluation_section
+from ppl_vaebm.reports.sections import evaluation_contents
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run
 from tests.evaluation.test_evaluation import loaded_run
@@ -55,7 +55,7 @@ def test_every_part_is_measured_and_pictured(tmp_path: Path, quick: None, monkey
     assert len(titles) == len(set(titles))  # no part hides another's numbers
     for part, measured in found.items():
         store(loaded.run, part, measured, "ab", 0)
-    section = evaluation_section(loaded.run)
+    section = evaluation_contents(loaded.run)
     assert section is not None and len(section.pictures) == len(PICTURES)
     assert all("Good: " in picture.note for picture in section.pictures)
     assert any(table.caption == "pixels, 30 samples" and len(table.header) == 9 for table in section.tables)

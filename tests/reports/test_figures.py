@@ -193,7 +193,7 @@ def test_a_grid_with_labels_keeps_its_pixels() -> None:
 @pytest.mark.parametrize("side", [8, 96])
 def test_every_picture_of_stage_1_can_be_drawn(side: int) -> None:
     columns = images_per_row(side)
-    files: dict[str, figures_svi.Arrays] = {
+    files: dict[str, figures_samples.Arrays] = {
         RECONSTRUCTIONS: {
             "x": normals(2 * columns, 3, side, side),
             "data": normals(2 * columns, 3, side, side),
@@ -233,7 +233,7 @@ def test_bars_are_the_groups_in_order() -> None:
 # --- evaluation ----------------------------------------------------------------------------------
 
 
-def metric_arrays() -> figures_evaluation.Arrays:
+def metric_arrays() -> figures_samples.Arrays:
     value = np.array([[1.0, 0.1, 4.0, 0.9, 0.9, 0.9], [2.0, 0.2, 4.0, 0.8, 0.8, 0.9], [50.0, 9.0, 2.0, 0.3, 0.6, 0.2]])
     value = np.concatenate([value, [[20.0, 3.0, 3.0, 0.5, 0.7, 0.6], [10.0, 2.0, 3.5, 0.6, 0.75, 0.7]]])
     error = np.where(np.isin(np.arange(6), (1, 3, 4)), 0.05, np.nan) * np.ones((5, 1))

@@ -18,7 +18,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.reports import sections as report_sections
 from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL, Run
 
@@ -102,7 +102,7 @@ def add_chains(run: Run, shift: float = 0.0) -> None:
 
 def add_comparison(run: Run) -> None:
     with run.comparison_file.open("w", newline="") as file:
-        csv.writer(file).writerows([["kernel", "r_hat", "evals"], ["hmc, jittered", 1.00123456, 80000]])
+        csv.writer(file).writerows([["kernel", "max_r_hat", "evals"], ["hmc, jittered", 1.00123456, 80000]])
 
 
 ADD: dict[str, Callable[[Run], None]] = {
@@ -141,7 +141,7 @@ def test_a_bare_run_says_what_it_is_and_what_it_lacks(run: Run) -> None:
     assert sections_of(page) == [] and "<img" not in page
     assert "<h1>a-run</h1>" in page
     assert re.search(r"<details[^>]*><summary>[^<]*</summary><pre>seed: 17\s*</pre></details>", page)
-    assert all(f"<code>{part.command}</code>" in page for part in report.PARTS)
+    assert all(f"<code>{part.command}</code>" in page for part in report.PLACES)
 
 
 @pytest.mark.parametrize("name", ADD)
@@ -149,7 +149,7 @@ def test_a_section_appears_with_its_file_and_only_with_it(run: Run, name: str) -
     ADD[name](run)
     page = page_of(run)
     assert sections_of(page) == [name]
-    (part,) = (part for part in report.PARTS if part.anchor == name)
+    (part,) = (part for part in report.PLACES if part.anchor == name)
     assert f"<code>{part.command}</code>" not in page
     assert f"<h2>{part.title}</h2>" in page
 
@@ -200,7 +200,7 @@ def test_numbers_of_the_evaluation_and_of_the_comparison_appear(run: Run) -> Non
     assert cells == [
         *("Frechet distance", "12.346 ± 0.25", "num_samples", "100000"),
         *("gain_nats", "0.0078125", "feature net", "cnn&lt;digits&gt;", "worst", "nan"),
-        *("hmc, jittered", "1.0012", "80000"),
+        *("hmc, jittered", "1.001"),
     ]
 
 
@@ -208,10 +208,10 @@ def test_whatever_a_file_says_is_escaped(run: Run) -> None:
     attack = "<script>alert(1)</script>"
     run.config_file.write_text(f"data: {attack}\n")
     run.evaluation_file.write_text(json.dumps({attack: {attack: attack}}))
-    run.comparison_file.write_text(f"{attack}\n{attack}\n")
+    run.comparison_file.write_text(f"kernel,note\n{attack},{attack}\n")
     page = page_of(run)
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 6
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 7
 
 
 def test_failures_of_training_are_counted(run: Run) -> None:
@@ -238,7 +238,7 @@ def test_chains_that_disagree_or_never_move_are_marked(run: Run) -> None:
             assert row
             rows[name, shift] = row[1].count("bad")
         assert "kernel hmc, step size 0.25" in page
-        assert f"{int(shift == 0)} of 2 functionals meet" in page
+        assert f"{int(shift == 0)} of 2 quantities meet" in page
     assert rows["moves", 0.0] == 0
     assert rows["moves", 3.0] >= 2
     assert rows["stuck", 0.0] == 3

@@ -22,7 +22,7 @@ from ppl_vaebm.inference.conditioning import condition
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.summary import QuantitySummary
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.runs import conditional
 from ppl_vaebm.runs.given import GivenOptions, read_given
 from tests.small_models import VARIANCE, A, S, ZeroEnergy, linear_vae

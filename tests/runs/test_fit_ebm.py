@@ -15,7 +15,7 @@ from ppl_vaebm import fit
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm import step_search as tuning
 from ppl_vaebm.inference.ebm.learner import EnergyLearner
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run

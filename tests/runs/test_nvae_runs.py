@@ -16,7 +16,7 @@ from ppl_vaebm import evaluate, fit, sample
 from ppl_vaebm.evaluation.metrics import features
 from ppl_vaebm.evaluation.metrics.features import load_or_train
 from ppl_vaebm.inference import sampling
-from ppl_vaebm.reports import html as report
+from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run

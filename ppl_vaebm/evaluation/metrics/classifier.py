@@ -11,8 +11,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ppl_vaebm.data.load import Data, KeyedSampler, without_noise
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
+from ppl_vaebm.data.sampler import KeyedSampler
+from ppl_vaebm.data.splits import without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.features_base import Outputs
 from ppl_vaebm.evaluation.metrics.inputs import Estimate

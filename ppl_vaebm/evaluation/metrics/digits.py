@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ppl_vaebm.data.load import Data, IntegerImages, Split, without_noise
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import IntegerImages, Split, without_noise
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classifier import NUM_STEPS, Classifier, load_or_train
 from ppl_vaebm.evaluation.metrics.features_base import Outputs

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.data.load import Data, KeyedSampler
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.sampler import KeyedSampler
 from ppl_vaebm.inference.ebm.guard import STAGE, Guard
 from ppl_vaebm.inference.ebm.latent_balance import fit_latent_balance
 from ppl_vaebm.inference.ebm.latent_term import fit_latent_term

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.config.parsing import to_dict
-from ppl_vaebm.data.load import Data, Split
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import Split
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm.guard import STAGE, Guard, go_back, words
 from ppl_vaebm.inference.ebm.learner import EnergyLearner, data_latents

@@ -16,7 +16,9 @@ from tqdm import tqdm
 
 from ppl_vaebm.config import Config, SviConfig
 from ppl_vaebm.config.parsing import to_dict
-from ppl_vaebm.data.load import Data, KeyedSampler, Split
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.sampler import KeyedSampler
+from ppl_vaebm.data.splits import Split
 from ppl_vaebm.devices import current_process
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.inference.likelihood import elbo_rows

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ppl_vaebm.config import DataConfig
-from ppl_vaebm.data.load import Data, IntegerImages, load_data
+from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.data.pixels import quantised_as
+from ppl_vaebm.data.splits import IntegerImages
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classification import frechet_distance
 from ppl_vaebm.evaluation.metrics.classifier import Classifier, accuracy, load_or_train, shifted, train_classifier

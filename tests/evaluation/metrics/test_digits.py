@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data.load import Data, IntegerImages
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
-from ppl_vaebm.data.splits import Smoothed, image_data
+from ppl_vaebm.data.splits import IntegerImages, Smoothed, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classifier import accuracy
 from ppl_vaebm.evaluation.metrics.digits import StackedDigits, load_or_train_digits

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.data.load import Data, IntegerImages
-from ppl_vaebm.data.splits import image_data
+from ppl_vaebm.data.load import Data
+from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics import features
 from ppl_vaebm.evaluation.metrics.digits import load_or_train_digits

@@ -10,7 +10,7 @@ import torch
 from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
-from ppl_vaebm.data.load import gaussians25_modes
+from ppl_vaebm.data.toys import gaussians25_modes
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classification import class_coverage, coverage_of_even_draws, mode_statistics
 from ppl_vaebm.rng import stream
