@@ -11,7 +11,7 @@ import pytest
 
 from ppl_vaebm import fit
 from ppl_vaebm.devices import has_bfloat16
-from ppl_vaebm.reports import html
+from ppl_vaebm.reports import report
 from ppl_vaebm.runs.run import Run
 
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16("cpu"), reason="this CPU only emulates bfloat16")
@@ -68,14 +68,14 @@ def _fitted(text: str, options: tuple[str, ...]) -> Path:
     folder = Path(tempfile.mkdtemp(dir=_FITTED.name))
     recipe, run = write_recipe(folder, text), folder / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "write_report", write_empty_report)
+        patch.setattr(report, "write_report", write_empty_report)
         fit.main(["--stage", "svi", "--recipe", str(recipe), "--run", str(run)])
         fit.main(["--stage", "ebm", "--run", str(run), *options])
     return run
 
 
 def write_empty_report(run: Run) -> Path:
-    """Replace ``html.write_report``, whose pictures take longer than a tiny run.
+    """Replace ``report.write_report``, whose pictures take longer than a tiny run.
 
     A module that is first imported while it is in place keeps it, so all tests use this one.
     """
