@@ -38,12 +38,11 @@ VECTORS = {
     ),
 }
 VECTORS |= {
-    f"vector, {len(latents)} groups, {x_scale} scale, {num_fourier} features": Shipped(
-        (2,), {"latents": latents, "x_scale": x_scale, "num_fourier": num_fourier, "width": 16, "depth": 2}
+    f"vector, {len(latents)} groups, {x_scale} scale": Shipped(
+        (2,), {"latents": latents, "x_scale": x_scale, "width": 16, "depth": 2}
     )
     for latents in [(2,), (2, 3), (2, 3, 1)]
     for x_scale in ("global", "local")
-    for num_fourier in (0, 8)
 }
 IMAGES = {
     f"image {shape}, {len(latents)} groups, {x_scale} scale": Shipped(
@@ -76,8 +75,8 @@ QUANTILE_NVAES = {
 }
 # Enough of them where every one would take long.
 FEW = [
-    "vector, 1 groups, global scale, 0 features",
-    "vector, 3 groups, local scale, 8 features",
+    "vector, 1 groups, global scale",
+    "vector, 3 groups, local scale",
     "image (1, 8, 8), 3 groups, local scale",
     "image (3, 32, 32), 2 groups, global scale",
 ]

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 from ppl_vaebm.config.options import NOT_NEGATIVE, POSITIVE, Checked, one_of, require
 
-NetKind = Literal["auto", "vector", "image"]
 EnergyLayout = Literal["halving", "cifar10", "celeba64", "lsun-church64", "celebahq256", "mnist"]
 Positive = Annotated[int, POSITIVE]
 
@@ -17,8 +16,6 @@ class EnergyConfig(Checked):
     """The energy network."""
 
     prefix = "energy."
-    kind: NetKind = "auto"
-    """vector: fully connected, for points; image: convolutional; auto: by the data."""
     width: Positive = 128
     """Hidden units of the fully connected network."""
     depth: Positive = 2

@@ -84,9 +84,6 @@ class KernelConfig(Checked):
     trajectory_length: Annotated[float, POSITIVE, OnlyFor(("hmc", "chees"))] = math.pi / 2
     """Angle of a trajectory; a quarter turn forgets the start where E = 0. chees: initial value of the longest
     trajectory, which warm-up tunes; each trajectory has a uniform fraction of it."""
-    fit_reference: Annotated[bool, OnlyFor(("chees",))] = True
-    """Fit a Gaussian with independent coordinates to the chains in warm-up; leapfrog takes it as the inverse mass,
-    splitting in place of N(0, I)."""
     num_levels: Annotated[int, at_least(2), OnlyFor(("tempered",))] = 6
     """Temperatures from N(0, I) to the target, both included; best is about twice the reported communication barrier,
     plus one."""

@@ -79,8 +79,6 @@ class ModelConfig(Checked):
     """Hidden units of the fully connected networks."""
     depth: Positive = 3
     """Hidden layers of the fully connected networks."""
-    num_fourier: NotNegative = 0
-    """Random Fourier features of x for the fully connected encoder; with 0 the encoder reads x."""
     channels: Positive = 16
     """Channels of the convolutional networks at full resolution, or at that of the patches."""
     stem_depth: NotNegative = 0

@@ -25,7 +25,12 @@ Parsed = TypeVar("Parsed")
 HELP = ("-h", "--help")
 MAX_CHOICES = 4  # that stand behind a flag in --help; the texts of options with more list them
 
-RETIRED: dict[str, object] = {}
+RETIRED: dict[str, object] = {
+    "energy.kind": "auto",
+    "kernel.fit-reference": True,
+    "model.num-fourier": 0,
+    "sampling.kernel.fit-reference": True,
+}
 """Options of earlier versions and the constants that replaced them. A stored configuration or a command line may still
 set an option to its constant."""
 RETIRED_VALUES: dict[tuple[str, str], str] = {}

@@ -23,7 +23,6 @@ from ppl_vaebm.models.layers import (
     bound_spectral_norm,
     hold_spectral_norms,
     mlp,
-    net_kind,
     spectral_layers,
 )
 from ppl_vaebm.models.nvae_cells import Conv2d
@@ -264,7 +263,7 @@ def build_energy(
     """Make the energy network that fits the data.
 
     Args:
-        config: kind, sizes and options.
+        config: sizes and options.
         event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
         latent_shapes: of every latent by name, as the VAE's model has them; only an energy of x and z needs them.
 
@@ -272,7 +271,7 @@ def build_energy(
         The network, freshly initialised from the global generator.
 
     Raises:
-        InputError: a kind, a layout or an option that does not fit the data's shape.
+        InputError: a layout or an option that does not fit the data's shape.
         ValueError: no latents' shapes for an energy of x and z.
     """
     read: Mapping[str, torch.Size] = {}
@@ -280,7 +279,7 @@ def build_energy(
         if not latent_shapes:
             raise ValueError("an energy of x and z needs the shapes of the latents, got none")
         read = latent_shapes
-    if net_kind(config.kind, event_shape, "energy.kind") == "image":
+    if len(event_shape) == 3:
         return ImageEnergy(config, event_shape, read)
     standard = EnergyConfig()
     for name in IMAGE_OPTIONS:

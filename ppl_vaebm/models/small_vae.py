@@ -9,13 +9,12 @@ from torch.nn import functional
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.models.decoders import Decoded, DecodedNormal, XScale, positive_scale, soft_clamp
-from ppl_vaebm.models.layers import FourierFeatures, ResidualBlock, check_side, leaky_relu, mlp, net_kind, num_halvings
+from ppl_vaebm.models.layers import ResidualBlock, check_side, leaky_relu, mlp, net_kind, num_halvings
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide
 
 # Of what the convolutions compute: a fifth faster on a CPU than the default, with 16 to 32 channels. The parameters
 # stay as they are: Pyro's store, which pyro.optim reads, would train copies of others.
 MEMORY_FORMAT = torch.channels_last
-ENCODER_FOURIER_SCALE = 4.0  # radians per unit of x; the energy network's value, chosen by us
 
 
 class VectorGenerator(Generator):
@@ -73,20 +72,17 @@ class VectorGuide(RelativeGuide):
     def __init__(self, generator: VectorGenerator, config: ModelConfig) -> None:
         super().__init__(generator)
         dim = generator.event_shape[0]
-        self.fourier = FourierFeatures(dim, config.num_fourier, ENCODER_FOURIER_SCALE) if config.num_fourier else None
-        num_in = 2 * config.num_fourier or dim
         above = [sum(config.latents[:i]) for i in range(len(config.latents))]
         self.heads = nn.ModuleDict(
             {
-                f"z_{i}": mlp(num_in + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
+                f"z_{i}": mlp(dim + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
                 for i, size in enumerate(config.latents, 1)
             }
         )
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Give every head ``x``, or its Fourier features."""
-        features = self.fourier(x) if self.fourier is not None else x
-        return dict.fromkeys(self.heads, features)
+        """Give every head ``x``."""
+        return dict.fromkeys(self.heads, x)
 
     def head(self, name: str, features: Tensor, state: Tensor) -> Tensor:
         """Run one head; see :meth:`RelativeGuide.head`."""

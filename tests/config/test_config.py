@@ -59,7 +59,6 @@ def test_nothing_gives_the_defaults() -> None:
         ("kernel: {step_size: null}", "kernel.step_size", None),
         ("kernel: {num_levels: 3}", "kernel.num_levels", 3),
         ("kernel: {max_num_steps: 64}", "kernel.max_num_steps", 64),
-        ("kernel: {fit_reference: false}", "kernel.fit_reference", False),
         ("kernel: {step_size: 3e-1}", "kernel.step_size", 0.3),
         ("data: {padding: 0}", "data.padding", 0),
         ("data: {binarize: true}", "data.binarize", True),
@@ -134,7 +133,7 @@ def test_a_misspelt_key_comes_with_a_suggestion() -> None:
         (DataConfig, {"num_bits": 5, "binarize": True}, "data.num-bits must be 8 with data.binarize.*, got 5"),
         (DataConfig, {"num_validation": 0}, "data.num-validation must be at least 1, got 0"),
         (ModelConfig, {"depth": 0}, "model.depth must be positive, got 0"),
-        (ModelConfig, {"num_fourier": -1}, "model.num-fourier must be 0 or more"),
+        (ModelConfig, {"stem_depth": -1}, "model.stem-depth must be 0 or more"),
         (ModelConfig, {"min_x_scale": 0.0}, "model.min-x-scale must be positive"),
         (ModelConfig, {"init_x_scale": 0.03}, r"model.init-x-scale must be above model.min-x-scale \(0.03\), got 0.03"),
         (SviConfig, {"kl_warmup_steps": -1}, "svi.kl-warmup-steps must be 0 or more"),
@@ -397,6 +396,13 @@ def retired(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("retired")
 def test_a_retired_option_may_have_the_value_of_its_constant(text: str) -> None:
     assert parsed(text) == Config()
+
+
+def test_a_configuration_of_an_earlier_version_is_read() -> None:
+    old = "{energy: {kind: auto}, model: {num_fourier: 0}, kernel: {fit_reference: true}}"
+    assert parsed(old) == Config()
+    with pytest.raises(InputError, match="option model.num-fourier was removed and is always 0, found 8: leave it out"):
+        parsed("model: {num_fourier: 8}")
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ from tests.small_models import (
 )
 
 SOME = [*FEW, next(iter(NVAES)), *QUANTILE_NVAES]
-LOCAL = "vector, 3 groups, local scale, 8 features"
+LOCAL = "vector, 3 groups, local scale"
 
 
 # --- the specification -----------------------------------------------------------------------------

@@ -219,7 +219,7 @@ def new_kernel(name: str, potential: Potential) -> Kernel:
 
 def hierarchy_without_energy() -> NoisePotential:
     """Phi of a VAE whose scales depend strongly on the groups above, with E = 0."""
-    return noise_potential(VAEBM(shipped_vae("vector, 3 groups, local scale, 0 features", gain=2.0), ZeroEnergy()))
+    return noise_potential(VAEBM(shipped_vae("vector, 3 groups, local scale", gain=2.0), ZeroEnergy()))
 
 
 def worst_error(potential: NoisePotential, kernel: Kernel, step_size: float, num_steps: int, num_chains: int) -> float:

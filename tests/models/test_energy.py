@@ -149,8 +149,6 @@ def test_a_side_that_does_not_halve_is_padded_with_black(generator: torch.Genera
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((2,), {"kind": "image"}, "energy.kind 'image' does not fit"),
-        ((1, 8, 8), {"kind": "vector"}, "energy.kind 'vector' does not fit"),
         ((1, 8, 16), {}, r"multiple of 4, got shape \(1, 8, 16\)"),
         ((1, 5, 5), {"stem_stride": 2}, r"at least 6 pixels a side for energy.stem-stride 2, found shape \(1, 5, 5\)"),
         ((2,), {"layout": "mnist"}, r"images for energy.layout mnist, found data of shape \(2,\): leave"),
@@ -218,7 +216,7 @@ def test_an_energy_of_x_and_z_asks_for_z(shape: tuple[int, ...], generator: torc
 @pytest.mark.parametrize(
     "name",
     [
-        "vector, 3 groups, local scale, 8 features",
+        "vector, 3 groups, local scale",
         "image (1, 8, 8), 3 groups, local scale",
         "nvae, 2 scales of 2 groups, normal",
     ],

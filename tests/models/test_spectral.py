@@ -26,7 +26,7 @@ def energy_of(name: str) -> Energy:
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
-    "vector energy": lambda: energy_of("vector, 1 groups, global scale, 0 features"),
+    "vector energy": lambda: energy_of("vector, 1 groups, global scale"),
     "image energy": lambda: energy_of("image (3, 32, 32), 2 groups, global scale"),
     "nvae": lambda: shipped_vae("nvae, 2 scales of 2 groups, normal"),
     "nvae with flows": lambda: shipped_vae("nvae, flows, logistic mixture"),

@@ -181,7 +181,7 @@ def test_the_scale_of_a_sample_is_one_function_of_z_for_all_of_its_coordinates(s
 
 
 def test_raw_outputs_are_bounded_smoothly(seed: int) -> None:
-    vae = shipped_vae("vector, 2 groups, local scale, 0 features")
+    vae = shipped_vae("vector, 2 groups, local scale")
 
     def say(net: str, value: float) -> None:
         """Make a net's last layer give one number whatever it reads."""

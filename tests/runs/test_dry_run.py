@@ -23,7 +23,7 @@ from tests.tiny import needs_bfloat16
 SMALL: dict[str, Any] = {"channels": 4, "num_latents": 3, "num_scales": 2, "groups_per_scale": 2}
 # Shape of x, its levels, and the VAE's options.
 CASES: dict[str, tuple[tuple[int, ...], int | None, dict[str, Any]]] = {
-    "vector": ((2,), None, {"latents": (2, 3), "width": 8, "depth": 2, "num_fourier": 4}),
+    "vector": ((2,), None, {"latents": (2, 3), "width": 8, "depth": 2}),
     "image": ((3, 16, 16), 256, {"latents": (4, 2), "channels": 4, "x_scale": "local"}),
     "nvae, flows": ((3, 16, 16), 256, nvae_options(**SMALL, num_flows=1)),
     "nvae, one group": ((1, 8, 8), None, nvae_options(groups_per_scale=1)),

@@ -67,7 +67,6 @@ def _build_one(name: KernelName, config: KernelConfig, potential: Potential) -> 
             integrator=config.integrator,
             max_num_steps=config.max_num_steps or chees.CHEES_MAX_NUM_STEPS,
             target_acceptance=asked or chees.CHEES_TARGET_ACCEPTANCE,
-            fits_reference=config.fit_reference,
         )
     if name == "tempered":
         return tempered.build(

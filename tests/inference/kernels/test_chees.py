@@ -24,7 +24,7 @@ from ppl_vaebm.inference.kernels.base import (
     init_with_grad,
 )
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
-from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
+from ppl_vaebm.inference.kernels.registry import start_params
 from ppl_vaebm.rng import stream
 
 MAX_Z = 5.0
@@ -253,10 +253,10 @@ def test_a_single_chain_is_refused() -> None:
 def run_on_ar1(integrator: integrators.Integrator, fit_reference: bool, num_draws: int) -> Chains:
     """Sample 20 correlated coordinates of scales 1 to 5, from starts that know nothing of them."""
     target = targets.ar1_gaussian(20, scales=torch.linspace(1, 5, 20, dtype=torch.float64))
-    config = KernelConfig("chees", integrator=integrator, fit_reference=fit_reference)
+    config = KernelConfig("chees")
     start = torch.randn(64, 20, generator=stream(12, "start"), dtype=torch.float64)
     return run_chains(
-        build_kernel(config, target.potential),
+        chees.build(target.potential, integrator=integrator, fits_reference=fit_reference),
         stream(13, "chains"),
         start,
         start_params(config, start),

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppl_vaebm.config import TUNABLE_KERNELS, KernelConfig, KernelName
+from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.config.kernel import TUNABLE_KERNELS
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import chees, gradient_free, hmc, integrators, langevin, registry, targets, tempered
