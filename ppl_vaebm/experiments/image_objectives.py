@@ -1,16 +1,14 @@
-"""Stage 2 of images by every objective and kernel at equal cost, each judged by the density that it leaves behind.
+"""Study: stage 2 of images by every objective and kernel at equal cost.
 
 ``python -m ppl_vaebm.experiments.image_objectives FOLDER`` fits the VAE of the recipe digits and then each setting
 below, with the same number of evaluations of the potential for training (twenty minutes on one core), and writes
-FOLDER/image-objectives.json and a table. What is sampled is measured by one adjusted kernel, the same for all, at the
-chain length of training, at ten times and at thirty times that: a short-run sampler gets worse on the way, a density
-does not. A second table has the kernels as samplers of one energy, at equal evaluations.
+FOLDER/image-objectives.json and a table. One adjusted kernel, the same for all, samples each density at the chain
+length of training, at ten times and at thirty times that: samples of a short-run sampler get worse with length, and
+those of a good density do not. A second table compares kernels as samplers of one energy, at equal evaluations.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,23 +17,26 @@ from typing import Any
 import torch
 
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.config.parsing import from_dict
-from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.evaluation.metrics.features import load_or_train
-from ppl_vaebm.experiments.judging import Judge
-from ppl_vaebm.experiments.objectives import with_setting
-from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
-from ppl_vaebm.files import write_atomic
+from ppl_vaebm.experiments.objectives import DEFAULTS
+from ppl_vaebm.experiments.studies import (
+    DataDistance,
+    folder_of,
+    load_results,
+    load_vaebm,
+    recipe,
+    run_of,
+    save_results,
+    shared_vae,
+    with_options,
+)
 from ppl_vaebm.inference.ebm.train import fit_ebm, likelihood_gain
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import build_vaebm
 from ppl_vaebm.rng import seed_for
-from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
 RECIPE = "digits"
@@ -69,10 +70,6 @@ SETTINGS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "langevin, short run (the paper's)": (11, {"kernel": LANGEVIN, "ebm": {"energy_l2": 0.0, "learning_rate": 1e-3}}),
     "ratio": (11, {"ebm": {"objective": "ratio", "num_importance": 704}}),
     "ratio, then mala": (11, {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "ratio_steps": 100}}),
-    "ladder of ratios, mala": (
-        11,
-        {"kernel": {"name": "mala"}, "ebm": {**PERSISTENT, "objective": "ladder", "rung_steps": 20}},
-    ),
 }
 """By name: evaluations of one update per chain, and what differs from the recipe."""
 
@@ -92,22 +89,15 @@ BUDGETS = (12, 120, 360)
 """Evaluations per sample of the second table."""
 
 
-def fit_setting(run: Run, base: Config, name: str, data: Data, vae: HierarchicalVAE, judge: Judge) -> dict[str, Any]:
-    """Fit one setting and measure the density that it leaves.
+def fit_setting(
+    run: Run, base: Config, name: str, data: Data, vae: HierarchicalVAE, distance: DataDistance
+) -> dict[str, Any]:
+    """Fit one setting, and measure processor seconds, likelihood gain, and samples by chain length.
 
-    Args:
-        run: folder for its metrics and checkpoints.
-        base: the recipe.
-        name: of the setting.
-        data: the data.
-        vae: the VAE that all settings share.
-        judge: measures the Frechet distance.
-
-    Returns:
-        Processor seconds, the likelihood gain, and Frechet distance and noise by chain length; or what ended it.
+    Where the training diverges, the result is its message.
     """
     evals_per_update, options = SETTINGS[name]
-    config = with_setting(base, {**options, "ebm": {"energy_l2": base.ebm.energy_l2, **options.get("ebm", {})}})
+    config = with_options(base, DEFAULTS, {"ebm": {"energy_l2": base.ebm.energy_l2}}, options)
     steps = NUM_EVALS // evals_per_update
     config = replace(config, ebm=replace(config.ebm, steps=steps, checkpoint_every=steps, validate_every=steps))
     start = time.process_time()
@@ -119,64 +109,49 @@ def fit_setting(run: Run, base: Config, name: str, data: Data, vae: Hierarchical
     potential = noise_potential(vaebm.requires_grad_(False))
     measured = replace(config, ebm=replace(config.ebm, num_validation_draws=NUM_Z_DRAWS))
     gain = likelihood_gain(measured, potential, data.test, seed_for(SEED, "gain"))
-    records = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     return {
         "seconds": seconds,
         "updates": steps,
-        "returns of the guard": max(record.get("num_rollbacks", 0) for record in records),
+        "returns of the guard": max(record.get("num_rollbacks", 0) for record in run.metrics()),
         "gain_nats": gain.nats,
         "gain_error_nats": gain.error,
         "log_z_ess": gain.log_z.ess,
-        "lengths": by_length(potential, JUDGED_BY, LENGTHS, judge),
+        "lengths": by_length(potential, JUDGED_BY, LENGTHS, distance),
     }
 
 
 def by_length(
-    potential: NoisePotential, kernel: KernelConfig, lengths: tuple[int, ...], judge: Judge
+    potential: NoisePotential, kernel: KernelConfig, lengths: tuple[int, ...], distance: DataDistance
 ) -> dict[str, dict[str, float | None]]:
-    """Run chains from fresh noise and measure them on their way.
-
-    Args:
-        potential: of the VAEBM.
-        kernel: to run, with its step tuned.
-        lengths: numbers of steps.
-        judge: measures the Frechet distance.
+    """Run chains from N(0, I) by a kernel whose step is tuned, and measure them after each number of steps.
 
     Returns:
-        By length: Frechet distance, mean energy, mean square of all noise, evaluations per chain.
+        By length: Frechet distance, mean energy, mean square of all noise, acceptance, evaluations per chain.
     """
     blocks = list(chain_blocks(potential, kernel, num=NUM_SAMPLES, steps=lengths, seed=SEED))
-    found: dict[str, dict[str, float | None]] = {}
+    results: dict[str, dict[str, float | None]] = {}
     for count in lengths:
         position = torch.cat([block.positions[count] for block in blocks])
         with torch.no_grad():
             energy = torch.cat([potential(rows) for rows in position.split(500)])
-        found[str(count)] = {
-            "frechet_distance": judge(potential, position),
+        results[str(count)] = {
+            "frechet_distance": distance(potential, position),
             "mean_energy": float(energy.mean()),
             "eps_mean_square": float(position.square().mean()),
             "acceptance": float(torch.cat([block.acceptance_rate for block in blocks]).mean()),
             "evaluations": sum(block.num_evals[count] for block in blocks) / len(blocks),
         }
-    return found
+    return results
 
 
-def compare_samplers(potential: NoisePotential, judge: Judge) -> dict[str, Any]:
-    """Measure every kernel on one energy, at equal evaluations.
-
-    Args:
-        potential: of the VAEBM.
-        judge: measures the Frechet distance.
-
-    Returns:
-        By kernel and budget, as :func:`by_length`.
-    """
+def compare_samplers(potential: NoisePotential, distance: DataDistance) -> dict[str, Any]:
+    """Measure every kernel on one energy, by kernel and budget of evaluations, as :func:`by_length` does."""
     results = {}
     for name, kernel in SAMPLERS.items():
         pilot = next(chain_blocks(potential, kernel, num=10, steps=[10], seed=SEED))
         cost = pilot.num_evals[10] / 10
         lengths = tuple(max(1, round(budget / cost)) for budget in BUDGETS)
-        measured = by_length(potential, kernel, lengths, judge)
+        measured = by_length(potential, kernel, lengths, distance)
         results[name] = dict(zip(map(str, BUDGETS), measured.values(), strict=True))
     return results
 
@@ -187,7 +162,7 @@ def row(name: str, result: Mapping[str, Any]) -> str:
         return f"| {name} | {result['seconds']:.0f} | {result['ended by']} |"
     mark = "" if result["log_z_ess"] >= 100 else " (not certified)"
     lengths = [result["lengths"][str(count)] for count in LENGTHS]
-    distances = " | ".join(_distance(each["frechet_distance"]) for each in lengths)
+    distances = " | ".join(_text(length["frechet_distance"]) for length in lengths)
     mean_square = lengths[-1]["eps_mean_square"]
     return (
         f"| {name} | {result['seconds']:.0f} | {result['updates']} | {distances} | {mean_square:.3f} "
@@ -197,50 +172,37 @@ def row(name: str, result: Mapping[str, Any]) -> str:
 
 def sampler_row(name: str, result: Mapping[str, Mapping[str, Any]]) -> str:
     """Format one kernel as a line of a Markdown table."""
-    cells = [f"{_distance(each['frechet_distance'])} ({each['mean_energy']:.2f})" for each in result.values()]
+    cells = [f"{_text(cost['frechet_distance'])} ({cost['mean_energy']:.2f})" for cost in result.values()]
     last = list(result.values())[-1]
     return f"| {name} | {' | '.join(cells)} | {last['eps_mean_square']:.3f} | {last['acceptance']:.2f} |"
 
 
-def _distance(value: float | None) -> str:
+def _text(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.1f}"
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run all settings into a folder, skipping those that it holds already.
-
-    Args:
-        argv: the folder; ``None`` takes it from the process.
-    """
+    """Run all settings into the folder that is named, except those that it already holds."""
     torch.set_num_threads(1)
     folder = folder_of(argv)
-    base = from_dict(load_yaml(recipe_path(RECIPE)), f"the recipe {RECIPE}")
+    base = recipe(RECIPE)
     data = load_data(base.data, base.seed)
     vae = shared_vae(folder, base, data)
-    judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data, SEED)
+    distance = DataDistance(folder, data, SEED)
     file = folder / "image-objectives.json"
-    results = json.loads(file.read_text()) if file.is_file() else {"settings": {}, "samplers": {}}
-    results["data, as many images"] = judge.of_data(NUM_SAMPLES)
-
-    def keep() -> None:
-        write_atomic(file, json.dumps(results, indent=2, allow_nan=False) + "\n")
-
+    results = {"settings": {}, "samplers": {}} | load_results(file)
+    results["data, as many images"] = distance.of_data(NUM_SAMPLES)
     for name in SETTINGS:
         if name not in results["settings"]:
-            run = Run.create(folder / re.sub(r"[^a-z0-9]+", "-", name).strip("-"))
-            results["settings"][name] = fit_setting(run, base, name, data, vae, judge)
-            keep()
+            results["settings"][name] = fit_setting(run_of(folder, name), base, name, data, vae, distance)
+            save_results(file, results)
         print(row(name, results["settings"][name]), flush=True)
     print(f"Frechet distance of {NUM_SAMPLES} training images to all others: {results['data, as many images']:.1f}")
     if not results["samplers"]:
-        vaebm = build_vaebm(base, vae)
-        vaebm.energy.load_state_dict(
-            checkpoints.load(Run(folder / SAMPLED).checkpoints("ebm")).weights["energy_average"]
-        )
-        potential = noise_potential(vaebm.requires_grad_(False))
-        results["samplers"] = compare_samplers(potential, judge)
-        keep()
+        vaebm = load_vaebm(run_of(folder, SAMPLED).checkpoints("ebm"), base, vae)
+        results["samplers"] = compare_samplers(noise_potential(vaebm), distance)
+        save_results(file, results)
     for name, result in results["samplers"].items():
         print(sampler_row(name, result))
 

@@ -1,29 +1,31 @@
-"""Stage 2 by every objective and kernel on one VAE of gaussians25, with the density that each leaves behind.
+"""Study: stage 2 by every objective and kernel on one VAE of gaussians25.
 
-``python -m ppl_vaebm.experiments.objectives FOLDER`` fits the VAE and then each setting below (about half an hour
-on one core), and writes FOLDER/objectives.json and a table. A short-run sampler's draws can look perfect while the
-density that it was trained with is worthless, so each line holds both.
+``python -m ppl_vaebm.experiments.objectives FOLDER`` fits the VAE and then each setting below (about half an hour on
+one core), and writes FOLDER/objectives.json and a table. Samples of short chains can look perfect while the density is
+worthless, so each line has both.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ppl_vaebm.config import Config
-from ppl_vaebm.config.parsing import from_dict, to_dict
-from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
+from ppl_vaebm.errors import exits_with_one_sentence
 from ppl_vaebm.evaluation.evaluation import Effort, Section, likelihood, mode_section
-from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
-from ppl_vaebm.files import write_atomic
+from ppl_vaebm.experiments.studies import (
+    folder_of,
+    load_results,
+    recipe,
+    run_of,
+    save_results,
+    shared_vae,
+    with_options,
+)
 from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
@@ -61,30 +63,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "ebm": {**GENTLE, "ratio_steps": 500, "energy_l2": 0.02, "learning_rate": 1e-3},
     },
 }
+DEFAULTS = {"ebm": {"objective": "mle", "energy_l2": 0.0, "guard": False}}
+"""Options of every setting that does not name them."""
 EFFORT = Effort(num_test=2_000, num_importance=300, num_z_draws=100_000, num_samples=5_000, steps=())
 SEED = 0
 
 
-def with_setting(base: Config, setting: Mapping[str, Mapping[str, Any]]) -> Config:
-    """Apply one setting to the recipe; its objective is mle unless it says otherwise, and nothing stops it."""
-    tree = to_dict(base)
-    tree["ebm"] |= {"objective": "mle", "energy_l2": 0.0, "guard": False, **setting.get("ebm", {})}
-    tree["kernel"] |= setting.get("kernel", {})
-    return from_dict(tree, "a setting of objectives.py")
-
-
 def measure(run: Run, config: Config, data: Data, vae: HierarchicalVAE) -> dict[str, Section | float]:
-    """Fit one setting and measure it.
-
-    Args:
-        run: folder for its metrics and checkpoints.
-        config: the setting.
-        data: the data.
-        vae: the VAE that all settings share.
-
-    Returns:
-        Processor seconds, the likelihood, and modes of exact draws and of the chain it was trained with.
-    """
+    """Fit one setting, and measure processor seconds, likelihood, and modes of exact draws and of its own chains."""
     start = time.process_time()
     vaebm = fit_ebm(run, config, data, vae)
     seconds = time.process_time() - start
@@ -126,26 +112,22 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    """Run all settings into a folder, skipping those that it holds already.
-
-    Args:
-        argv: the folder.
-    """
+@exits_with_one_sentence
+def main(argv: list[str] | None = None) -> None:
+    """Run all settings into the folder that is named, except those that it already holds."""
     torch.set_num_threads(1)
     folder = folder_of(argv)
-    base = from_dict(load_yaml(recipe_path("gaussians25")), "the recipe gaussians25")
+    base = recipe("gaussians25")
     data = load_data(base.data, base.seed)
     vae = shared_vae(folder, base, data)
     file = folder / "objectives.json"
-    results = json.loads(file.read_text()) if file.is_file() else {}
+    results = load_results(file)
     for name, setting in SETTINGS.items():
         if name not in results:
-            config = with_setting(replace(base), setting)
-            results[name] = measure(Run.create(folder / re.sub(r"[^a-z0-9]+", "-", name).strip("-")), config, data, vae)
-            write_atomic(file, json.dumps(results, indent=2) + "\n")
+            results[name] = measure(run_of(folder, name), with_options(base, DEFAULTS, setting), data, vae)
+            save_results(file, results)
         print(row(name, results[name]), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

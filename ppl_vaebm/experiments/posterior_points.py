@@ -1,13 +1,13 @@
-"""Posteriors of a fitted VAEBM of points against quadrature: the second coordinate, given the first exactly or noisily.
+"""Study: posteriors of a fitted VAEBM of points against quadrature.
 
 ``python -m ppl_vaebm.experiments.posterior_points --run RUN`` takes a run of the recipe gaussians25, integrates its
-latents out by Monte Carlo and its coordinates on a grid, draws from each posterior by rejection and by chains, and
-compares mean, variance and distribution function, in Monte Carlo standard errors. Writes posterior-points.json.
+latents out by Monte Carlo and its coordinates on a grid, draws the second coordinate given the first, exact or noisy,
+by rejection and by chains, and compares mean, variance and distribution function, in Monte Carlo standard errors. It
+writes posterior-points.json.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.files import write_atomic
+from ppl_vaebm.experiments.studies import RESULTS, load_results, save_results
 from ppl_vaebm.inference.conditioning import ConditionalPotential, condition
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns, ess_of_means
 from ppl_vaebm.inference.likelihood import exact_draws
@@ -30,7 +30,6 @@ from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.conditional import sample_posterior
 from ppl_vaebm.runs.loading import LoadedRun, load_run
 
-RESULTS = Path(__file__).parent / "results"
 NUM_Z = 200_000
 GRID = torch.linspace(-3, 3, 1_201)  # step 0.005, a tenth of a mode's standard deviation
 LINE = torch.linspace(-3, 3, 601)  # of the first coordinate, where it is seen with noise
@@ -69,8 +68,8 @@ def quadrature(loaded: LoadedRun, x_1: float, noise_sd: float | None, seed: int)
     position = potential.draw_reference(stream(seed, "quadrature"), NUM_Z)
     for rows in position.split(20_000):
         decoded = loaded.vaebm.vae.decode_noise(potential.packing.unravel(rows))[0]
-        law = decoded.law().base_dist
-        loc, scale = law.loc.double(), law.scale.double()
+        normal = decoded.law().base_dist
+        loc, scale = normal.loc.double(), normal.scale.double()
         first, second = (
             (-0.5 * ((values.double().unsqueeze(1) - loc[:, i]) / scale[:, i]).square()).exp() / scale[:, i]
             for i, values in enumerate((line, GRID))
@@ -97,34 +96,30 @@ def rejection_draws(potential: ConditionalPotential, seed: int) -> Tensor:
 
 
 def compare(x_2: Tensor, probability: Tensor) -> dict[str, Any]:
-    """Compare draws with quadrature.
-
-    Args:
-        x_2: draws of the second coordinate, ``(C, N)``.
-        probability: of :func:`quadrature`.
+    """Compare draws of the second coordinate, ``(C, N)``, with the probabilities of :func:`quadrature`.
 
     Returns:
-        Numbers by functional: of the draws, of quadrature, and their distance in standard errors; and the R-hat of x_2.
+        By quantity: draws, quadrature and their difference in standard errors; and the R-hat of x_2.
     """
     grid = GRID.double()
     mean = float((probability * grid).sum())
     half_cells = probability.cumsum(0) - 0.5 * probability
     expected = {"mean": mean, "variance": float((probability * (grid - mean).square()).sum())}
-    functionals = {"mean": x_2, "variance": (x_2 - mean).square()}
+    quantities = {"mean": x_2, "variance": (x_2 - mean).square()}
     for edge in CDF_AT:
-        functionals[f"P(x_2 < {edge:g})"] = (x_2 < edge).double()
+        quantities[f"P(x_2 < {edge:g})"] = (x_2 < edge).double()
         expected[f"P(x_2 < {edge:g})"] = float(half_cells[int((grid - edge).abs().argmin())])
-    draws = torch.stack(list(functionals.values())).numpy()
+    draws = torch.stack(list(quantities.values())).numpy()
     ess = ess_of_means(draws)
-    error, found = draws.std((1, 2)) / np.sqrt(ess), draws.mean((1, 2))
+    error, means = draws.std((1, 2)) / np.sqrt(ess), draws.mean((1, 2))
     rows = {
         name: {
-            "draws": float(found[i]),
+            "draws": float(means[i]),
             "quadrature": expected[name],
             "error": float(error[i]),
-            "z": float(found[i] - expected[name]) / float(error[i]),
+            "z": float(means[i] - expected[name]) / float(error[i]),
         }
-        for i, name in enumerate(functionals)
+        for i, name in enumerate(quantities)
     }
     return {
         "worst |z|": max(abs(row["z"]) for row in rows.values()),
@@ -142,11 +137,7 @@ METHODS: dict[Method, Callable[[ConditionalPotential, int], Tensor]] = {
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Compare every case by every method.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
+    """Compare every case by every method."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "posterior_points", __doc__)
     torch.set_num_threads(1)
     loaded = load_run(options.run)
@@ -163,8 +154,7 @@ def main(argv: list[str] | None = None) -> None:
                 f"smallest ESS {result['smallest ESS']:.0f}"
             )
     file = Path(options.out) / "posterior-points.json"
-    old = json.loads(file.read_text()) if file.is_file() else {}
-    write_atomic(file, json.dumps(old | results, indent=1) + "\n")
+    save_results(file, load_results(file) | results)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Simulation-based calibration of the posteriors of a fitted VAEBM of digits, from the upper half of each.
+"""Study: simulation-based calibration of the posteriors of a fitted VAEBM of digits, given their upper halves.
 
-``python -m ppl_vaebm.experiments.sbc_digits --run RUN`` draws digits from the VAEBM itself, observes the upper half of
-each, with noise or exactly, samples all the posteriors at once, and ranks each digit among the draws of its posterior.
-Each setting is run right and with a planted fault, which the ranks must show. Writes sbc-digits.json and a picture of
+``python -m ppl_vaebm.experiments.sbc_digits --run RUN`` draws digits from the VAEBM, observes the upper half of each,
+with noise or exactly, samples all posteriors at once, and ranks each digit among the draws of its posterior. Each
+setting runs correctly and with a planted fault, which the ranks must show. It writes sbc-digits.json and a picture of
 the histograms.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.experiments.studies import RESULTS, load_results, save_results
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.conditioning import ConditionalPotential, annealed_starts
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
@@ -40,7 +40,6 @@ from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun, load_run
 
-RESULTS = Path(__file__).parent / "results"
 NOISE_SD = 0.3  # of a pixel in [-1, 1]
 ROWS_PER_PASS = 1_000  # more of them are slower on a CPU
 NUM_CHAINS = 4  # per simulation
@@ -63,7 +62,7 @@ class Options:
     run: str
     """Folder of a fitted run of the recipe digits."""
     settings: tuple[Setting, ...] = SETTINGS
-    """What to run; results of the others stay in the file."""
+    """Settings to run; results of the others stay in the file."""
     num_simulations: int = 256
     """Digits drawn from the VAEBM."""
     seed: int = 0
@@ -73,26 +72,19 @@ class Options:
 
 
 class WithoutScale(ExactValues):
-    """The planted fault: observed values as if their transport cancelled the scale."""
+    """A planted fault: observed values whose transport leaves out the scale."""
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
         """Transport, without the log scale of p(x_observed | z)."""
-        law = at_mask(vae.decode_noise(eps)[0], self.mask).law()
-        right = super().transport(vae, eps)
-        return right._replace(loss=right.loss - law.base_dist.scale.log().sum(1))
+        scale = at_mask(vae.decode_noise(eps)[0], self.mask).law().base_dist.scale
+        correct = super().transport(vae, eps)
+        return correct._replace(loss=correct.loss - scale.log().sum(1))
 
 
 def observed(setting: Setting, loaded: LoadedRun, x: Tensor, seed: int) -> ConditionalPotential:
-    """Observe the upper half of every digit, and condition on it, rightly or not.
+    """Observe the upper half of every digit ``(S, 1, 8, 8)``, and return the potential of the posteriors.
 
-    Args:
-        setting: how.
-        loaded: the fitted run.
-        x: digits, ``(S, 1, 8, 8)``.
-        seed: of the noise.
-
-    Returns:
-        The posteriors' potential.
+    The seed is that of the noise.
     """
     mask = upper_half(x)
     if setting.startswith("exact"):
@@ -117,27 +109,17 @@ def quantities(potential: NoisePotential, position: Tensor) -> dict[str, Tensor]
     noises = potential.packing.unravel(position)
     latents = torch.cat([value.flatten(1) for name, value in noises.items() if name.startswith("eps_z")], dim=1)
     unseen = x[:, ~upper_half(x)]
-    found = {"energy": value_only(potential.vaebm.energy, x)}
-    found |= {f"unobserved pixel {index}": unseen[:, index] for index in PIXELS}
+    ranked = {"energy": value_only(potential.vaebm.energy, x)}
+    ranked |= {f"unobserved pixel {index}": unseen[:, index] for index in PIXELS}
     for name, values in (("unobserved pixels", unseen), ("latents' noise", latents)):
         directions = torch.randn(values.shape[1], 2, generator=stream(0, "sbc-directions", name))
         for number, projection in enumerate((values @ directions).unbind(1), 1):
-            found[f"direction {number} in {name}"] = projection
-    return found
+            ranked[f"direction {number} in {name}"] = projection
+    return ranked
 
 
 def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> dict[str, Any]:
-    """Run one setting.
-
-    Args:
-        setting: what is observed, and what of it is told wrongly.
-        loaded: the fitted run.
-        prior: noise of draws of the VAEBM, ``(S, D)``.
-        seed: of noise and chains.
-
-    Returns:
-        The tests by functional, and how the chains did.
-    """
+    """Run one setting from the noise ``(S, D)`` of VAEBM samples, and test the ranks of every quantity."""
     begin = time.perf_counter()
     posterior = observed(setting, loaded, loaded.potential.decode(prior), seed)
     generator = stream(seed, "sbc-posterior", setting)
@@ -198,11 +180,7 @@ def histograms(settings: Mapping[str, Mapping[str, Any]], num_simulations: int) 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the settings and write what they give.
-
-    Args:
-        argv: tokens; ``None`` takes those of the process.
-    """
+    """Run the settings, and write results and histograms."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "sbc_digits", __doc__)
     torch.set_num_threads(1)
     loaded = load_run(options.run)
@@ -217,15 +195,13 @@ def main(argv: list[str] | None = None) -> None:
         "seed": options.seed,
         "prior": f"exact draws by rejection, {options.num_simulations} of {prior.num_proposals} draws of the VAE",
     }
-    old = json.loads(file.read_text()) if file.is_file() else {}
+    old = load_results(file)
     settings = old.get("settings", {}) if old.get("setup") == setup else {}
     for setting in options.settings:
         result = settings[setting] = calibrate(setting, loaded, prior.position, options.seed)
-        write_atomic(file, json.dumps({"setup": setup, "settings": settings}, indent=1) + "\n")
-        verdict = "uniform" if result["uniform"] else "not uniform"
-        print(
-            f"{setting}: {verdict}, smallest p of {len(result['tests'])} {result['smallest p-value']:.3g}", flush=True
-        )
+        save_results(file, {"setup": setup, "settings": settings})
+        answer = "uniform" if result["uniform"] else "not uniform"
+        print(f"{setting}: {answer}, smallest p of {len(result['tests'])} {result['smallest p-value']:.3g}", flush=True)
     settings = {name: settings[name] for name in SETTINGS if name in settings}
     write_atomic(file.with_suffix(".png"), png_of(histograms(settings, options.num_simulations)))
 

@@ -1,14 +1,13 @@
-"""Stage 2 of digits in a setting that explodes, without the guard and with it.
+"""Study: stage 2 of digits in a setting that explodes, without the guard and with it.
 
 ``python -m ppl_vaebm.experiments.stability FOLDER`` fits the VAE and then the energy twice, from the same seed with the
-same settings: persistent unadjusted chains with a large step, a high learning rate, and nothing that holds the energy's
-scale. The Frechet distance is measured of every checkpoint that either attempt wrote, and of the weights that each was
-left with. Writes stability.json and stability.png to the folder; a quarter of an hour on one core.
+same settings: persistent unadjusted chains with a large step, a high learning rate, and no limit on the scale of the
+energy. It measures the Frechet distance of every checkpoint that either fit wrote and of its final weights, and writes
+stability.json and stability.png to the folder (a quarter of an hour on one core).
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -21,20 +20,24 @@ import torch
 from matplotlib.ticker import LogLocator
 
 from ppl_vaebm.config import Config, KernelConfig
-from ppl_vaebm.config.parsing import from_dict, to_dict
-from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.evaluation.metrics.features import load_or_train
-from ppl_vaebm.experiments.judging import Judge
-from ppl_vaebm.experiments.shared_vae import folder_of, shared_vae
+from ppl_vaebm.experiments.studies import (
+    DataDistance,
+    folder_of,
+    load_vaebm,
+    recipe,
+    save_results,
+    shared_vae,
+    with_options,
+)
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.sampling import sample_by_chains
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
+from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
@@ -67,40 +70,40 @@ SEED = 0
 
 @dataclass
 class Attempt:
-    """What one of the two fits left behind."""
+    """Result of one of the two fits."""
 
     records: list[Mapping[str, Any]] = field(default_factory=list)
-    """All that was logged, what the guard made the run forget included."""
+    """All records, also those that the guard removed from the run."""
     error: str | None = None
-    """What ended it, if anything did."""
+    """Message of the error that ended it."""
     seconds: float = 0.0
-    """Of the processor."""
+    """Processor seconds."""
     vaebm: VAEBM | None = None
-    """What it returned, if it did."""
+    """The fitted VAEBM, unless an error ended the fit."""
 
 
 @dataclass
 class Keeper:
-    """Keeps what the guard takes back: a mirror of the run's record that forgets nothing, and copies of checkpoints."""
+    """Mirror of a run that keeps the records and the checkpoints that the guard removes."""
 
     run: Run
-    """The run; copies go into its folder ``kept``, by the number of returns and the step."""
+    """The run; copies go into its folder ``kept``, by the number of rollbacks and the step."""
     records: list[Mapping[str, Any]]
-    """All that was logged, once."""
+    """All records, each once."""
     seen: set[tuple[int, int]] = field(default_factory=set)
-    """Steps and times of the checkpoints that were copied."""
+    """Step and time of the checkpoints that were copied."""
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Take in a record; with every return the guard logs the returns before it once more."""
+        """Keep a record; at every rollback the guard logs the rollbacks before it again."""
         if "event" not in record or record not in self.records:
             self.records.append(record)
         self.keep_new()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Keep what the run forgets."""
+        """Keep all records."""
 
     def keep_new(self) -> None:
-        """Copy the checkpoints that are new."""
+        """Copy new checkpoints."""
         written = self.run.checkpoints("ebm")
         for step in checkpoints.available(written):
             path = written / f"step-{step:08d}"
@@ -113,25 +116,11 @@ class Keeper:
 
 def setting(has_guard: bool) -> Config:
     """Return the recipe with the setting that explodes."""
-    tree = to_dict(from_dict(load_yaml(recipe_path(RECIPE)), f"the recipe {RECIPE}"))
-    for section, options in SETTING.items():
-        tree[section] = {name: value for name, value in {**tree[section], **options}.items() if value is not None}
-    config = from_dict(tree, "the setting of stability.py")
-    return replace(config, ebm=replace(config.ebm, guard=has_guard))
+    return with_options(recipe(RECIPE), SETTING, {"ebm": {"guard": has_guard}})
 
 
 def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> Attempt:
-    """Fit the energy once, and keep a copy of every checkpoint on its way.
-
-    Args:
-        folder: of the run; what is in it goes.
-        config: the setting.
-        data: the data.
-        vae: of both attempts.
-
-    Returns:
-        What came of it; the copies are in ``kept``, by the number of returns and the step.
-    """
+    """Fit the energy once in a folder, which is emptied, and keep a copy of every checkpoint in ``kept``."""
     shutil.rmtree(folder, ignore_errors=True)
     result, run = Attempt(), Run.create(folder)
     keeper = Keeper(run, result.records)
@@ -146,56 +135,41 @@ def attempt(folder: Path, config: Config, data: Data, vae: HierarchicalVAE) -> A
     return result
 
 
-def judged(judge: Judge, vaebm: VAEBM, kernel: KernelConfig) -> float | None:
-    """Return the Frechet distance of chains from fresh noise to the training data; ``None`` where one is not finite."""
+def distance_of(vaebm: VAEBM, kernel: KernelConfig, distance: DataDistance) -> float | None:
+    """Return the Frechet distance of chains from N(0, I) to the training data; ``None`` where one is not finite."""
     potential = noise_potential(vaebm.requires_grad_(False))
     chains = sample_by_chains(potential, kernel, num=NUM_SAMPLES, steps=[NUM_STEPS], seed=SEED)
-    return judge(potential, chains.positions[NUM_STEPS])
+    return distance(potential, chains.positions[NUM_STEPS])
 
 
-def distances(folder: Path, config: Config, vae: HierarchicalVAE, judge: Judge) -> list[dict[str, float | int | None]]:
-    """Measure every checkpoint that :func:`attempt` kept.
-
-    Args:
-        folder: of the run.
-        config: its setting.
-        vae: its VAE.
-        judge: measures.
-
-    Returns:
-        For each the returns before it, its step, and its Frechet distance.
-    """
-    found = []
-    for parent in sorted((folder / "kept").iterdir()):
-        for step in checkpoints.available(parent):
-            vaebm = build_vaebm(config, vae)
-            vaebm.energy.load_state_dict(checkpoints.load(parent, step).weights["energy_average"])
-            found.append(
-                {
-                    "num_rollbacks": int(parent.name),
-                    "step": step,
-                    "frechet_distance": judged(judge, vaebm, config.kernel),
-                }
-            )
-    return found
+def distances(
+    folder: Path, config: Config, vae: HierarchicalVAE, distance: DataDistance
+) -> list[dict[str, float | int | None]]:
+    """Measure every checkpoint that :func:`attempt` kept: rollbacks before it, step and Frechet distance."""
+    return [
+        {
+            "num_rollbacks": int(parent.name),
+            "step": step,
+            "frechet_distance": distance_of(load_vaebm(parent, config, vae, step), config.kernel, distance),
+        }
+        for parent in sorted((folder / "kept").iterdir())
+        for step in checkpoints.available(parent)
+    ]
 
 
 def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float | None, limit: float) -> dict[str, Any]:
-    """Say what became of an attempt.
+    """Summarise an attempt in plain numbers.
 
     Args:
         result: the attempt.
         measured: its checkpoints.
-        end: Frechet distance of what it returned, if it did.
+        end: Frechet distance of its final weights; ``None`` if an error ended it.
         limit: of the energy gap.
-
-    Returns:
-        Plain numbers.
     """
     steps = [record for record in result.records if "energy_gap" in record]
     gaps = [float(record["energy_gap"]) for record in steps]
     beyond = [r["step"] for r, gap in zip(steps, gaps, strict=True) if not abs(gap) <= limit]
-    scored = [each["frechet_distance"] for each in measured if each["frechet_distance"] is not None]
+    scored = [point["frechet_distance"] for point in measured if point["frechet_distance"] is not None]
     finite = [abs(gap) for gap in gaps if math.isfinite(gap)]
     return {
         "first step with the energy gap beyond its limit or not finite": beyond[0] if beyond else None,
@@ -216,14 +190,14 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
     """Draw the energy gap and the Frechet distance of both attempts against the updates made, as a PNG file."""
     figure, axes = axes_grid(1, 2)
     gap_axes, distance_axes = axes[0]
-    # Before anything is drawn, so that the margins are those of this scale, which gives much room to what is allowed.
+    # Set before anything is drawn, so that the margins are those of this scale.
     gap_axes.set_yscale("symlog", linthresh=limit, linscale=10)
     for name, result in attempts.items():
         gaps = [float(record["energy_gap"]) for record in result.records if "energy_gap" in record]
         gap_axes.plot(range(1, len(gaps) + 1), gaps, linewidth=0.8, label=name)
         measured = results[name]["checkpoints"]
         updates = _updates(result.records, measured)
-        distance_axes.plot(updates, [each["frechet_distance"] for each in measured], ".-", linewidth=0.8, label=name)
+        distance_axes.plot(updates, [point["frechet_distance"] for point in measured], ".-", linewidth=0.8, label=name)
     for bound in (-limit, limit):
         gap_axes.axhline(bound, color="grey", linestyle="--", linewidth=0.8)
     gap_axes.set_yticks([*(-(10.0**power) for power in range(20, 2, -6)), -limit, 0, limit])
@@ -241,39 +215,36 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
 
 
 def _updates(records: Sequence[Mapping[str, Any]], measured: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Count the updates that were made until each checkpoint.
+    """Count the updates before each checkpoint.
 
-    The one that the guard ends with is written once more, after the last return, so its step is of an attempt before.
+    The guard's last checkpoint is written again after the last rollback, so its step belongs to an earlier attempt.
     """
     made = [(record["num_rollbacks"], record["step"]) for record in records if "energy_gap" in record]
     return [
-        1 + max(i for i, (back, step) in enumerate(made) if step == each["step"] and back <= each["num_rollbacks"])
-        for each in measured
+        1 + max(i for i, (back, step) in enumerate(made) if step == point["step"] and back <= point["num_rollbacks"])
+        for point in measured
     ]
 
 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
-    """Run the demonstration.
-
-    Args:
-        argv: the folder; ``None`` takes it from the process.
-    """
+    """Run the study in the folder that is named."""
     torch.set_num_threads(1)
     folder = folder_of(argv)
     configs = {"guard off": setting(has_guard=False), "guard on": setting(has_guard=True)}
     base = configs["guard on"]
     data, limit = load_data(base.data, base.seed), base.ebm.max_energy_gap
     vae = shared_vae(folder, base, data)
-    judge = Judge(load_or_train(folder / "features.safetensors", data, SEED), data, SEED)
+    distance = DataDistance(folder, data, SEED)
     attempts, results = {}, {}
     for name, config in configs.items():
-        attempts[name] = attempt(folder / name.replace(" ", "-"), config, data, vae)
-        measured = distances(folder / name.replace(" ", "-"), config, vae, judge)
+        place = folder / name.replace(" ", "-")
+        attempts[name] = attempt(place, config, data, vae)
+        measured = distances(place, config, vae, distance)
         vaebm = attempts[name].vaebm
-        results[name] = summary(attempts[name], measured, judged(judge, vaebm, config.kernel) if vaebm else None, limit)
-    text = json.dumps({"setting": SETTING, "energy gap's limit (nats)": limit, **results}, indent=2, allow_nan=False)
-    write_atomic(folder / "stability.json", text + "\n")
+        end = None if vaebm is None else distance_of(vaebm, config.kernel, distance)
+        results[name] = summary(attempts[name], measured, end, limit)
+    save_results(folder / "stability.json", {"setting": SETTING, "energy gap's limit (nats)": limit, **results})
     write_atomic(folder / "stability.png", figure_of(attempts, results, limit))
     for name, result in results.items():
         print(name, {key: value for key, value in result.items() if key != "checkpoints"})
