@@ -85,12 +85,10 @@ def main(argv: list[str] | None = None) -> None:
     options, folder = resolve(sys.argv[1:] if argv is None else argv)
 
     if options.dry_run:
-        from ppl_vaebm.inference.ebm.train import check_kernel
         from ppl_vaebm.models.vaebm import check_continuous_x
         from ppl_vaebm.runs.dry_run import describe
 
         if options.stage == "ebm":
-            check_kernel(options.config)
             check_continuous_x(options.config)
         _announce(options.stage, folder, options.config)
         print("\n".join(describe(options.config)))

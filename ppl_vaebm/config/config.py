@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from ppl_vaebm.config.data import DataConfig
-from ppl_vaebm.config.ebm import EbmConfig
+from ppl_vaebm.config.ebm import TUNED_KERNELS, EbmConfig
 from ppl_vaebm.config.energy import EnergyConfig
 from ppl_vaebm.config.kernel import SamplingConfig, TrainingKernelConfig
 from ppl_vaebm.config.model import ModelConfig
@@ -45,3 +45,7 @@ class Config(Checked):
         require(has_term, "ebm.latent.steps", "0 without energy.latent-term", latent_steps)
         expected = "positive with energy.latent-balance, which needs a term that is fitted first"
         require(latent_steps > 0 or not self.energy.latent_balance, "ebm.latent.steps", expected, latent_steps)
+        members = self.kernel.members if self.kernel.name == "mixture" else (self.kernel.name,)
+        expected = f"one with a step size that ebm.tune can find ({', '.join(TUNED_KERNELS)}), or a mixture with one"
+        has_step = bool(set(TUNED_KERNELS) & set(members))
+        require(has_step or not self.ebm.tune, "kernel.name", expected, ", ".join(members))

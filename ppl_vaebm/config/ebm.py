@@ -13,12 +13,13 @@ from ppl_vaebm.config.options import (
     POSITIVE,
     Alias,
     Checked,
-    at_least,
     require,
 )
 
-Objective = Literal["mle", "ratio", "ladder"]
+Objective = Literal["mle", "ratio"]
 Negatives = Literal["chains", "importance"]
+TUNED_KERNELS = ("langevin", "mala", "hmc", "pcn")
+"""Kernels whose step size ebm.tune finds; a mixture may hold one of them."""
 Positive = Annotated[int, POSITIVE]
 PositiveFloat = Annotated[float, POSITIVE]
 NotNegative = Annotated[float, NOT_NEGATIVE]
@@ -32,28 +33,11 @@ class LatentTermConfig(Checked):
     steps: Annotated[int, NOT_NEGATIVE] = 0
     """Optimizer steps before all others, after which E_1 is frozen; needs energy.latent-term. With 0 it is trained with
     the rest."""
-    batch_size: Positive = 512
-    """Data points per step."""
-    num_chains: Positive = 128
-    """Chains that a step moves by replica exchange."""
-    store_size: Positive = 256
-    """Chains that are kept. More of them follow the energy later from one mode to another."""
-    num_sweeps: Annotated[int, at_least(2)] = 4
-    """Sweeps of the chains per step."""
-    learning_rate: PositiveFloat = 2e-3
-    """Adam's learning rate at the start of a cosine that ends at a hundredth of it."""
     ema_decay: Annotated[float, BELOW_ONE] = 0.998
     """Decay of the averaged weights, which are the result."""
-    energy_l2: NotNegative = 1e-5
-    """Weight of the mean of E^2 over data and negatives."""
     balance_steps: Positive = 400
     """With energy.latent-balance: optimizer steps of that energy, after all others. Each decodes one sample per
     chain."""
-
-    def check_together(self) -> None:
-        """Refuse values that do not fit together."""
-        expected = f"at most ebm.latent.store-size ({self.store_size})"
-        require(self.num_chains <= self.store_size, "ebm.latent.num-chains", expected, self.num_chains)
 
 
 @dataclass(frozen=True)
@@ -62,14 +46,11 @@ class EbmConfig(Checked):
 
     prefix = "ebm."
     objective: Annotated[Objective, Alias("--objective")] = "ratio"
-    """mle: maximum likelihood with negative samples; ratio: logistic density ratio of data and VAE samples; ladder: a
-    sequence of such ratios, each against chains of the density before (Rhodes et al. 2020)."""
+    """mle: maximum likelihood with negative samples; ratio: logistic density ratio of data and VAE samples."""
     negatives: Annotated[Negatives, Alias("--negatives")] = "chains"
     """Source of mle's negatives: the kernel's chains, or VAE samples with self-normalized importance weights."""
     ratio_steps: Annotated[int, NOT_NEGATIVE, Alias("--ratio-steps")] = 0
     """Steps with the objective ratio before mle starts."""
-    rung_steps: Positive = 500
-    """Steps on each rung of the ladder, of which the first is the ratio."""
     latent: LatentTermConfig = field(default_factory=LatentTermConfig)
     steps: Positive = 2_000
     """Optimizer steps."""
@@ -113,24 +94,13 @@ class EbmConfig(Checked):
     grad_clip: PositiveFloat = 100.0
     """Largest norm of the gradient, with clip norm."""
     guard: bool = True
-    """Monitor the training: when one of these averages exceeds its limit, return to the last checkpoint with a lower
-    learning rate."""
-    guard_patience: Positive = 20
-    """Time constant of these exponential averages, in steps."""
+    """Monitor the training: when an average over about 20 steps exceeds its limit, return to the last checkpoint with a
+    lower learning rate. The limits that have no option here are constants."""
     max_energy_gap: PositiveFloat = 100.0
     """Limit of the absolute difference between the mean energies of data and chains, in nats."""
-    max_energy_sd: PositiveFloat = 1_000.0
-    """Limit of the standard deviation of the energies of data or negatives, in nats."""
-    max_grad_norm: PositiveFloat = 1e6
-    """Limit of the gradient's norm before clipping."""
     min_acceptance: Annotated[float | None, BELOW_ONE] = None
     """Lower limit of the chains' Metropolis acceptance (for langevin that of the same steps, adjusted). The default is
     0.4 for langevin, whose step size does not follow the energy, and 0.01 for the others."""
-    min_exchange: Annotated[float, BELOW_ONE] = 0.1
-    """Lower limit of the probability with which chains swap their first latent, with ebm.latent.steps. Below it the
-    joint energy is too large for these chains."""
-    max_saturation: PositiveFloat = 0.9
-    """Limit of the fraction of the negatives' pixels outside [-1, 1]."""
     max_rollbacks: Annotated[int, NOT_NEGATIVE] = 3
     """Number of returns to a checkpoint, after which the stage stops with the last checkpoint as its result."""
     rollback_factor: Annotated[float, INSIDE_ONE] = 0.3
@@ -138,10 +108,6 @@ class EbmConfig(Checked):
     tune: Annotated[bool, Alias("--tune")] = False
     """Before training, search the kernel's step size and the number of transitions for the largest decrease of energy
     per gradient evaluation, on a copy of the energy that the ratio has trained for a while."""
-    tune_rejection: Annotated[float, INSIDE_ONE] = 0.25
-    """Largest Metropolis rejection rate of the step size that is found."""
-    tune_steps: Positive = 500
-    """Steps that train that copy; after few steps the energy is flat and the step size found too large."""
     bf16: bool = False
     """Run the networks of training's chains and losses in bfloat16; energies stay in float32. The chains then sample
     the rounded energy. Sampling and evaluation always use float32."""
@@ -169,5 +135,5 @@ class EbmConfig(Checked):
 
     @property
     def has_chains(self) -> bool:
-        """Whether the objective takes its negatives from chains; the ladder does whatever ``negatives`` says."""
-        return self.objective == "ladder" or (self.objective == "mle" and self.negatives == "chains")
+        """Whether the negatives come from chains."""
+        return self.objective == "mle" and self.negatives == "chains"

@@ -26,6 +26,20 @@ HELP = ("-h", "--help")
 MAX_CHOICES = 4  # that stand behind a flag in --help; the texts of options with more list them
 
 RETIRED: dict[str, object] = {
+    "ebm.rung-steps": 500,
+    "ebm.guard-patience": 20,
+    "ebm.max-energy-sd": 1_000.0,
+    "ebm.max-grad-norm": 1e6,
+    "ebm.max-saturation": 0.9,
+    "ebm.min-exchange": 0.1,
+    "ebm.tune-rejection": 0.25,
+    "ebm.tune-steps": 500,
+    "ebm.latent.batch-size": 512,
+    "ebm.latent.num-chains": 128,
+    "ebm.latent.store-size": 256,
+    "ebm.latent.num-sweeps": 4,
+    "ebm.latent.learning-rate": 2e-3,
+    "ebm.latent.energy-l2": 1e-5,
     "energy.kind": "auto",
     "kernel.fit-reference": True,
     "model.num-fourier": 0,
@@ -33,7 +47,9 @@ RETIRED: dict[str, object] = {
 }
 """Options of earlier versions and the constants that replaced them. A stored configuration or a command line may still
 set an option to its constant."""
-RETIRED_VALUES: dict[tuple[str, str], str] = {}
+RETIRED_VALUES: dict[tuple[str, str], str] = {
+    ("ebm.objective", "ladder"): "use --objective mle with an adjusted kernel, such as mala",
+}
 """Values that an option had in earlier versions, with what to use instead."""
 
 

@@ -20,7 +20,7 @@ from ppl_vaebm.inference.diagnostics.convergence import FloatArray
 from ppl_vaebm.inference.diagnostics.functionals import noise_functionals
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals, run_chains
 from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params
-from ppl_vaebm.inference.latent_exchange import with_exchange
+from ppl_vaebm.inference.latent_exchange import with_swaps
 from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import seed_for, stream
@@ -130,7 +130,7 @@ def run_kernel(
     else:
         config = _own_config(name, config)
         chains = run_chains(
-            with_exchange(build_kernel(config, potential), potential),
+            with_swaps(build_kernel(config, potential), potential),
             stream(seed, "chains", name, device=start.device),
             start,
             start_params(config, start),

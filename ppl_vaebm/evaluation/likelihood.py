@@ -14,7 +14,7 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.data.toys import gaussians25_log_prob
 from ppl_vaebm.evaluation.base import Effort, Section, mean_cell
-from ppl_vaebm.inference.ebm.learner import data_latents
+from ppl_vaebm.inference.ebm.validation import data_latents
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogLikelihood, log_p, reference_energies
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.models.vaebm import has_discrete_x

@@ -31,7 +31,8 @@ from ppl_vaebm.experiments.studies import (
     shared_vae,
     with_options,
 )
-from ppl_vaebm.inference.ebm.train import fit_ebm, likelihood_gain
+from ppl_vaebm.inference.ebm.train import fit_ebm
+from ppl_vaebm.inference.ebm.validation import likelihood_gain
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.sampling import chain_blocks

@@ -1,22 +1,23 @@
-"""Exchange of the first latent with chains of its own term: a global move for any kernel in noise space.
+"""Chains of the first latent under the energy's own term of it, and swaps of that latent with them.
 
-Behind every chain of h stands one of ``exp(-E_1(z_1)) N(eps_1; 0, I)``, the VAE with its first prior corrected, which
-moves by replica exchange and decodes nothing. Every few steps of the chain the two propose to swap their noises of the
-first latent. Under the product of the two densities E_1 cancels, so the swap is accepted with probability
-``min(1, exp(J(eps) - J(eps')))`` for the rest ``J = E - E_1`` of the energy, and both densities are left as they are.
-It is one more rung of replica exchange, on top of that latent's ladder; a chain that only walks stays in the mode of
-the first latent in which it began.
+The term's density ``exp(-E_1(z_1)) N(eps_1; 0, I)`` is the VAE with its first prior corrected. Its chains need neither
+decoder nor image, and replica exchange joins its modes, which single chains hardly leave.
+
+Behind every chain of h stands one of these. Every few steps the two propose to swap their noises of the first latent.
+``E_1`` cancels under the product of the two densities, so a swap is accepted with probability
+``min(1, exp(J(eps) - J(eps')))``, ``J = E - E_1``, and leaves both densities as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels import adaptation
+from ppl_vaebm.errors import InputError
+from ppl_vaebm.inference.kernels import adaptation, tempered
 from ppl_vaebm.inference.kernels.base import (
     Kernel,
     KernelInfo,
@@ -24,28 +25,160 @@ from ppl_vaebm.inference.kernels.base import (
     KernelState,
     Partners,
     Potential,
+    draw_normal,
     init_params,
     init_with_grad,
     init_without_grad,
     metropolis,
     select,
 )
-from ppl_vaebm.inference.latent_chains import (
-    FIRST_STEP_SIZE,
-    SWEEPS_PER_EXCHANGE,
-    LatentPotential,
-    build_latent_kernel,
-    num_first,
-    with_first,
-)
+from ppl_vaebm.inference.kernels.ladder import follow_rates, start_ladder, stored_ladder
 from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.models.vaebm import VAEBM
 
-STEPS_PER_EXCHANGE = 5
-"""An exchange costs about as much as a step, and most are accepted. Chosen by us."""
+LATENT_TARGET_ACCEPTANCE = 0.75
+LATENT_NUM_LEVELS = 9
+"""About ``2 barrier + 1`` are best; the barrier of Fashion-MNIST's term is 3.7 to 4.6. Chosen by us."""
+LATENT_STEP_SIZE = 0.5
+"""Where the step size starts."""
+SWEEPS_PER_SWAP = 10
+"""Sweeps of the first latent's chains before each swap or restart from them, in training as in sampling. Chosen by us.
+"""
+STEPS_PER_SWAP = 5
+"""A swap costs about as much as a step, and most are accepted. Chosen by us."""
 
 
-def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
-    """Let a kernel exchange the first latent with chains of its own term, every :data:`STEPS_PER_EXCHANGE` steps.
+class LatentPotential:
+    """Phi of the first latent's own term, as a function of that latent's noise.
+
+    Args:
+        vaebm: with an energy that has the term.
+    """
+
+    def __init__(self, vaebm: VAEBM) -> None:
+        self.vaebm = vaebm
+        self.shape = next(iter(vaebm.vae.noise_shapes.values()))
+
+    def __call__(self, position: Tensor) -> Tensor:
+        """Evaluate ``E_1(z_1(eps_1))``: ``(C, d)`` to ``(C,)``, nats relative to N(0, I)."""
+        return self.vaebm.energy.latent_term(self.vaebm.vae.first_latent(position.unflatten(1, self.shape)))
+
+
+def build_latent_kernel(potential: LatentPotential) -> Kernel:
+    """Make the kernel of the first latent's chains: replica exchange from N(0, I) up, by steps of MALA."""
+    return tempered.build(potential, num_levels=LATENT_NUM_LEVELS, target_acceptance=LATENT_TARGET_ACCEPTANCE)
+
+
+def num_first(potential: NoisePotential) -> int:
+    """Return the number of columns of the first latent's noise; they are the first ones."""
+    return next(iter(potential.packing.sizes.values()))
+
+
+def with_first(position: Tensor, first: Tensor) -> Tensor:
+    """Replace the first latent's noise: ``(C, D)`` and ``(C, d)`` to ``(C, D)``."""
+    return torch.cat([first, position[:, first.shape[1] :]], dim=1)
+
+
+def run_first_latent(
+    potential: NoisePotential,
+    generator: torch.Generator,
+    position: Tensor,
+    num_steps: int,
+    params: KernelParams | None = None,
+) -> tuple[KernelState, KernelParams]:
+    """Run chains of the first latent.
+
+    Args:
+        potential: of the VAEBM, whose energy has the term.
+        generator: source of the chains' randomness; on the position's device.
+        position: all noises, ``(C, D)``; the chains start at the first latent's, from N(0, I).
+        num_steps: sweeps of the chains.
+        params: of an earlier run; if not given they are tuned on the first half of the sweeps.
+
+    Returns:
+        The chains and their parameters.
+    """
+    kernel = build_latent_kernel(LatentPotential(potential.vaebm))
+    state = kernel.init(position[:, : num_first(potential)])
+    num_warmup = 0 if params else num_steps // 2
+    if params is None:
+        start = init_params(state.position, LATENT_STEP_SIZE)
+        state, params, _ = adaptation.warm_up(kernel, generator, state, start, num_warmup)
+    for _ in range(num_steps - num_warmup):
+        state, _ = kernel.step(generator, state, params)
+    return state, params
+
+
+class LatentStore:
+    """Persistent chains of the first latent, for training: draws of the corrected prior as it is at the moment.
+
+    Args:
+        vaebm: with the energy in training.
+        generator: source of the starts, from N(0, I); on the energy's device.
+        num: chains, each with a replica at every level.
+    """
+
+    def __init__(self, vaebm: VAEBM, generator: torch.Generator, num: int) -> None:
+        self.potential = LatentPotential(vaebm)
+        self.kernel = build_latent_kernel(self.potential)
+        like = next(vaebm.energy.parameters())
+        self.positions = draw_normal(generator, like.new_empty(num, LATENT_NUM_LEVELS, self.potential.shape.numel()))
+        """``(num, LATENT_NUM_LEVELS, d)``, hottest first."""
+        params = init_params(self.positions[:, -1], LATENT_STEP_SIZE)
+        self.params: KernelParams = params._replace(ladder=start_ladder(LATENT_NUM_LEVELS, params, 1))
+
+    def advance(self, generator: torch.Generator, num: int, num_sweeps: int) -> tuple[Tensor, Tensor, list[KernelInfo]]:
+        """Move some of the chains, with a ladder that follows their acceptance and swaps.
+
+        Args:
+            generator: source of randomness, on the chains' device.
+            num: chains to move, at most those that there are.
+            num_sweeps: of each, at least 2, so that every pair of neighbours is proposed.
+
+        Returns:
+            Positions at b = 1, ``(num, d)``, their slots ``(num,)``, and the reports of their sweeps.
+        """
+        slots = torch.randperm(len(self.positions), generator=generator, device=self.positions.device)[:num]
+        start = self.positions[slots]
+        state, infos = self.kernel.init(start[:, -1]), []
+        state = tempered.with_replicas(self.potential, state, start[:, :-1])
+        for _ in range(num_sweeps):
+            state, info = self.kernel.step(generator, state, self.params)
+            infos.append(info)
+        self.positions[slots] = tempered.all_positions(state)
+        assert state.replicas is not None and self.params.ladder is not None
+        ladder = follow_rates(self.params.ladder, state.replicas.counts, LATENT_TARGET_ACCEPTANCE)
+        self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)
+        return state.position, slots, infos
+
+    def put(self, slots: Tensor, first: Tensor) -> None:
+        """Set the positions at b = 1, ``(num, d)``, of chains that swapped, by their slots ``(num,)``."""
+        self.positions[slots, -1] = first
+
+    def state(self) -> dict[str, Any]:
+        """Return positions and ladder, for a checkpoint."""
+        assert self.params.ladder is not None
+        return {"positions": self.positions, **self.params.ladder._asdict()}
+
+    def load(self, state: Mapping[Any, Any]) -> None:
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            InputError: it is of other chains.
+        """
+        stored = state["positions"]
+        if stored.shape != self.positions.shape:
+            raise InputError(
+                f"expected chains of the first latent of {tuple(self.positions.shape)}, found {tuple(stored.shape)}: "
+                "they are of another model or another version; start the stage again with --overwrite"
+            )
+        self.positions.copy_(stored)
+        ladder = stored_ladder(state, like=self.positions)
+        self.params = self.params._replace(step_size=ladder.step_sizes[-1], ladder=ladder)
+
+
+def with_swaps(kernel: Kernel, potential: NoisePotential) -> Kernel:
+    """Let a kernel swap the first latent with chains of its own term, every :data:`STEPS_PER_SWAP` steps.
 
     ``init`` puts all replicas of a chain's partner at the chain's own first latent, which they forget within a few
     round trips; ``warm_up`` tunes them over as many sweeps as draws give them. :func:`with_partners` puts others there.
@@ -55,7 +188,7 @@ def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
         potential: of the VAEBM.
 
     Returns:
-        The kernel itself for an energy without that term. Else one of which an exchange costs one evaluation more.
+        The kernel itself for an energy without that term. Else one of which a swap costs one evaluation more.
         Acceptance rate, energy and divergences are those of the local moves; the report of a run adds
         ``exchange_rate``, and what the partners' ladder reports, as ``first_latent_...``.
     """
@@ -71,27 +204,28 @@ def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
         partners, partner_params = _partners(state), _partner_params(state, params)
         moved, info = kernel.step(generator, state, params)
         num_steps = partners.num_steps + 1
-        if num_steps < STEPS_PER_EXCHANGE:
+        if num_steps < STEPS_PER_SWAP:
             return moved._replace(partners=partners._replace(num_steps=num_steps)), info
         other = partners.state
-        for _ in range(SWEEPS_PER_EXCHANGE):
+        for _ in range(SWEEPS_PER_SWAP):
             other, _ = latent.step(generator, other, partner_params)
-        found = exchange(generator, potential, own, moved, other)
-        partners = Partners(found.other, partners.rate_sum + found.acceptance_rate, partners.num_exchanges + 1, 0)
-        info = info._replace(is_accepted=info.is_accepted | found.is_accepted, num_evals=info.num_evals + 1)
-        return found.state._replace(partners=partners), info
+        swapped = swap(generator, potential, own, moved, other)
+        rate_sum = partners.rate_sum + swapped.acceptance_rate
+        info = info._replace(is_accepted=info.is_accepted | swapped.is_accepted, num_evals=info.num_evals + 1)
+        partners = Partners(swapped.other, rate_sum, partners.num_exchanges + 1, 0)
+        return swapped.state._replace(partners=partners), info
 
     def warm_up(
         generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
     ) -> tuple[KernelState, KernelParams, int]:
         assert latent.warm_up is not None
         other, partner_params = _partners(state).state, _partner_params(state, params)
-        num_sweeps = SWEEPS_PER_EXCHANGE * num_steps // STEPS_PER_EXCHANGE
+        num_sweeps = SWEEPS_PER_SWAP * num_steps // STEPS_PER_SWAP
         other, partner_params, _ = latent.warm_up(generator, other, partner_params, num_sweeps)
         state, params, num_evals = adaptation.warm_up(kernel, generator, state, params, num_steps)
         return with_partners(state, other), params._replace(partners=partner_params), num_evals
 
-    def tell(state: KernelState, params: KernelParams) -> dict[str, float | list[float]]:
+    def report(state: KernelState, params: KernelParams) -> dict[str, float | list[float]]:
         partners, own_params = _partners(state), _partner_params(state, params)
         assert latent.report is not None
         return {
@@ -100,28 +234,25 @@ def with_exchange(kernel: Kernel, potential: NoisePotential) -> Kernel:
             **{f"first_latent_{name}": value for name, value in latent.report(partners.state, own_params).items()},
         }
 
-    return Kernel(kernel.name, init, step, kernel.target_acceptance, warm_up, tell)
+    return Kernel(kernel.name, init, step, kernel.target_acceptance, warm_up, report)
 
 
 def with_partners(state: KernelState, partners: KernelState) -> KernelState:
-    """Put chains of the first latent behind others, and begin to count their exchanges.
+    """Put chains of the first latent behind as many others, and start to count their swaps.
 
     Args:
         state: of a kernel's chains, ``(C, D)``.
-        partners: of as many chains of the first latent, from that latent's kernel.
-
-    Returns:
-        A state for the exchanging kernel.
+        partners: from the first latent's kernel, ``(C, d)``.
     """
     rate_sum = torch.zeros(len(state.position), dtype=torch.float64, device=state.position.device)
     return state._replace(partners=Partners(partners, rate_sum, 0, 0))
 
 
-class Exchange(NamedTuple):
-    """What one exchange has led to."""
+class Swap(NamedTuple):
+    """Result of one proposed swap of every chain."""
 
     state: KernelState
-    """The chains, ``(C, D)``, with their replicas and with a gradient if they had one."""
+    """The chains, ``(C, D)``, with their replicas, and with a gradient if they had one."""
     other: KernelState
     """Their partners, ``(C, d)``, with their replicas."""
     acceptance_rate: Tensor
@@ -130,9 +261,9 @@ class Exchange(NamedTuple):
     """``(C,)``."""
 
 
-def exchange(
+def swap(
     generator: torch.Generator, potential: Potential, own: Potential, state: KernelState, other: KernelState
-) -> Exchange:
+) -> Swap:
     """Propose to every chain to swap its first latent with its partner.
 
     Args:
@@ -146,14 +277,14 @@ def exchange(
         Both afterwards. A proposal whose energy or gradient is not finite is rejected.
     """
     mine, position = state.position[:, : other.position.shape[1]], with_first(state.position, other.position)
-    back, proposal = _like(other, own)(mine), _like(state, potential)(position)
-    # E_1 is in both, and what is left is J.
+    back, proposal = _init_like(other, own)(mine), _init_like(state, potential)(position)
+    # J, for E_1 is in both terms of each.
     after, before = (
         phi.potential.double() - term.potential.double() for phi, term in ((proposal, other), (state, back))
     )
     chosen, rate, is_accepted, _ = metropolis(generator, state, proposal, after - before)
     new = select(is_accepted, back, other)
-    return Exchange(chosen._replace(replicas=state.replicas), new._replace(replicas=other.replicas), rate, is_accepted)
+    return Swap(chosen._replace(replicas=state.replicas), new._replace(replicas=other.replicas), rate, is_accepted)
 
 
 def _partners(state: KernelState) -> Partners:
@@ -162,9 +293,9 @@ def _partners(state: KernelState) -> Partners:
 
 
 def _partner_params(state: KernelState, params: KernelParams) -> KernelParams:
-    return params.partners or init_params(_partners(state).state.position, FIRST_STEP_SIZE)
+    return params.partners or init_params(_partners(state).state.position, LATENT_STEP_SIZE)
 
 
-def _like(state: KernelState, potential: Potential) -> Callable[[Tensor], KernelState]:
+def _init_like(state: KernelState, potential: Potential) -> Callable[[Tensor], KernelState]:
     """Make the ``init`` that gives states a gradient if that one has it."""
     return init_without_grad(potential) if state.grad is None else init_with_grad(potential)

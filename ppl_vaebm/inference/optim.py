@@ -1,29 +1,29 @@
-"""What the two training loops share: the schedule, the averaged weights, the guarded optimiser step."""
+"""What every training loop shares: the learning rate's schedule, the guarded optimiser step, the averaged weights."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ppl_vaebm.config import EbmConfig, SviConfig
 from ppl_vaebm.errors import TrainingError
 
 MAX_BAD_STEPS = 20
-"""Updates in a row with a gradient that is not finite, after which a run stops (chosen by us)."""
-FINAL_SHARE = 0.01
-"""Of the learning rate of :class:`CosineAdam`, at its end. Chosen by us."""
+"""Updates in a row with a gradient that is not finite, after which an optimiser has failed. Chosen by us."""
+FINAL_FRACTION = 0.01
+"""Final learning rate of :func:`cosine_adam`, as a fraction of the first. Chosen by us."""
 # Bounds of the clip by Adam's moments, from the code of VAEBM (Xiao et al. 2021).
 NUM_DEVIATIONS, SLACK = 3.0, 0.1
 
 
 class DivergedError(TrainingError):
-    """Training ran away.
+    """Training diverged.
 
     Args:
         step: number of the step, from 0.
@@ -38,28 +38,147 @@ class DivergedError(TrainingError):
         self.step, self.reason = step, reason
 
 
-def learning_rate(loop: SviConfig | EbmConfig, step: int) -> float:
-    """Return the learning rate of a step: a rise from 0 over the warm-up, then half a cosine to the final rate.
+class Schedule(NamedTuple):
+    """Learning rate by step: a linear rise from 0 over the warm-up, then half a cosine down to the final rate."""
+
+    learning_rate: float
+    """At the start of the cosine."""
+    final_learning_rate: float
+    num_steps: int
+    """Steps in all."""
+    num_warmup_steps: int = 0
+
+    def __call__(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.num_warmup_steps:
+            return self.learning_rate * (step + 1) / (self.num_warmup_steps + 1)
+        num_done, num_steps = step - self.num_warmup_steps, max(1, self.num_steps - self.num_warmup_steps)
+        phase = 0.5 * (1 + math.cos(math.pi * num_done / num_steps))
+        return self.final_learning_rate + phase * (self.learning_rate - self.final_learning_rate)
+
+
+class GuardedOptimizer:
+    """A PyTorch optimiser on a schedule, which skips and counts the steps whose gradient is not finite.
 
     Args:
-        loop: configuration of the loop, without epochs.
-        step: from 0 to ``loop.steps - 1``.
-
-    Returns:
-        The rate.
+        rule: the optimiser; its learning rate is set at every step.
+        schedule: of the learning rate.
+        clip: largest norm of the gradient; or ``adam-moments``, see :func:`clip_by_moments`.
     """
-    warmup = loop.warmup_steps if isinstance(loop, SviConfig) else 0
-    if step < warmup:
-        return loop.learning_rate * (step + 1) / (warmup + 1)
-    phase = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, loop.steps - warmup)))
-    return loop.final_learning_rate + phase * (loop.learning_rate - loop.final_learning_rate)
+
+    def __init__(
+        self, rule: torch.optim.Optimizer, schedule: Schedule, clip: float | Literal["adam-moments"] = math.inf
+    ) -> None:
+        self.rule, self.schedule, self.clip = rule, schedule, clip
+        self.parameters = [parameter for group in rule.param_groups for parameter in group["params"]]
+        self.learning_rate = schedule(0)
+        """Rate of the last step."""
+        self.num_skipped = 0
+        self.num_bad_in_a_row = 0
+
+    def step(self, loss: Tensor, step: int, rate_factor: float = 1.0) -> float:
+        """Differentiate a loss and move the parameters.
+
+        Args:
+            loss: ``()``.
+            step: number of this step, for the schedule.
+            rate_factor: multiplies the learning rate.
+
+        Returns:
+            The gradient's norm before clipping. Where it is not finite, nothing has moved.
+        """
+        self.learning_rate = rate_factor * self.schedule(step)
+        for group in self.rule.param_groups:
+            group["lr"] = self.learning_rate
+        self.rule.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        norm = self._clip()
+        if math.isfinite(norm):
+            self.rule.step()
+            self.num_bad_in_a_row = 0
+        else:
+            self.num_skipped += 1
+            self.num_bad_in_a_row += 1
+        return norm
+
+    def failure(self, loss: Tensor) -> str | None:
+        """Describe :data:`MAX_BAD_STEPS` bad steps in a row, with the last loss; return ``None`` where fewer were."""
+        if self.num_bad_in_a_row < MAX_BAD_STEPS:
+            return None
+        return f"the loss is {float(loss.detach())} and its gradient has not been finite for {MAX_BAD_STEPS} steps"
+
+    def _clip(self) -> float:
+        """Clip the gradient; return its norm before."""
+        norm = get_total_norm([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        if self.clip == "adam-moments":
+            clip_by_moments(self.rule)
+        elif self.clip < math.inf:
+            clip_grads_with_norm_(self.parameters, self.clip, norm)
+        return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types and tensors, for a checkpoint."""
+        return {"rule": self.rule.state_dict(), "num_skipped": self.num_skipped, "num_bad": self.num_bad_in_a_row}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.rule.load_state_dict(state["rule"])
+        self.num_skipped, self.num_bad_in_a_row = state["num_skipped"], state["num_bad"]
+
+
+def stage_optimizer(parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> GuardedOptimizer:
+    """Make a stage's optimiser, in PyTorch's variant with the fewest kernels.
+
+    Args:
+        parameters: to train.
+        loop: update rule, rates and clip; steps without epochs.
+    """
+    options: dict[str, Any] = {"lr": loop.learning_rate, "weight_decay": loop.weight_decay}
+    clip: float | Literal["adam-moments"] = loop.grad_clip
+    rule: torch.optim.Optimizer
+    if isinstance(loop, EbmConfig):
+        num_warmup_steps, clip = 0, "adam-moments" if loop.clip == "adam-moments" else clip
+        rule = torch.optim.Adam(parameters, **options, betas=loop.adam_betas, fused=True)
+    else:
+        num_warmup_steps, options["eps"] = loop.warmup_steps, loop.epsilon
+        if loop.optimizer == "adamax":
+            rule = torch.optim.Adamax(parameters, **options, foreach=True)
+        else:
+            rule = torch.optim.Adam(parameters, **options, fused=True)
+    schedule = Schedule(loop.learning_rate, loop.final_learning_rate, loop.steps, num_warmup_steps)
+    return GuardedOptimizer(rule, schedule, clip)
+
+
+def cosine_adam(parameters: Iterable[nn.Parameter], learning_rate: float, num_steps: int) -> GuardedOptimizer:
+    """Make Adam with a rate that falls along half a cosine to a hundredth, for a small part beside the stages."""
+    schedule = Schedule(learning_rate, FINAL_FRACTION * learning_rate, num_steps)
+    return GuardedOptimizer(torch.optim.Adam(parameters, learning_rate), schedule)
+
+
+@torch.no_grad()
+def clip_by_moments(rule: torch.optim.Optimizer) -> None:
+    """Bound every element of the gradient by three of its own root mean squares and 0.1, as Adam has averaged them.
+
+    An element that Adam has not moved yet is left as it is, so the first step is free.
+
+    Args:
+        rule: Adam; the gradients of its parameters are clipped in place.
+    """
+    for group in rule.param_groups:
+        for parameter in group["params"]:
+            moments = rule.state.get(parameter)
+            if parameter.grad is None or not moments:
+                continue
+            mean_square = moments["exp_avg_sq"] / (1 - group["betas"][1] ** moments["step"])
+            bound = NUM_DEVIATIONS * mean_square.sqrt() + SLACK
+            parameter.grad.clamp_(-bound, bound)
 
 
 Averaged = TypeVar("Averaged", bound=nn.Module)
 
 
 class AveragedWeights(Generic[Averaged]):
-    """An exponential moving average of a module's parameters, as a copy of the module with its current buffers.
+    """Exponential moving average of a module's parameters, as a copy of the module with its current buffers.
 
     The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run's average forgets its
     initial weights.
@@ -75,7 +194,7 @@ class AveragedWeights(Generic[Averaged]):
         self.num_updates = 0
 
     def update(self, module: Averaged) -> None:
-        """Take in the module's current parameters, and copy its buffers: statistics are averages by themselves."""
+        """Average in the module's current parameters, and copy its buffers."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [parameter.data for parameter in self.module.parameters()]
         currents = [parameter.detach() for parameter in module.parameters()]
@@ -89,126 +208,3 @@ def copy_buffers(source: nn.Module, target: nn.Module) -> None:
     """Copy the buffers of a module, such as running statistics, into a module of the same kind."""
     for buffer, current in zip(target.buffers(), source.buffers(), strict=True):
         buffer.copy_(current)
-
-
-def build_optimizer(parameters: list[nn.Parameter], loop: SviConfig | EbmConfig) -> torch.optim.Optimizer:
-    """Make a loop's update rule.
-
-    Args:
-        parameters: to train.
-        loop: configuration with the rule and its constants.
-
-    Returns:
-        PyTorch's own optimiser, in its variant with the fewest kernels.
-    """
-    if isinstance(loop, EbmConfig):
-        rates: dict[str, Any] = {"lr": loop.learning_rate, "weight_decay": loop.weight_decay}
-        return torch.optim.Adam(parameters, **rates, betas=loop.adam_betas, fused=True)
-    common: dict[str, Any] = {"lr": loop.learning_rate, "eps": loop.epsilon, "weight_decay": loop.weight_decay}
-    if loop.optimizer == "adamax":
-        return torch.optim.Adamax(parameters, **common, foreach=True)
-    return torch.optim.Adam(parameters, **common, fused=True)
-
-
-@torch.no_grad()
-def clip_by_moments(rule: torch.optim.Optimizer) -> None:
-    """Bound every element of the gradient by three of its own root mean squares and 0.1, as Adam has averaged them.
-
-    An element of a parameter that Adam has not yet moved is left as it is, so the first step is free.
-
-    Args:
-        rule: Adam; its parameters' gradients are clipped in place.
-    """
-    for group in rule.param_groups:
-        for parameter in group["params"]:
-            moments = rule.state.get(parameter)
-            if parameter.grad is None or not moments:
-                continue
-            mean_square = moments["exp_avg_sq"] / (1 - group["betas"][1] ** moments["step"])
-            bound = NUM_DEVIATIONS * mean_square.sqrt() + SLACK
-            parameter.grad.clamp_(-bound, bound)
-
-
-class CosineAdam:
-    """Adam with a rate that falls along half a cosine to a hundredth, for the small parts beside the two loops.
-
-    Args:
-        parameters: to train.
-        learning_rate: at the start.
-        num_steps: until the end.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], learning_rate: float, num_steps: int) -> None:
-        self.rule = torch.optim.Adam(parameters, learning_rate)
-        final = FINAL_SHARE * learning_rate
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.rule, num_steps, final)
-
-    def step(self, loss: Tensor) -> None:
-        """Differentiate a finite loss and move the parameters."""
-        self.rule.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        self.rule.step()
-        self.schedule.step()
-
-
-class GuardedOptimizer:
-    """An optimiser whose step is skipped, and counted, when the gradient is not finite.
-
-    Args:
-        parameters: to train.
-        loop: configuration with the rule, the rates and the clip.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> None:
-        self.parameters = list(parameters)
-        self.loop = loop
-        self.rule = build_optimizer(self.parameters, loop)
-        self.num_skipped = 0
-        self.num_bad_in_a_row = 0
-
-    def step(self, loss: Tensor, step: int, rate_factor: float = 1.0) -> float:
-        """Differentiate a loss and move the parameters.
-
-        Args:
-            loss: scalar.
-            step: number of this step, for the schedule.
-            rate_factor: what the schedule's learning rate is multiplied by.
-
-        Returns:
-            The gradient's norm before clipping.
-
-        Raises:
-            DivergedError: :data:`MAX_BAD_STEPS` gradients in a row were not finite.
-        """
-        for group in self.rule.param_groups:
-            group["lr"] = rate_factor * learning_rate(self.loop, step)
-        self.rule.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = self._clip()
-        if math.isfinite(norm):
-            self.rule.step()
-            self.num_bad_in_a_row = 0
-            return norm
-        self.num_skipped += 1
-        self.num_bad_in_a_row += 1
-        if self.num_bad_in_a_row == MAX_BAD_STEPS:
-            found = f"the loss is {float(loss.detach())} and its gradient has not been finite for {MAX_BAD_STEPS} steps"
-            raise DivergedError(step, found)
-        return norm
-
-    def _clip(self) -> float:
-        """Clip the gradient as the loop says; return its norm before."""
-        if isinstance(self.loop, SviConfig) or self.loop.clip == "norm":
-            return float(clip_grad_norm_(self.parameters, self.loop.grad_clip))
-        norm = float(get_total_norm([each.grad for each in self.parameters if each.grad is not None]))
-        clip_by_moments(self.rule)
-        return norm
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain types and tensors, for a checkpoint."""
-        return {"rule": self.rule.state_dict(), "num_skipped": self.num_skipped, "num_bad": self.num_bad_in_a_row}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state_dict` returned."""
-        self.rule.load_state_dict(state["rule"])
-        self.num_skipped, self.num_bad_in_a_row = state["num_skipped"], state["num_bad"]

@@ -14,8 +14,7 @@ from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.kernels.adaptation import warm_up
 from ppl_vaebm.inference.kernels.base import Kernel, KernelParams, KernelState
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import run_first_latent, with_first
-from ppl_vaebm.inference.latent_exchange import with_exchange, with_partners
+from ppl_vaebm.inference.latent_exchange import run_first_latent, with_first, with_partners, with_swaps
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import ACCELERATOR_FACTOR
 from ppl_vaebm.rng import stream
@@ -102,7 +101,7 @@ def chain_blocks(
         steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
         seed: of everything.
         latent_steps: sweeps of the first latent's own chains before, which then stand behind the others
-            (:func:`with_exchange`); 0, and for an energy without that term, does without.
+            (:func:`with_swaps`); 0, and for an energy without that term, does without.
         on_step: called after every step of a block.
 
     Yields:
@@ -110,7 +109,7 @@ def chain_blocks(
     """
     kernel, params = build_kernel(config, potential), tuned_params(potential, config, seed, latent_steps)
     if params.partners is not None:
-        kernel = with_exchange(kernel, potential)
+        kernel = with_swaps(kernel, potential)
     size = _block(potential)
     for block in range(num_blocks(potential, num)):
         start = time.perf_counter()

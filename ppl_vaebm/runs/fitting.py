@@ -18,11 +18,10 @@ from ppl_vaebm.data.sampler import KeyedSampler
 from ppl_vaebm.devices import Process
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
-from ppl_vaebm.inference.ebm.step_search import Trial, chosen, table, trained_copy, tune, with_trial
-from ppl_vaebm.inference.ebm.train import check_kernel, fit_ebm
+from ppl_vaebm.inference.ebm.step_search import search, with_trial
+from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.svi.svi import fit_svi
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import build_vaebm
 from ppl_vaebm.runs.checkpoint import Checkpoint
 from ppl_vaebm.runs.fitted_vae import FittedVAE, load_fitted_vae
 from ppl_vaebm.runs.gallery import Arrays, gallery, write_gallery
@@ -82,7 +81,8 @@ def fit_stage(
     asked, config = config, replace(config, device=device)
     resume, vae = _checked(request, config, data)
     if vae is not None and config.ebm.tune and resume is None:
-        trial = _tuned(config, data, vae)
+        trial, text = search(config, data, vae)
+        print(text)
         config, resolved = with_trial(config, trial), as_yaml(with_trial(asked, trial))
     run = Run(request.folder)
     if process.is_first:
@@ -96,16 +96,6 @@ def fit_stage(
             _fit_svi(run, config, data, resume, board, grids_of, process)
         else:
             fit_ebm(run, config, data, vae, resume)
-
-
-def _tuned(config: Config, data: Data, vae: HierarchicalVAE) -> Trial:
-    """Find step size and number of transitions, and show how."""
-    trials = tune(config, trained_copy(config, data, build_vaebm(config, vae)))
-    trial = chosen(trials, config.ebm.tune_rejection)
-    print(f"tuned on the energy after {config.ebm.tune_steps} steps of the ratio:\n{table(trials, trial)}")
-    if trial.rejection > config.ebm.tune_rejection:
-        print(f"note: no step size has a rejection of at most {config.ebm.tune_rejection:g}; the least is taken")
-    return trial
 
 
 def _with_steps(request: Request, config: Config, data: Data, process: Process) -> Config:
@@ -124,8 +114,6 @@ def _tell_skipped(data: Data) -> None:
 def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint | None, HierarchicalVAE | None]:
     """Refuse whatever may be refused before anything is touched; return what the stage begins from."""
     run, resume = Run(request.folder), None
-    if request.stage == "ebm":
-        check_kernel(config)
     if request.resume:
         resume = load_to_resume(run, request.stage, config)
     elif not request.overwrite:

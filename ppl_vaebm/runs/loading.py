@@ -18,7 +18,8 @@ from ppl_vaebm.config.recipes import load_yaml
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.devices import check_device
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm import guard, latent_balance, latent_term
+from ppl_vaebm.inference.ebm.guard import STAGE
+from ppl_vaebm.inference.ebm.latent_term import BALANCE_STAGE, TERM_STAGE
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi.batch_norm import set_statistics
 from ppl_vaebm.inference.svi.svi import new_vae
@@ -32,7 +33,7 @@ BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "e
 FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
 # What the rest of a stage depends on too.
 RESUMING = {"svi": (*BINDING["svi"], "svi"), "ebm": (*BINDING["ebm"], "ebm", "kernel")}
-EBM_STAGES = (guard.STAGE, latent_term.STAGE, latent_balance.STAGE)
+EBM_STAGES = (STAGE, TERM_STAGE, BALANCE_STAGE)
 """Stages under which stage ebm and its parts write their records."""
 
 

@@ -422,3 +422,24 @@ def test_a_configuration_of_an_earlier_version_is_read() -> None:
 def test_another_value_of_a_retired_option_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^recipe.yaml: .*{message}"):
         parsed(text)
+
+
+def test_retired_options_are_always_the_constants_that_replaced_them() -> None:
+    from ppl_vaebm.inference.ebm import guard, latent_term, step_search
+
+    constants = {
+        "ebm.guard-patience": guard.PATIENCE,
+        "ebm.max-energy-sd": guard.MAX_ENERGY_SD,
+        "ebm.max-grad-norm": guard.MAX_GRAD_NORM,
+        "ebm.max-saturation": guard.MAX_SATURATION,
+        "ebm.min-exchange": guard.MIN_SWAP_RATE,
+        "ebm.tune-rejection": step_search.MAX_REJECTION,
+        "ebm.tune-steps": step_search.NUM_RATIO_STEPS,
+        "ebm.latent.batch-size": latent_term.BATCH_SIZE,
+        "ebm.latent.num-chains": latent_term.NUM_CHAINS,
+        "ebm.latent.store-size": latent_term.STORE_SIZE,
+        "ebm.latent.num-sweeps": latent_term.NUM_SWEEPS,
+        "ebm.latent.learning-rate": latent_term.TERM_RATE,
+        "ebm.latent.energy-l2": latent_term.TERM_L2,
+    }
+    assert constants.items() <= parsing.RETIRED.items()

@@ -1,4 +1,4 @@
-"""The schedule, the averaged weights and the guarded optimiser step."""
+"""The schedule, the guarded optimiser step, its clips and the averaged weights."""
 
 from __future__ import annotations
 
@@ -11,20 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from ppl_vaebm.config import EbmConfig, SviConfig
-from ppl_vaebm.errors import TrainingError
-from ppl_vaebm.inference.optim import MAX_BAD_STEPS, AveragedWeights, GuardedOptimizer, learning_rate
+from ppl_vaebm.inference.optim import (
+    MAX_BAD_STEPS,
+    AveragedWeights,
+    GuardedOptimizer,
+    Schedule,
+    cosine_adam,
+    stage_optimizer,
+)
 
 LOOP = SviConfig(steps=100, learning_rate=0.1, final_learning_rate=0.02, grad_clip=5.0)
 
 
 def test_the_rate_follows_half_a_cosine_between_its_ends() -> None:
-    assert learning_rate(LOOP, 0) == 0.1
-    assert learning_rate(LOOP, 50) == pytest.approx(0.06)
-    assert learning_rate(LOOP, 100) == pytest.approx(0.02)
-    assert learning_rate(LOOP, 25) == pytest.approx(0.06 + 0.04 * math.sqrt(0.5))
-    rates = [learning_rate(LOOP, step) for step in range(100)]
+    rate = optimizer_of(Weights(0.0)).schedule
+    assert rate(0) == 0.1
+    assert rate(50) == pytest.approx(0.06)
+    assert rate(100) == pytest.approx(0.02)
+    assert rate(25) == pytest.approx(0.06 + 0.04 * math.sqrt(0.5))
+    rates = [rate(step) for step in range(100)]
     assert rates == sorted(rates, reverse=True) and rates[-1] < 0.021
-    assert learning_rate(EbmConfig(steps=10, learning_rate=1.0, final_learning_rate=0.0), 5) == pytest.approx(0.5)
+    assert Schedule(1.0, 0.0, 10)(5) == pytest.approx(0.5)
+
+
+def test_the_rate_rises_linearly_over_the_warm_up() -> None:
+    rate = Schedule(1.0, 0.0, num_steps=110, num_warmup_steps=9)
+    assert [rate(step) for step in (0, 4, 8)] == pytest.approx([0.1, 0.5, 0.9])
+    assert rate(9) == 1.0
+    assert rate(9 + 101 // 2) == pytest.approx(0.5, abs=0.02)
+    assert rate(109) < 1e-3
+
+
+def test_the_schedule_of_a_small_part_is_pytorchs_cosine() -> None:
+    module = Weights(0.0)
+    optimizer = cosine_adam(module.parameters(), 2e-3, 40)
+    rule = torch.optim.Adam(Weights(0.0).parameters(), 2e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(rule, 40, 2e-5)
+    for step in range(40):
+        optimizer.step(module.weight.sum(), step)
+        assert optimizer.learning_rate == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        rule.step()
+        scheduler.step()
 
 
 class Weights(nn.Module):
@@ -81,14 +108,14 @@ def loss_with_gradient(weight: Tensor, *gradient: float) -> Tensor:
 
 
 def optimizer_of(module: Weights, loop: SviConfig = LOOP) -> GuardedOptimizer:
-    return GuardedOptimizer(module.parameters(), loop)
+    return stage_optimizer(module.parameters(), loop)
 
 
 def test_a_step_is_adams_at_the_scheduled_rate() -> None:
     for step in (0, 50):
         module = Weights(1.0, -2.0)
         norm = optimizer_of(module).step(loss_with_gradient(module.weight, 3.0, -4.0), step)
-        rate = learning_rate(LOOP, step)
+        rate = Schedule(LOOP.learning_rate, LOOP.final_learning_rate, LOOP.steps)(step)
         # Adam's first step is the rate times the gradient's sign.
         assert module.weight.tolist() == pytest.approx([1.0 - rate, -2.0 + rate], abs=1e-8)
         assert norm == pytest.approx(5.0)
@@ -133,25 +160,25 @@ def test_without_the_guard_a_bad_gradient_ruins_the_parameters() -> None:
     assert module.weight.isnan().any()
 
 
-def test_too_many_bad_steps_in_a_row_stop_the_run() -> None:
+def test_too_many_bad_steps_in_a_row_are_a_failure() -> None:
     module = Weights(1.0)
     optimizer = optimizer_of(module)
 
-    def bad_step(step: int) -> None:
-        optimizer.step(loss_with_gradient(module.weight, math.nan), step)
+    def failure_after(step: int, gradient: float) -> str | None:
+        loss = loss_with_gradient(module.weight, gradient)
+        optimizer.step(loss, step)
+        return optimizer.failure(loss)
 
-    for step in range(MAX_BAD_STEPS - 1):
-        bad_step(step)
-    optimizer.step(loss_with_gradient(module.weight, 0.0), 30)  # one good step starts the count again
-    for step in range(MAX_BAD_STEPS - 1):
-        bad_step(40 + step)
-    with pytest.raises(TrainingError, match=f"step 100: the loss is nan.*not been finite for {MAX_BAD_STEPS} steps"):
-        bad_step(99)
+    assert not any(failure_after(step, math.nan) for step in range(MAX_BAD_STEPS - 1))
+    assert failure_after(30, 0.0) is None  # one good step starts the count again
+    assert not any(failure_after(40 + step, math.nan) for step in range(MAX_BAD_STEPS - 1))
+    expected = f"the loss is nan and its gradient has not been finite for {MAX_BAD_STEPS} steps"
+    assert failure_after(99, math.nan) == expected
     assert module.weight.item() == 1.0
     assert optimizer.num_skipped == 2 * MAX_BAD_STEPS - 1
 
 
-def test_a_restored_optimizer_goes_on_bit_for_bit() -> None:
+def test_a_restored_optimizer_continues_bit_for_bit() -> None:
     def run(module: Weights, optimizer: GuardedOptimizer, steps: range) -> None:
         for step in steps:
             optimizer.step((module.weight - 1 / (1 + step)).square().sum(), step)
@@ -203,12 +230,12 @@ def test_the_clip_by_moments_is_the_one_written_out(weight_decay: float) -> None
     # The second step's first element and the third's second are beyond their bounds, of 3.1 and about 6.
     gradients = [[1.0, -2.0], [50.0, 1.0], [-1.0, -90.0], [0.3, 0.2]]
     loop, module = replace(EBM, weight_decay=weight_decay), Weights(1.0, -2.0)
-    optimizer = GuardedOptimizer(module.parameters(), loop)
+    optimizer = stage_optimizer(module.parameters(), loop)
     norms = [optimizer.step(loss_with_gradient(module.weight, *each), step) for step, each in enumerate(gradients)]
     assert module.weight.tolist() == pytest.approx(adam_by_hand(gradients, loop, [1.0, -2.0]), rel=1e-6)
     assert norms == pytest.approx([math.hypot(*each) for each in gradients])  # before the clip
     unclipped = Weights(1.0, -2.0)
-    free = GuardedOptimizer(unclipped.parameters(), replace(loop, clip="norm", grad_clip=1e9))
+    free = stage_optimizer(unclipped.parameters(), replace(loop, clip="norm", grad_clip=1e9))
     for step, each in enumerate(gradients):
         free.step(loss_with_gradient(unclipped.weight, *each), step)
     assert (unclipped.weight - module.weight).abs().min() > 1e-3  # negative control
@@ -216,7 +243,7 @@ def test_the_clip_by_moments_is_the_one_written_out(weight_decay: float) -> None
 
 def test_the_first_step_is_not_clipped_by_moments() -> None:
     module = Weights(0.0)
-    optimizer = GuardedOptimizer(module.parameters(), EBM)
+    optimizer = stage_optimizer(module.parameters(), EBM)
     optimizer.step(loss_with_gradient(module.weight, 1e6), 0)
     assert module.weight.grad is not None and module.weight.grad.item() == 1e6
     optimizer.step(loss_with_gradient(module.weight, 1e9), 1)
@@ -227,6 +254,6 @@ def test_a_factor_lowers_the_rate() -> None:
     moved = []
     for factor in (1.0, 0.25):
         module = Weights(1.0)
-        GuardedOptimizer(module.parameters(), EBM).step(loss_with_gradient(module.weight, 3.0), 0, factor)
+        stage_optimizer(module.parameters(), EBM).step(loss_with_gradient(module.weight, 3.0), 0, factor)
         moved.append(1.0 - module.weight.item())
     assert moved == pytest.approx([0.1, 0.025], rel=1e-6)

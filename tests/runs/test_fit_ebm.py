@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ import yaml
 
 from ppl_vaebm import fit
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm import step_search as tuning
-from ppl_vaebm.inference.ebm.learner import EnergyLearner
+from ppl_vaebm.inference.ebm import step_search
+from ppl_vaebm.inference.ebm.guard import Guard
 from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.loading import load_run
@@ -56,9 +56,10 @@ def energy_bytes(run: Path) -> bytes:
 
 
 def test_tuning_shows_its_trials_and_leaves_its_choice_in_the_run(
-    run: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit.main([*MLE, "--run", str(run), "--kernel", "mala", "--tune", "--ebm.tune-steps", "5"])
+    monkeypatch.setattr(step_search, "NUM_RATIO_STEPS", 5)
+    fit.main([*MLE, "--run", str(run), "--kernel", "mala", "--tune"])
     said, tree = capsys.readouterr().out, options(run)
     (line,) = [line for line in said.splitlines() if line.endswith("<- chosen")]
     step_size, num_steps = line.split()[:2]
@@ -70,7 +71,8 @@ def test_tuning_shows_its_trials_and_leaves_its_choice_in_the_run(
 
 @pytest.mark.slow
 def test_a_tuned_run_resumes_without_tuning_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["--run", str(run), "--kernel", "langevin", "--tune", "--ebm.tune-steps", "5"]
+    monkeypatch.setattr(step_search, "NUM_RATIO_STEPS", 5)
+    command = ["--run", str(run), "--kernel", "langevin", "--tune"]
     fit.main([*MLE, *command])
     whole, tree = energy_bytes(run), options(run)
     folder = run / "checkpoints" / "ebm"
@@ -79,8 +81,7 @@ def test_a_tuned_run_resumes_without_tuning_again(run: Path, monkeypatch: pytest
     def refuse(*args: object) -> None:
         raise AssertionError("it tuned again")
 
-    monkeypatch.setattr(tuning, "tune", refuse)
-    monkeypatch.setattr("ppl_vaebm.runs.fitting.tune", refuse)
+    monkeypatch.setattr("ppl_vaebm.runs.fitting.search", refuse)
     fit.main(["--stage", "ebm", "--run", str(run), "--resume"])
     assert energy_bytes(run) == whole and options(run) == tree
 
@@ -91,24 +92,24 @@ def test_a_tuned_run_resumes_without_tuning_again(run: Path, monkeypatch: pytest
 def test_a_run_that_gives_up_keeps_its_last_checkpoint_and_says_so(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = ["--ebm.max-grad-norm", "1e-6", "--ebm.max-rollbacks", "1"]
+    limits = ["--ebm.max-energy-gap", "1e-6", "--ebm.max-rollbacks", "1"]
     with pytest.raises(SystemExit) as stop:
         fit.main([*MLE, "--run", str(run), *limits])
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert "ebm.max-grad-norm" in error and "lower learning rate" in error
+    assert "ebm.max-energy-gap" in error and "lower learning rate" in error
 
 
 def test_a_stopped_stage_is_a_run_like_any_other(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = EnergyLearner.step
+    original, num_steps = Guard.watch, 0
 
-    def step(self: EnergyLearner, step: int, is_logged: bool) -> Any:
-        phase, monitors = original(self, step, is_logged)
-        if step >= 9:  # after the checkpoint of step 8
-            self.guard.watch({"energy_gap": 1e9}, step)
-        return phase, monitors
+    def watch(self: Guard, monitors: Mapping[str, float]) -> str | None:
+        nonlocal num_steps
+        num_steps += 1
+        is_bad = num_steps == 10  # after the checkpoint of step 8
+        return original(self, {"energy_gap": 1e9} if is_bad else monitors)
 
-    monkeypatch.setattr(EnergyLearner, "step", step)
+    monkeypatch.setattr(Guard, "watch", watch)
     fit.main([*MLE, "--run", str(run), "--ebm.max-rollbacks", "0"])
     assert checkpoints.available(run / "checkpoints" / "ebm")[-1] == 8
     event = Run(run).metrics("ebm")[-1]
@@ -171,13 +172,11 @@ def test_a_checkpoint_of_a_version_with_fewer_options_is_read(run: Path) -> None
         ([*MLE, "--ebm.rollback-factor", "1"], ["ebm.rollback-factor", "(0, 1)"]),
         ([*MLE, "--ebm.max-energy-gap", "0"], ["ebm.max-energy-gap", "positive"]),
         ([*MLE, "--ebm.min-acceptance", "1"], ["ebm.min-acceptance"]),
-        ([*MLE, "--ebm.min-exchange", "1"], ["ebm.min-exchange"]),
         ([*MLE, "--threads", "-1"], ["fit: threads", "0 or more"]),
         ([*MLE, "--ebm.latent.steps", "3"], ["ebm.latent.steps", "0 without energy.latent-term"]),
         ([*MLE, "--ebm.max-rollbacks", "-1"], ["ebm.max-rollbacks"]),
-        ([*MLE, "--ebm.tune-rejection", "0"], ["ebm.tune-rejection"]),
-        (["--stage", "ebm", "--overwrite", "--objective", "ladder", "--ebm.rung-steps", "0"], ["ebm.rung-steps"]),
-        (["--stage", "ebm", "--overwrite", "--objective", "ladder", "--kernel", "langevin"], ["adjusted", "ladder"]),
+        (["--stage", "ebm", "--overwrite", "--objective", "ladder"], ["ladder was removed", "--objective mle"]),
+        ([*MLE, "--ebm.max-grad-norm", "5"], ["ebm.max-grad-norm was removed", "always 1000000", "found 5"]),
         (["--stage", "ebm", "--overwrite", "--objective", "ratio", "--tune"], ["ebm.tune", "chains"]),
         ([*MLE, "--negatives", "importance", "--tune"], ["ebm.tune", "chains"]),
         ([*MLE, "--kernel", "independence", "--tune"], ["ebm.tune", "langevin", "independence"]),

@@ -1,347 +1,258 @@
-"""The negative phase of stage 2: what the data's energies are held against, at every step of training.
+"""Persistent chains of h, whose ends are the negatives of maximum likelihood (Du and Mordatch 2019).
 
-Draws of the VAE for the ratio and for importance weights; chains of the kernel for maximum likelihood; and for the
-ladder, chains of the density of the rung below.
+The store holds positions, of eps_z and eps_x both, so each is a chain in the joint space. An update takes a random
+batch of slots; each chain continues with a given probability and restarts otherwise. Potentials and gradients are not
+stored: they are stale once the energy's weights have moved.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm.replay import Replay
 from ppl_vaebm.inference.kernels.adaptation import follow_acceptance, with_step_size
-from ppl_vaebm.inference.kernels.base import KernelInfo, KernelParams, init_without_grad, value_only
+from ppl_vaebm.inference.kernels.base import KernelInfo, KernelParams, draw_normal, init_without_grad
 from ppl_vaebm.inference.kernels.ladder import stored_ladder
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
-from ppl_vaebm.inference.latent_chains import (
-    SWEEPS_PER_EXCHANGE,
+from ppl_vaebm.inference.latent_exchange import (
+    SWEEPS_PER_SWAP,
     LatentPotential,
     LatentStore,
     num_first,
+    swap,
     with_first,
 )
-from ppl_vaebm.inference.latent_exchange import exchange
-from ppl_vaebm.inference.likelihood import weights_ess
-from ppl_vaebm.inference.log_z.base import log_mean_exp
-from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import stream
-
-WEIGHT_ESS_EVERY = 50
-"""Steps between looks at draws of the VAE where the negatives are chains: they cost a batch of their own. Chosen by
-us."""
 
 Latents = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One step's data against its negatives: what the loss needs, and what guard and record are told."""
+class Taken(NamedTuple):
+    """A batch of chains."""
 
-    loss: Tensor
-    """The objective, ``()``."""
-    energy_data: Tensor
-    """Energies of the data, ``(n,)``."""
-    energy_square: Tensor
-    """Mean square of the energies that are being learnt, of the data plus of the negatives, nats^2, ``()``: the L2
-    penalty. A held term of the first latent is left out, or the penalty would teach the rest to undo it."""
-    energy_model: Tensor
-    """Mean energy under h as the negatives estimate it, ``()``; at the optimum it equals the data's."""
-    monitors: dict[str, Tensor]
-    """What the guard watches, ``()`` each."""
-    record: dict[str, float]
-    """What to log beside the monitors; empty unless asked for."""
+    positions: Tensor
+    """Where they begin, ``(num, D)``."""
+    slots: Tensor
+    """Their places in the store, ``(num,)``."""
+    is_continued: Tensor
+    """Whether a chain continues from the store rather than restarts, ``(num,)``."""
 
 
-class _Moved(NamedTuple):
-    """What the chains of one step did."""
+class Moved(NamedTuple):
+    """A batch of chains after the transitions of one update."""
 
     start: Tensor
-    """Where they began, ``(n, D)``."""
+    """Where they began, ``(num, D)``."""
     end: Tensor
-    """Where they are, ``(n, D)``."""
-    infos: list[KernelInfo]
-    exchange_rate: Tensor | None
-    """Acceptance of the first latent's exchange, over those of the chains that went on, ``(m,)``: one that restarts has
-    its partner's first latent, and whatever the energy accepts to exchange that. ``None`` where there is none."""
+    """Where they are, ``(num, D)``."""
+    acceptance_rate: Tensor
+    """Mean over chains and transitions, ``()``."""
+    step_size: Tensor
+    """Angle h of the transitions, ``()``."""
+    num_evals: Tensor
+    """Evaluations of the potential over all chains, ``()``."""
+    swap_rate: Tensor | None
+    """Mean acceptance of the swaps of the first latent, ``()``, over the continued chains: one that restarts already
+    has its partner's first latent. ``None`` where there is none."""
 
 
-class NegativePhase:
-    """The ways to the negative phase.
+class PersistentChains:
+    """Chains of the training kernel on the energy in training, their store, and the kernel's parameters.
 
     Args:
         config: the run's configuration.
         potential: of the VAEBM in training.
+        partners: chains of the first latent's own term, from which chains restart; ``None`` for an energy without it.
     """
 
-    def __init__(self, config: Config, potential: NoisePotential) -> None:
-        self.config = config
-        self.potential = potential
-        self.is_ladder = config.ebm.objective == "ladder"
-        below = copy.deepcopy(potential.vaebm.energy).eval().requires_grad_(False) if self.is_ladder else None
-        self.sampled = potential if below is None else noise_potential(VAEBM(potential.vaebm.vae, below))
-        self.kernel = build_kernel(config.kernel, self.sampled)
-        reference = potential.draw_reference(
-            stream(config.seed, "replay", device=config.device), config.ebm.replay_size
-        )
-        self.replay = Replay(reference)
-        self.latents: LatentStore | None = None
-        if potential.vaebm.energy.latent_net is not None:
-            starts, num = stream(config.seed, "latent-store", device=config.device), config.ebm.latent.store_size
-            self.latents = LatentStore(potential.vaebm, starts, max(num, config.ebm.batch_size))
+    def __init__(self, config: Config, potential: NoisePotential, partners: LatentStore | None = None) -> None:
+        self.config, self.potential, self.partners = config, potential, partners
+        start = stream(config.seed, "replay", device=config.device)
+        self.positions = potential.draw_reference(start, config.ebm.replay_size)
+        """The store, ``(size, D)``."""
+        self.kernel = build_kernel(config.kernel, potential)
+        self.params: KernelParams = start_params(config.kernel, self.positions)
         self.held = LatentPotential(potential.vaebm) if config.ebm.latent.steps else None
-        self.params: KernelParams = start_params(config.kernel, reference)
-        self.num_divergent = torch.zeros((), dtype=torch.int64, device=reference.device)
+        """Phi of the first latent's term where training leaves it as it is, so that it has a density to keep."""
+        self.num_divergent = torch.zeros((), dtype=torch.int64, device=self.positions.device)
         """Divergent moves since the last record, ``()``."""
 
-    def __call__(
-        self, x: Tensor, step: int, z: Latents | None = None, *, seed: int | None = None, is_logged: bool = True
-    ) -> Phase:
-        """Run the negative phase of one step.
+    def restart(self, seed: int) -> None:
+        """Let all chains begin anew at those of the first latent, which have learnt where it belongs.
 
         Args:
-            x: data, ``(n, *event_shape)``.
-            step: number of this step.
-            z: the data's latents, for an energy that reads them.
-            seed: of this step's draws; the run's if not given.
-            is_logged: whether the record is wanted.
-
-        Returns:
-            Loss, monitors and record.
-        """
-        loop, energy = self.config.ebm, self.potential.vaebm.energy
-        generator = stream(self.config.seed if seed is None else seed, "negatives", step, device=self.config.device)
-        if loop.objective == "ratio" or (loop.objective == "mle" and step < loop.ratio_steps):
-            return self._ratio(energy(x, z), z, generator)
-        if self.is_ladder:
-            return self._rung(x, z, step, generator, is_logged)
-        if loop.negatives == "importance":
-            return self._importance(energy(x, z), z, generator)
-        return self._mle(energy(x, z), z, step, generator, is_logged)
-
-    def restart_chains(self, seed: int) -> None:
-        """Let all chains begin anew at the first latent's own ones, which have learnt where that belongs.
-
-        Args:
-            seed: of the rest of their noise.
+            seed: of the other noises.
         """
         generator = stream(seed, "restart", device=self.config.device)
-        for rows in self.replay.positions.split(self.config.ebm.batch_size):
-            fresh = self._restarts(generator, self._partners(generator, len(rows)))
-            assert fresh is not None
-            rows.copy_(fresh)
+        for rows in self.positions.split(self.config.ebm.batch_size):
+            rows.copy_(self._restarts(generator, self._moved_partners(generator, len(rows))[0]))
 
-    def weights(self) -> dict[str, nn.Module]:
-        """Return the modules of which a checkpoint needs the weights: the ladder's rung below."""
-        return {"rung": self.sampled.vaebm.energy} if self.is_ladder else {}
+    def advance(self, generator: torch.Generator, num: int, probability: float) -> Moved:
+        """Take a batch of chains, move it by the transitions of one update, and put it back.
 
-    def state(self) -> dict[str, Any]:
-        """Return the replay and the kernel's steps, for a checkpoint."""
-        state = {
-            "replay": self.replay.positions,
-            "replay_sites": self._replay_sites(),
-            "step_size": float(self.params.step_size),
-            "num_divergent": int(self.num_divergent),
-        }
-        if self.params.ladder is not None:
-            state["ladder"] = self.params.ladder._asdict()
-        return state if self.latents is None else state | {"latents": self.latents.state()}
-
-    def load(self, state: Mapping[Any, Any]) -> None:
-        """Take up the replay and the kernel's steps of a checkpoint's state.
-
-        Raises:
-            InputError: the replay is of another size, or of another model.
+        Args:
+            generator: source of randomness, on the chains' device.
+            num: chains, at most the store's size.
+            probability: of continuing from the store.
         """
-        stored, held = state["replay"], self.replay.positions
-        # A state of an earlier version does not name its sites.
-        if stored.shape != held.shape or state.get("replay_sites", self._replay_sites()) != self._replay_sites():
-            raise InputError(
-                f"expected a replay of {_form(held)} ({', '.join(self._replay_sites())}), found one of {_form(stored)} "
-                f"({', '.join(state.get('replay_sites', ['unnamed']))}): it is of another model or another "
-                "ebm.replay-size; start the stage again with --overwrite"
-            )
-        held.copy_(stored)
-        self.num_divergent.fill_(state.get("num_divergent", 0))
-        if self.latents is not None:
-            self.latents.load(state["latents"])
-        self.params = with_step_size(self.params, state["step_size"])
-        if "ladder" in state:  # its steps followed acceptance by a product of many rounded factors
-            self.params = self.params._replace(ladder=stored_ladder(state["ladder"], like=held))
-
-    def _replay_sites(self) -> list[str]:
-        return [f"{name} {tuple(shape)}" for name, shape in self.potential.packing.shapes.items()]
-
-    def _energy_square(self, energy_data: Tensor, z: Latents | None, energy: Tensor, position: Tensor) -> Tensor:
-        if self.held is not None:
-            assert z is not None
-            energy_data = energy_data - self.potential.vaebm.energy.latent_term(z)
-            energy = energy - self.held(position[:, : num_first(self.potential)])
-        return energy_data.square().mean() + energy.square().mean()
-
-    def _draws(self, generator: torch.Generator) -> Tensor:
-        return self.potential.draw_reference(generator, self.config.ebm.num_importance)
-
-    def _ratio(self, energy_data: Tensor, z: Latents | None, generator: torch.Generator) -> Phase:
-        draws = self._draws(generator)
-        energy = self.potential(draws)
-        loss = softplus(energy_data).mean() + softplus(-energy).mean()
-        return self._weighted(loss, energy_data, energy, self._energy_square(energy_data, z, energy, draws))
-
-    def _importance(self, energy_data: Tensor, z: Latents | None, generator: torch.Generator) -> Phase:
-        draws = self._draws(generator)
-        energy = self.potential(draws)
-        loss = energy_data.mean() - _weighted_mean(energy, energy)
-        return self._weighted(loss, energy_data, energy, self._energy_square(energy_data, z, energy, draws))
-
-    def _weighted(self, loss: Tensor, energy_data: Tensor, energy: Tensor, energy_square: Tensor) -> Phase:
-        """Put together a phase whose negatives are draws of the VAE, with weights ``exp(-E)`` under h."""
-        # Where few weights count the gap is noise, so the guard is not told of it.
-        monitors = {"energy_sd": _largest_sd(energy_data, energy)}
-        record = {"weight_ess": weights_ess(-energy.detach())}
-        return Phase(loss, energy_data, energy_square, _weighted_mean(energy, energy), monitors, record)
-
-    def _mle(
-        self, energy_data: Tensor, z: Latents | None, step: int, generator: torch.Generator, is_logged: bool
-    ) -> Phase:
-        moved = self._run_chains(len(energy_data), step, generator)
-        x, z_negative = self._image(moved.end)
-        energy = self.potential.vaebm.energy(x, z_negative)
-        loss = energy_data.mean() - energy.mean()
-        energy_square = self._energy_square(energy_data, z, energy, moved.end)
-        record = self._chain_record(moved, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy, energy.mean(), x, moved)
-        self._adapt(monitors["acceptance_rate"])
-        return Phase(loss, energy_data, energy_square, energy.mean(), monitors, record)
-
-    def _rung(self, x: Tensor, z: Latents | None, step: int, generator: torch.Generator, is_logged: bool) -> Phase:
-        """Tell data from draws of the rung below, by the logistic regression whose logit is what this rung adds."""
-        energy, below = self.potential.vaebm.energy, self.sampled.vaebm.energy
-        rung, since = divmod(step, self.config.ebm.rung_steps)
-        if rung == 0:  # below the first rung is the VAE
-            return self._ratio(energy(x, z), z, generator)
-        if since == 0:
-            below.load_state_dict(energy.state_dict())
-        moved = self._run_chains(len(x), step, generator)
-        x_negative, z_negative = self._image(moved.end)
-        with torch.no_grad():
-            below_data, below_negative = below(x, z), below(x_negative, z_negative)
-        energy_data, energy_negative = energy(x, z), energy(x_negative, z_negative)
-        rise = energy_negative - below_negative
-        loss = softplus(energy_data - below_data).mean() + softplus(-rise).mean()
-        model = _weighted_mean(energy_negative, rise)
-        log_z = log_mean_exp(-rise.detach())
-        record = {"rung": rung + 1, "rung_log_z": log_z.value, "rung_ess": log_z.ess}
-        record = record | self._chain_record(moved, step) if is_logged else {}
-        monitors = self._chain_monitors(energy_data, energy_negative, model, x_negative, moved)
-        self._adapt(monitors["acceptance_rate"])
-        energy_square = self._energy_square(energy_data, z, energy_negative, moved.end)
-        return Phase(loss, energy_data, energy_square, model, monitors, record)
-
-    def _run_chains(self, num: int, step: int, generator: torch.Generator) -> _Moved:
-        """Move chains of the replay."""
-        partners = self._partners(generator, num)
-        taken = self.replay.take(
-            generator, num, replay_probability(self.config.ebm, step), self._restarts(generator, partners)
-        )
-        infos = []
-        with _frozen(self.sampled.vaebm.energy):
-            exchanged, rates = self._exchanged(generator, taken.positions, partners)
-            state = self.kernel.init(exchanged)
-            for _ in range(self.config.ebm.num_transitions):
-                state, info = self.kernel.step(generator, state, self.params)
-                infos.append(info)
+        with frozen(self.potential.vaebm.energy):
+            partners = None if self.partners is None else self._moved_partners(generator, num)
+            restarts = None if partners is None else self._restarts(generator, partners[0])
+            taken = self.take(generator, num, probability, restarts)
+            position, swap_rates = taken.positions, None
+            if self.held is not None and partners is not None:
+                position, swap_rates = self.swap(generator, position, *partners)
+            end, infos = self.move(generator, position)
         self.num_divergent += torch.stack([info.is_divergent for info in infos]).sum()
-        self.replay.put(taken.slots, state.position)
-        rates = None if rates is None or not taken.goes_on.any() else rates[taken.goes_on]
-        return _Moved(taken.positions, state.position, infos, rates)
+        self.put(taken.slots, end)
+        acceptance_rate = torch.stack([info.acceptance_rate for info in infos]).mean()
+        step_size = self.params.step_size
+        if self.kernel.target_acceptance is not None:  # the step follows the energy as it changes
+            self.params = follow_acceptance(self.params, float(acceptance_rate), self.kernel.target_acceptance)
+        swap_rate = None
+        if swap_rates is not None and taken.is_continued.any():
+            swap_rate = swap_rates[taken.is_continued].mean()
+        num_evals = torch.stack([info.num_evals for info in infos]).sum()
+        return Moved(taken.positions, end, acceptance_rate, step_size, num_evals, swap_rate)
 
-    def _partners(self, generator: torch.Generator, num: int) -> tuple[Tensor, Tensor] | None:
-        """Move chains of the first latent, where it has such; return where they are, and their slots."""
-        if self.latents is None:
-            return None
-        with _frozen(self.potential.vaebm.energy):
-            first, slots, _ = self.latents.advance(generator, num, SWEEPS_PER_EXCHANGE)
-        return first, slots
+    def take(self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None) -> Taken:
+        """Take a batch of chains from random slots.
 
-    def _restarts(self, generator: torch.Generator, partners: tuple[Tensor, Tensor] | None) -> Tensor | None:
-        """Draw where chains restart from: the first latent from its own chains, where it has such."""
-        if partners is None:
-            return None
-        first, _ = partners
-        return with_first(self.potential.draw_reference(generator, len(first)), first)
-
-    def _exchanged(
-        self, generator: torch.Generator, start: Tensor, partners: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Exchange the first latent with chains of its own term, where that is held and so has a density to keep.
-
-        Return where the chains are then, and the acceptance rates ``(n,)``, if there was anything to accept.
+        Args:
+            generator: source of slots, choices and fresh noise; on the positions' device.
+            num: chains, at most the store's size.
+            probability: that a chain continues rather than restarts.
+            restarts: where those that restart begin, ``(num, D)``; draws from N(0, I) if not given.
         """
-        if self.held is None or self.latents is None or partners is None:
-            return start, None
-        first, slots = partners
-        state, other = init_without_grad(self.sampled)(start), init_without_grad(self.held)(first)
-        found = exchange(generator, self.sampled, self.held, state, other)
-        self.latents.put(slots, found.other.position)
-        return found.state.position, found.acceptance_rate
+        device = self.positions.device
+        slots = torch.randperm(len(self.positions), generator=generator, device=device)[:num]
+        stored = self.positions[slots]
+        is_continued = torch.rand((num, 1), generator=generator, device=device) < probability
+        fresh = draw_normal(generator, stored) if restarts is None else restarts
+        return Taken(torch.where(is_continued, stored, fresh), slots, is_continued.squeeze(1))
 
-    def _image(self, position: Tensor) -> tuple[Tensor, Latents]:
-        """Return the x whose energy the loss takes, and its latents, without a gradient."""
-        sites = self.potential.packing.unravel(position)
-        vae = self.potential.vaebm.vae
+    def move(self, generator: torch.Generator, position: Tensor) -> tuple[Tensor, list[KernelInfo]]:
+        """Run the transitions of one update from positions ``(num, D)``; return the ends and a report for each."""
+        state, infos = self.kernel.init(position), []
+        for _ in range(self.config.ebm.num_transitions):
+            state, info = self.kernel.step(generator, state, self.params)
+            infos.append(info)
+        return state.position, infos
+
+    def swap(self, generator: torch.Generator, position: Tensor, first: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Swap the first latent with chains of its own held term.
+
+        Args:
+            generator: source of the acceptances.
+            position: of the chains, ``(num, D)``.
+            first: of their partners, ``(num, d)``.
+            slots: of the partners in their store, ``(num,)``.
+
+        Returns:
+            Positions afterwards, and acceptance rates ``(num,)``.
+        """
+        assert self.held is not None and self.partners is not None
+        state, other = init_without_grad(self.potential)(position), init_without_grad(self.held)(first)
+        swapped = swap(generator, self.potential, self.held, state, other)
+        self.partners.put(slots, swapped.other.position)
+        return swapped.state.position, swapped.acceptance_rate
+
+    def put(self, slots: Tensor, positions: Tensor) -> None:
+        """Return chains, ``(num, D)``, to their slots ``(num,)``."""
+        self.positions[slots] = positions.detach()
+
+    def negatives(self, position: Tensor) -> tuple[Tensor, Latents]:
+        """Return the x whose energy the loss takes at positions ``(num, D)``, and its latents, without a gradient."""
+        sites, vae = self.potential.packing.unravel(position), self.potential.vaebm.vae
         with torch.no_grad():
             if self.config.ebm.negative_image == "draw":
                 return vae.transport(sites)
             decoded, z = vae.decode_noise(sites)
             return decoded.mean(), z
 
-    def _chain_monitors(
-        self, energy_data: Tensor, energy: Tensor, model: Tensor, x: Tensor, moved: _Moved
-    ) -> dict[str, Tensor]:
-        monitors = {
-            "energy_gap": (energy_data.mean() - model).detach(),
-            "energy_sd": _largest_sd(energy_data, energy),
-            "acceptance_rate": torch.stack([info.acceptance_rate for info in moved.infos]).mean(),
-        }
-        if moved.exchange_rate is not None:
-            monitors["exchange_rate"] = moved.exchange_rate.mean()
-        is_image = x.dim() == 4
-        return monitors | ({"saturation": (x.abs() > 1).float().mean()} if is_image else {})
+    def without_held(
+        self, energy_data: Tensor, z: Latents | None, energy_negatives: Tensor, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Leave the held term out of energies, or an L2 penalty would teach the others to undo it.
 
-    def _chain_record(self, moved: _Moved, step: int) -> dict[str, float]:
-        start, end, infos = moved.start, moved.end, moved.infos
-        mean_squares = self.potential.packing.mean_square(end)
+        Args:
+            energy_data: of data, ``(n,)``.
+            z: their latents.
+            energy_negatives: of negatives, ``(m,)``.
+            position: of these, ``(m, D)``.
+        """
+        if self.held is None:
+            return energy_data, energy_negatives
+        assert z is not None
+        held = self.held(position[:, : num_first(self.potential)])
+        return energy_data - self.potential.vaebm.energy.latent_term(z), energy_negatives - held
+
+    def record(self, moved: Moved) -> dict[str, float]:
+        """Return what is logged of an update's moves beside the monitors; divergences count from the last record."""
         record = {
             "num_divergent": int(self.num_divergent),
-            "step_size": float(self.params.step_size),
-            "num_evals": int(torch.stack([info.num_evals for info in infos]).sum()),
-            "rms_move": float((end - start).square().mean().sqrt()),
-            **{f"eps_mean_square/{name}": float(value.mean()) for name, value in mean_squares.items()},
+            "step_size": float(moved.step_size),
+            "num_evals": int(moved.num_evals),
+            "rms_move": float((moved.end - moved.start).square().mean().sqrt()),
         }
         self.num_divergent.zero_()
-        if step and (step + 1) % WEIGHT_ESS_EVERY:  # counted as log-every counts, or the two might never meet
-            return record
-        generator = stream(self.config.seed, "weight_ess", step, device=self.config.device)
-        energy = value_only(self.potential, self.potential.draw_reference(generator, len(start)))
-        return record | {"weight_ess": weights_ess(-energy)}
+        mean_squares = self.potential.packing.mean_square(moved.end)
+        return record | {f"eps_mean_square/{name}": float(value.mean()) for name, value in mean_squares.items()}
 
-    def _adapt(self, acceptance_rate: Tensor) -> None:
-        """Let the step follow the energy as it changes, by its acceptance rate."""
-        target = self.kernel.target_acceptance
-        if target is None:
-            return
-        self.params = follow_acceptance(self.params, float(acceptance_rate), target)
+    def state(self) -> dict[str, Any]:
+        """Return the chains and the kernel's steps, for a checkpoint."""
+        state = {
+            "replay": self.positions,
+            "replay_sites": self._sites(),
+            "step_size": float(self.params.step_size),
+            "num_divergent": int(self.num_divergent),
+        }
+        if self.params.ladder is not None:
+            state["ladder"] = self.params.ladder._asdict()
+        return state if self.partners is None else state | {"latents": self.partners.state()}
+
+    def load(self, state: Mapping[Any, Any]) -> None:
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            InputError: the chains are of another number, or of another model.
+        """
+        stored = state["replay"]
+        # A state of an earlier version does not name its sites.
+        if stored.shape != self.positions.shape or state.get("replay_sites", self._sites()) != self._sites():
+            raise InputError(
+                f"expected a replay of {_form(self.positions)} ({', '.join(self._sites())}), found one of "
+                f"{_form(stored)} ({', '.join(state.get('replay_sites', ['unnamed']))}): it is of another model or "
+                "another ebm.replay-size; start the stage again with --overwrite"
+            )
+        self.positions.copy_(stored)
+        self.num_divergent.fill_(state.get("num_divergent", 0))
+        if self.partners is not None:
+            self.partners.load(state["latents"])
+        self.params = with_step_size(self.params, state["step_size"])
+        if "ladder" in state:  # its steps followed acceptance by a product of many rounded factors
+            self.params = self.params._replace(ladder=stored_ladder(state["ladder"], like=self.positions))
+
+    def _sites(self) -> list[str]:
+        return [f"{name} {tuple(shape)}" for name, shape in self.potential.packing.shapes.items()]
+
+    def _moved_partners(self, generator: torch.Generator, num: int) -> tuple[Tensor, Tensor]:
+        """Move chains of the first latent; return where they are, ``(num, d)``, and their slots."""
+        assert self.partners is not None
+        with frozen(self.potential.vaebm.energy):
+            first, slots, _ = self.partners.advance(generator, num, SWEEPS_PER_SWAP)
+        return first, slots
+
+    def _restarts(self, generator: torch.Generator, first: Tensor) -> Tensor:
+        """Draw where chains restart: the first latent from its own chains, ``(num, d)``, the rest from N(0, I)."""
+        return with_first(self.potential.draw_reference(generator, len(first)), first)
 
 
 def _form(positions: Tensor) -> str:
@@ -349,30 +260,20 @@ def _form(positions: Tensor) -> str:
 
 
 @contextmanager
-def _frozen(energy: nn.Module) -> Iterator[None]:
-    """Hold an energy still while chains move on it, and put it back as it was."""
-    was_training, wanted = energy.training, [parameter.requires_grad for parameter in energy.parameters()]
+def frozen(energy: nn.Module) -> Iterator[None]:
+    """Freeze an energy, in evaluation mode, while chains move on it; restore it afterwards."""
+    was_training, required = energy.training, [parameter.requires_grad for parameter in energy.parameters()]
     energy.eval().requires_grad_(False)
     try:
         yield
     finally:
         energy.train(was_training)
-        for parameter, is_wanted in zip(energy.parameters(), wanted, strict=True):
-            parameter.requires_grad_(is_wanted)
-
-
-def _weighted_mean(energy: Tensor, tilt: Tensor) -> Tensor:
-    """Estimate the mean energy under a density from draws of another, with weights ``exp(-tilt)``, ``()``."""
-    return (-tilt.detach()).softmax(0) @ energy
-
-
-def _largest_sd(energy_data: Tensor, energy_negatives: Tensor) -> Tensor:
-    """Return the larger of the two spreads, nats, ``()``."""
-    return torch.stack([energy_data.detach().std(), energy_negatives.detach().std()]).max()
+        for parameter, is_required in zip(energy.parameters(), required, strict=True):
+            parameter.requires_grad_(is_required)
 
 
 def replay_probability(loop: EbmConfig, step: int) -> float:
-    """Return the probability that a chain goes on from the replay at a step, after annealing."""
+    """Return the probability that a chain continues from the store at a step, after annealing."""
     if not loop.replay_anneal_steps:
         return loop.replay_probability
     return loop.replay_probability * min(1.0, step / loop.replay_anneal_steps)

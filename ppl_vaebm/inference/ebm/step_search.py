@@ -1,10 +1,9 @@
-"""Step size and number of steps of the training chains, found before training.
+"""Search for the step size and the number of steps of the training chains, before training.
 
-Chains from fresh noise, as training starts them, descend the energy. What counts is how far they come for what an
+Chains from fresh noise, as training starts them, descend the energy. The measure is how far they come for what an
 update costs, as long as the steps would be accepted. An untrained energy has no slope, so the energy is a copy that
-the ratio objective has trained for a while. It is flatter than the one at the end: on digits MALA's step found after
-50, 200 and 600 steps of the ratio was 1.57, 0.79 and 0.56, and 0.39 on the energy at the recipe's end; langevin's 0.56
-after 200, and 0.39 (one seed). A kernel whose step follows its acceptance makes up for that in training.
+the density ratio has trained for a while. It is flatter than the one at the end (on digits MALA's step falls from 1.57
+after 50 steps to 0.39), which a kernel whose step follows its acceptance makes up for in training.
 """
 
 from __future__ import annotations
@@ -16,47 +15,53 @@ from typing import NamedTuple
 
 import torch
 
-from ppl_vaebm.config import Config, KernelConfig
+from ppl_vaebm.config import Config
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm.guard import Guard
-from ppl_vaebm.inference.ebm.learner import EnergyLearner
+from ppl_vaebm.inference.ebm import losses
+from ppl_vaebm.inference.ebm.state import Training
 from ppl_vaebm.inference.kernels.adaptation import MAX_STEP_SIZE, with_step_size
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
-from ppl_vaebm.inference.potential import NoisePotential
-from ppl_vaebm.models.vaebm import VAEBM
+from ppl_vaebm.inference.potential import NoisePotential, noise_potential
+from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import stream
+from ppl_vaebm.tables import text_table
 
-MAX_NUM_STEPS = 40
-"""Longest chains tried; the published ones have 6 to 10 steps in training (Xiao et al. 2021)."""
+NUM_RATIO_STEPS = 500
+"""Steps of the density ratio that train the copy; after few the energy is flat, and the step found too large. Chosen by
+us."""
+MAX_REJECTION = 0.25
+"""Largest Metropolis rejection that the step found may have, or would have had. Chosen by us."""
+LONGEST_CHAIN = 40
+"""Most steps tried; the published chains have 6 to 10 in training (Xiao et al. 2021)."""
 STEP_RATIO = 2**-0.5
 """From one step size tried to the next; the fall per gradient is flat to a few percent over it."""
-MIN_STEP_SIZE = 1e-3
+SMALLEST_STEP = 1e-3
 """Last step size tried; the smallest published one is 1.7e-3."""
 NUM_WORSE = 3
-"""Step sizes in a row that do worse than the best, after which smaller ones are not tried."""
+"""Step sizes in a row that do worse than the best, after which smaller ones are not tried. Chosen by us."""
 MAX_TARGET = 0.99
-"""Largest acceptance that a kernel is told to follow: at 1 its step would shrink for ever."""
+"""Largest target acceptance: at 1 a kernel's step would shrink for ever."""
 FIXED_GRADIENTS = 2.0
-"""What an update costs beside its chains' steps, in gradients of as many chains: their first one, and the loss's on
-data and negatives, which has no decoder but two batches."""
+"""Cost of an update beside its chains' steps, in gradients of as many chains: their first one, and the loss's on data
+and negatives, which has no decoder but two batches."""
 
 
 class Trial(NamedTuple):
-    """The best number of steps at one step size, and what it gives."""
+    """The best number of steps at one step size, and its result."""
 
     step_size: float
     """The angle h."""
     num_steps: int
     """Kernel steps of an update."""
     fall: float
-    """Of the mean energy, nats per 1,000 gradients, those that every update has included."""
+    """Of the mean energy, nats per 1,000 gradients, :data:`FIXED_GRADIENTS` of every update included."""
     rejection: float
     """Mean Metropolis rejection of those steps, for an unadjusted kernel that which they would have had."""
 
 
 class Descent(NamedTuple):
-    """What chains from fresh noise do at one step size, step after step."""
+    """Course of chains from fresh noise at one step size, step after step."""
 
     fall: list[float]
     """How much lower the mean energy is than at the start, nats."""
@@ -66,35 +71,69 @@ class Descent(NamedTuple):
     """Gradients per chain so far."""
 
 
-def tune(config: Config, potential: NoisePotential) -> list[Trial]:
+def search(config: Config, data: Data, vae: HierarchicalVAE) -> tuple[Trial, str]:
+    """Find step size and number of steps on an energy that the density ratio has trained for a while.
+
+    Args:
+        config: the run's configuration.
+        data: the data.
+        vae: stage 1's result.
+
+    Returns:
+        The trial chosen, and a text that shows all.
+    """
+    trials = tune(config, trained_copy(config, data, vae))
+    choice = choose(trials)
+    text = f"tuned on the energy after {NUM_RATIO_STEPS} steps of the ratio:\n{trial_table(trials, choice)}"
+    if choice.rejection > MAX_REJECTION:
+        text += f"\nnote: no step size has a rejection of at most {MAX_REJECTION:g}; the least is taken"
+    return choice, text
+
+
+def trained_copy(config: Config, data: Data, vae: HierarchicalVAE) -> NoisePotential:
+    """Train an energy by the density ratio; return the potential of its average. Arguments as :func:`search`."""
+    loop = replace(config.ebm, steps=NUM_RATIO_STEPS)
+    training = Training(replace(config, ebm=loop), data, vae, config.seed)
+    energy, potential = training.vaebm.energy, training.chains.potential
+    for step in range(NUM_RATIO_STEPS):
+        x, z = training.batch(step)
+        generator = stream(config.seed, "negatives", step, device=config.device)
+        energy_data = energy(x, z)
+        energy_draws = potential(potential.draw_reference(generator, loop.batch_size))
+        loss = losses.density_ratio(energy_data, energy_draws)
+        loss = loss + loop.energy_l2 * losses.mean_square(energy_data, energy_draws)
+        if loop.spectral_penalty:
+            loss = loss + loop.spectral_penalty * training.spectral()
+        training.optimizer.step(loss, step)
+        training.average.update(energy)
+    return noise_potential(training.averaged())
+
+
+def tune(config: Config, potential: NoisePotential, max_rejection: float = MAX_REJECTION) -> list[Trial]:
     """Try step sizes from the largest down.
 
     Args:
-        config: kernel, and the bound on rejection; of the kernel's options the step size is not read.
+        config: kernel and batch; the kernel's own step size is not read.
         potential: of a VAEBM with some slope.
+        max_rejection: bound on the rejection.
 
     Returns:
         A trial for every step size, in the order tried.
     """
     trials: list[Trial] = []
     step_size, num_worse, best = MAX_STEP_SIZE, 0, -math.inf
-    while step_size >= MIN_STEP_SIZE and num_worse < NUM_WORSE:
-        trial = _best_length(step_size, descend(config, potential, step_size), config.ebm.tune_rejection)
+    while step_size >= SMALLEST_STEP and num_worse < NUM_WORSE:
+        trial = _best_length(step_size, descend(config, potential, step_size), max_rejection)
         trials.append(trial)
-        if trial.rejection <= config.ebm.tune_rejection:
+        if trial.rejection <= max_rejection:
             num_worse = 0 if trial.fall > best else num_worse + 1
             best = max(best, trial.fall)
         step_size *= STEP_RATIO
     return trials
 
 
-def chosen(trials: Sequence[Trial], max_rejection: float) -> Trial:
-    """Return the trial with the largest fall per gradient of those within the bound.
-
-    Args:
-        trials: at least one.
-        max_rejection: the bound; where none is within it, the one with the least rejection is taken.
-    """
+def choose(trials: Sequence[Trial], max_rejection: float = MAX_REJECTION) -> Trial:
+    """Return the trial with the largest fall within a bound on the rejection; if none is, the least rejection."""
     within = [trial for trial in trials if trial.rejection <= max_rejection]
     return max(within, key=lambda trial: trial.fall) if within else min(trials, key=lambda trial: trial.rejection)
 
@@ -106,9 +145,6 @@ def descend(config: Config, potential: NoisePotential, step_size: float) -> Desc
         config: kernel and batch.
         potential: of the VAEBM.
         step_size: the angle h.
-
-    Returns:
-        What they did after each step.
     """
     generator = stream(config.seed, "tune", device=config.device)
     position = potential.draw_reference(generator, min(config.ebm.batch_size, potential.rows_per_pass))
@@ -117,13 +153,12 @@ def descend(config: Config, potential: NoisePotential, step_size: float) -> Desc
     state = kernel.init(position)
     start = state.potential.double().mean()
     falls, rates, num_evals = [], [], []
-    for _ in range(MAX_NUM_STEPS):
+    for _ in range(LONGEST_CHAIN):
         state, info = kernel.step(generator, state, params)
         falls.append(start - state.potential.double().mean())
         rates.append(info.acceptance_rate.double().mean())
         num_evals.append(info.num_evals.double().mean())
-    counts = torch.arange(1, MAX_NUM_STEPS + 1)
-    mean_rates = torch.stack(rates).cpu().cumsum(0) / counts
+    mean_rates = torch.stack(rates).cpu().cumsum(0) / torch.arange(1, LONGEST_CHAIN + 1)
     return Descent(
         torch.stack(falls).tolist(), (1 - mean_rates).tolist(), torch.stack(num_evals).cpu().cumsum(0).tolist()
     )
@@ -135,46 +170,14 @@ def _best_length(step_size: float, descent: Descent, max_rejection: float) -> Tr
         Trial(step_size, index + 1, 1_000 * fall / (num_evals + FIXED_GRADIENTS), rejection)
         for index, (fall, rejection, num_evals) in enumerate(zip(*descent, strict=True))
     ]
-    return chosen(trials, max_rejection)
-
-
-def trained_copy(config: Config, data: Data, vaebm: VAEBM) -> NoisePotential:
-    """Train an energy by the ratio for a while, for its slope.
-
-    Args:
-        config: the run's configuration.
-        data: the data.
-        vaebm: with an energy as it was made, which is trained in place.
-
-    Returns:
-        The potential of the averaged energy.
-    """
-    loop = config.ebm
-    ratio = replace(
-        loop,
-        objective="ratio",
-        tune=False,
-        guard=False,
-        steps=loop.tune_steps,
-        num_importance=loop.batch_size,
-    )
-    brief = replace(config, ebm=ratio)
-    learner = EnergyLearner(brief, data, vaebm, Guard(brief))
-    for step in range(ratio.steps):
-        learner.step(step, is_logged=False)
-    return NoisePotential(VAEBM(vaebm.vae, learner.average.module))
+    return choose(trials, max_rejection)
 
 
 def with_trial(config: Config, trial: Trial) -> Config:
-    """Put a trial into a configuration.
+    """Put a trial's step size and number of transitions into a configuration.
 
-    Args:
-        config: the run's.
-        trial: the one chosen.
-
-    Returns:
-        The same, with step size and number of transitions. A kernel whose step follows its acceptance in training
-        follows the one found; langevin, whose step stays, is sampled with the same step.
+    A kernel whose step follows its acceptance in training follows the one found; langevin, whose step stays, is sampled
+    with the same step.
 
     Raises:
         InputError: the trial's steps are never accepted, so there is nothing to follow.
@@ -184,26 +187,27 @@ def with_trial(config: Config, trial: Trial) -> Config:
     if target == 0:
         raise InputError(
             f"ebm.tune found no step of {config.kernel.name} that is accepted, down to {trial.step_size:.3g}: leave "
-            "out --tune and set --kernel.step-size, or shorten ebm.tune-steps, after which the energy is flatter"
+            "out --tune and set --kernel.step-size"
         )
     kernel = replace(config.kernel, step_size=trial.step_size, target_acceptance=target)
-    sampling: KernelConfig = config.sampling.kernel
-    if is_fixed and sampling.name == "langevin":
-        sampling = replace(sampling, step_size=trial.step_size)
-    return replace(
-        config,
-        ebm=replace(config.ebm, num_transitions=trial.num_steps),
-        kernel=kernel,
-        sampling=replace(config.sampling, kernel=sampling),
-    )
+    sampling = config.sampling
+    if is_fixed and sampling.kernel.name == "langevin":
+        sampling = replace(sampling, kernel=replace(sampling.kernel, step_size=trial.step_size))
+    loop = replace(config.ebm, num_transitions=trial.num_steps)
+    return replace(config, ebm=loop, kernel=kernel, sampling=sampling)
 
 
-def table(trials: Sequence[Trial], choice: Trial) -> str:
+def trial_table(trials: Sequence[Trial], choice: Trial) -> str:
     """Lay trials out as text, smallest step first, with a mark at the one chosen."""
-    head = f"{'step size':>10} {'steps':>6} {'fall per 1000 gradients':>24} {'rejection':>10}"
     rows = [
-        f"{trial.step_size:>10.4g} {trial.num_steps:>6} {trial.fall:>19.4g} nats {trial.rejection:>10.3f}"
-        + ("  <- chosen" if trial == choice else "")
+        [
+            f"{trial.step_size:.4g}",
+            str(trial.num_steps),
+            f"{trial.fall:.4g} nats",
+            f"{trial.rejection:.3f}",
+            "<- chosen" if trial == choice else "",
+        ]
         for trial in reversed(trials)
     ]
-    return "\n".join([head, *rows])
+    headers = ["step size", "steps", "fall per 1000 gradients", "rejection", ""]
+    return text_table(rows, headers, numbers=(0, 1, 2, 3))

@@ -1,97 +1,45 @@
-"""Stage 2: learn the energy, by contrastive maximum likelihood or as a density ratio.
+"""Stage 2: learn the energy on top of a frozen VAE, by contrastive maximum likelihood or as a density ratio.
 
-Both objectives have the optimum ``E = -log(p_data / p_vae)`` up to a constant, where h is the data's density.
+:func:`fit_ebm` is the whole stage, from top to bottom.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from ppl_vaebm.config import Config
+from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.config.parsing import to_dict
 from ppl_vaebm.data.load import Data
-from ppl_vaebm.data.splits import Split
-from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm.guard import STAGE, Guard, go_back, words
-from ppl_vaebm.inference.ebm.learner import EnergyLearner, data_latents
-from ppl_vaebm.inference.ebm.negatives import Phase
-from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogZ, log_z_from_vae
-from ppl_vaebm.inference.optim import DivergedError, learning_rate
-from ppl_vaebm.inference.potential import NoisePotential, noise_potential
+from ppl_vaebm.inference.ebm import losses
+from ppl_vaebm.inference.ebm.guard import STAGE, Guard, go_back
+from ppl_vaebm.inference.ebm.latent_term import TERM_STAGE, lacks_balance, load_or_fit_latent_term
+from ppl_vaebm.inference.ebm.negatives import Moved, PersistentChains, replay_probability
+from ppl_vaebm.inference.ebm.state import Training
+from ppl_vaebm.inference.ebm.validation import Gain, likelihood_gain
+from ppl_vaebm.inference.kernels.base import value_only
+from ppl_vaebm.inference.likelihood import weights_ess
+from ppl_vaebm.inference.optim import DivergedError
+from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.vae import HierarchicalVAE
-from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
+from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
-MAX_VALIDATION_POINTS = 10_000
-TUNED_KERNELS = ("langevin", "mala", "hmc", "pcn")
-"""Kernels whose step ebm.tune finds; a mixture may hold one of them."""
-
-
-class Gain(NamedTuple):
-    """What the energy adds to the VAE's log-likelihood on held-out data."""
-
-    nats: float
-    """``mean(-E) - log Z``, nats per data point."""
-    error: float
-    """Standard error over data and draws of the VAE."""
-    log_z: LogZ
-
-
-def check_kernel(config: Config) -> None:
-    """Refuse a kernel that the objective or the tuning cannot do with.
-
-    Args:
-        config: the run's configuration.
-
-    Raises:
-        InputError: naming the option.
-    """
-    loop, name = config.ebm, config.kernel.name
-    if loop.objective == "ladder" and name == "langevin":
-        raise InputError(
-            "expected an adjusted kernel with ebm.objective ladder, whose rungs are densities, found langevin; "
-            "set --kernel mala or hmc"
-        )
-    members = config.kernel.members if name == "mixture" else (name,)
-    if loop.tune and not set(TUNED_KERNELS) & set(members):
-        raise InputError(
-            f"expected a kernel with a step that ebm.tune can find ({', '.join(TUNED_KERNELS)}, or a mixture with "
-            f"one), found {', '.join(members)}; leave out --tune, or name another --kernel"
-        )
-
-
-def likelihood_gain(config: Config, potential: NoisePotential, split: Split, seed: int) -> Gain:
-    """Measure ``E_data[log h - log p]``; for an energy of x and z a lower bound of it, tight where the guide is exact.
-
-    Args:
-        config: the run's configuration.
-        potential: of the VAEBM.
-        split: held-out data; at most :data:`MAX_VALIDATION_POINTS` of it.
-        seed: of dequantisation, the data's latents and draws.
-
-    Returns:
-        The gain.
-    """
-    num = min(MAX_VALIDATION_POINTS, len(split))
-    vaebm = potential.vaebm
-    device = next(vaebm.parameters()).device
-    x = split.batch(torch.arange(num), stream(seed, "dequantise")).to(device)
-    with torch.no_grad():
-        parts = [
-            vaebm.energy(rows, data_latents(config, vaebm.vae, rows, seed_for(seed, "posterior", index)))
-            for index, rows in enumerate(x.split(1_000))
-        ]
-    energy = torch.cat(parts).double()
-    log_z = log_z_from_vae(potential, stream(seed, "log_z", device=device), config.ebm.num_validation_draws)
-    error = math.hypot(float(energy.std()) / math.sqrt(num), log_z.error)
-    return Gain(-float(energy.mean()) - log_z.value, error, log_z)
+OBJECTIVES = {
+    "ratio": losses.density_ratio,
+    "importance": losses.importance_weighted,
+    "chains": losses.contrastive,
+}
+WEIGHT_ESS_EVERY = 50
+"""Steps between evaluations of VAE samples where the negatives are chains: they cost a batch of their own. Chosen by
+us."""
 
 
 def fit_ebm(
@@ -99,7 +47,7 @@ def fit_ebm(
 ) -> VAEBM:
     """Fit the energy, writing metrics and checkpoints into the run.
 
-    All randomness of a step is a function of the seed, the step and the times that the guard went back, so a resumed
+    All randomness of a step is a function of the seed, the step and the number of returns of the guard, so a resumed
     fit repeats an uninterrupted one bit for bit on a CPU.
 
     Args:
@@ -113,118 +61,176 @@ def fit_ebm(
         The VAEBM with averaged energy weights.
 
     Raises:
-        InputError: the checkpoint's replay is of another model, or the kernel does not fit the objective.
-        DivergedError: the energy exploded, and there is no guard or it has no checkpoint to go back to.
+        InputError: the chains of the checkpoint are of another model.
+        DivergedError: the energy diverged, and there is no guard or it has no checkpoint to go back to; or a part of
+            the first latent alone did.
     """
-    check_kernel(config)
-    guard = Guard(config)
-    if resume is not None:
-        if "guard" in resume.state:  # an earlier version had none
-            guard.load(resume.state["guard"])
-        guard.rewind(run, resume.step)
-    saved = resume
-    while True:
-        learner = EnergyLearner(config, data, build_vaebm(config, vae), guard, saved)
-        if guard.is_stopped:
-            print(words(guard))
-            _finish_stopped(run, config, data, learner)
-            break
-        try:
-            if saved is None and config.ebm.latent.steps:
-                _learn_latent_term(run, config, data, learner)
-            _attempt(run, config, data, learner)
-            break
-        except DivergedError as error:
-            if not config.ebm.guard:
-                raise
-            saved = go_back(run, guard, error)
-            if not guard.is_stopped:
-                print(words(guard))
-    return VAEBM(vae, learner.average.module)
+    loop, guard, start = config.ebm, Guard(config), time.perf_counter()
+    if resume is None:
+        checkpoints.delete_after(run.checkpoints(TERM_STAGE), -1)
+    else:
+        guard.resume(run, resume)
+    training = begin(run, config, data, vae, guard, resume)
+    if guard.is_stopped:
+        print(guard.describe())
+    progress = tqdm(total=loop.steps, desc="stage ebm", initial=training.num_done, disable=None, mininterval=1)
+    while training.num_done < loop.steps and not guard.is_stopped:
+        step, energy, chains = training.num_done, training.vaebm.energy, training.chains
 
+        # Data.
+        x, z = training.batch(step)
 
-def _learn_latent_term(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:
-    """Do stage 2's first part, and write it down as the checkpoint of step 0."""
-    learner.learn_latent_term(run)
-    potential = noise_potential(VAEBM(learner.vaebm.vae, learner.average.module))
-    _save(run, config, learner, _validate(run, config, potential, data.validation, 0))
+        # Negatives: ends of chains, or VAE samples. Networks and kernels may run in half precision, losses do not.
+        kind, moved, x_negatives = negatives_at(loop, step), None, None
+        generator = stream(guard.seed, "negatives", step, device=config.device)
+        with torch.autocast(x.device.type, torch.bfloat16) if loop.bf16 else nullcontext():
+            energy_data = energy(x, z)
+            if kind == "chains":
+                moved = chains.advance(generator, len(x), replay_probability(loop, step))
+                position = moved.end
+                x_negatives, z_negatives = chains.negatives(position)
+                energy_negatives = energy(x_negatives, z_negatives)
+            else:
+                position = chains.potential.draw_reference(generator, loop.num_importance)
+                energy_negatives = chains.potential(position)
 
+        # Loss.
+        loss = objective = OBJECTIVES[kind](energy_data, energy_negatives)
+        if loop.energy_l2:
+            learnt = chains.without_held(energy_data, z, energy_negatives, position)
+            loss = loss + loop.energy_l2 * losses.mean_square(*learnt)
+        if loop.spectral_penalty:
+            loss = loss + loop.spectral_penalty * training.spectral()
 
-def _attempt(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:
-    """Train from where the learner stands to the last step, unless the energy explodes on the way."""
-    loop, start = config.ebm, time.perf_counter()
-    averaged_potential = noise_potential(VAEBM(learner.vaebm.vae, learner.average.module))
-    steps = range(learner.num_done, loop.steps)
-    progress = tqdm(steps, "stage ebm", loop.steps, initial=steps.start, disable=None, mininterval=1)
-    for step in progress:
-        done = step + 1
-        is_last = done == loop.steps
-        is_logged = done % loop.log_every == 0 or is_last
-        phase, monitors = learner.step(step, is_logged)
-        if is_logged:
-            record = _record(phase, learner, step, time.perf_counter() - start)
-            run.log(record | monitors | phase.record)
+        # Update.
+        grad_norm = training.optimizer.step(loss, step, guard.rate_factor)
+        training.average.update(energy)
+        training.num_done, training.is_saved = step + 1, False
+
+        # Monitors, in one transfer from the device; the guard goes back to a checkpoint, or stops the stage.
+        tensors = monitors_of(energy_data, energy_negatives, moved, x_negatives)
+        values = torch.stack([value.float() for value in tensors.values()]).tolist()
+        monitors = dict(zip(tensors, values, strict=True)) | {"grad_norm": grad_norm}
+        reason = training.optimizer.failure(loss) or guard.watch(monitors)
+        if reason is not None:
+            if not loop.guard:
+                raise DivergedError(step, reason)
+            saved = go_back(run, guard, step, reason)
+            progress.write(guard.describe())
+            training = begin(run, config, data, vae, guard, saved)
+            progress.update(training.num_done - progress.n)
+            continue
+
+        # Record.
+        done, is_last = training.num_done, training.num_done == loop.steps
+        if done % loop.log_every == 0 or is_last:
+            model = energy_negatives.mean() if moved is not None else losses.weighted_mean(energy_negatives)
+            mean_data, mean_model = float(energy_data.detach().mean()), float(model.detach())
+            record: dict[str, float | int | str] = {
+                "stage": STAGE,
+                "step": done,
+                "seconds": time.perf_counter() - start,
+                "loss": float(objective.detach()),
+                "energy_data": mean_data,
+                "energy_model": mean_model,
+                "energy_gap": mean_data - mean_model,
+                "lr": training.optimizer.learning_rate,
+                "num_skipped": training.optimizer.num_skipped,
+                "num_rollbacks": guard.num_rollbacks,
+            }
+            run.log(record | monitors | negatives_record(config, chains, moved, energy_negatives, step))
             progress.set_postfix(gap=f"{record['energy_gap']:.3f}", refresh=False)
-        if is_last:
-            learner.balance_latent(run)
-        is_checkpoint = done % loop.checkpoint_every == 0 or is_last
-        if is_checkpoint or done % loop.validate_every == 0:
-            gain = _validate(run, config, averaged_potential, data.validation, done)
-            progress.write(f"step {done}: validation gain {gain.nats:.3f} nats, log Z {gain.log_z.value:.3f}")
-        if is_checkpoint:
-            _save(run, config, learner, gain)
+        progress.update()
+
+        # Checkpoint; the last one follows the balance.
+        is_checkpoint = done % loop.checkpoint_every == 0
+        if not is_last and (is_checkpoint or done % loop.validate_every == 0):
+            gain = validate(run, config, data, training)
+            if is_checkpoint:
+                save(run, config, training, guard, gain)
+    progress.close()
+
+    if lacks_balance(training.average.module):
+        training.fit_balance(run)
+    if not training.is_saved:
+        save(run, config, training, guard, validate(run, config, data, training))
+    return training.averaged()
 
 
-def _finish_stopped(run: Run, config: Config, data: Data, learner: EnergyLearner) -> None:
-    """Do what would have followed the last step, for a result that the guard chose: the balance, if it is missing."""
-    if learner.lacks_balance:
-        learner.balance_latent(run)
-        potential = noise_potential(VAEBM(learner.vaebm.vae, learner.average.module))
-        _save(run, config, learner, _validate(run, config, potential, data.validation, learner.num_done))
+def begin(
+    run: Run, config: Config, data: Data, vae: HierarchicalVAE, guard: Guard, saved: checkpoints.Checkpoint | None
+) -> Training:
+    """Begin an attempt, at a checkpoint or at the start.
+
+    Where the first latent's term is a part of its own, the start has that term finished and frozen, and is saved as the
+    checkpoint of step 0.
+    """
+    training = Training(config, data, vae, guard.seed)
+    if saved is not None:
+        training.load(saved)
+    elif config.ebm.latent.steps:
+        assert training.chains.partners is not None
+        load_or_fit_latent_term(run, config, data.train, training.vaebm, training.chains.partners)
+        training.average.module.load_state_dict(training.vaebm.energy.state_dict())
+        training.chains.restart(guard.seed)
+        save(run, config, training, guard, validate(run, config, data, training))
+    return training
 
 
-def _record(phase: Phase, learner: EnergyLearner, step: int, seconds: float) -> dict[str, float | int | str]:
-    """Return what is logged of a step whatever the negatives are."""
-    energy_data, energy_model = float(phase.energy_data.detach().mean()), float(phase.energy_model.detach())
-    return {
-        "stage": STAGE,
-        "step": step + 1,
-        "seconds": seconds,
-        "loss": float(phase.loss.detach()),
-        "energy_data": energy_data,
-        "energy_model": energy_model,
-        "energy_gap": energy_data - energy_model,
-        "lr": learner.guard.rate_factor * learning_rate(learner.config.ebm, step),
-        "num_skipped": learner.optimizer.num_skipped,
-        "num_rollbacks": learner.guard.num_rollbacks,
-    }
+def negatives_at(loop: EbmConfig, step: int) -> Literal["ratio", "importance", "chains"]:
+    """Return which objective a step has, by its negatives."""
+    return "ratio" if loop.objective == "ratio" or step < loop.ratio_steps else loop.negatives
 
 
-def _save(run: Run, config: Config, learner: EnergyLearner, gain: Gain) -> None:
-    """Write a checkpoint; only a certified likelihood gain is a score."""
-    is_certified = gain.log_z.ess >= CERTIFIED_ESS and math.isfinite(gain.nats)
+def monitors_of(
+    energy_data: Tensor, energy_negatives: Tensor, moved: Moved | None, x_negatives: Tensor | None
+) -> dict[str, Tensor]:
+    """Return what the guard watches, ``()`` each; not the gap of VAE samples, which is noise if few weights count."""
+    monitors = {"energy_sd": losses.largest_sd(energy_data, energy_negatives)}
+    if moved is None or x_negatives is None:
+        return monitors
+    monitors["energy_gap"] = (energy_data.mean() - energy_negatives.mean()).detach()
+    monitors["acceptance_rate"] = moved.acceptance_rate
+    if moved.swap_rate is not None:
+        monitors["exchange_rate"] = moved.swap_rate
+    if x_negatives.dim() == 4:  # images
+        monitors["saturation"] = (x_negatives.abs() > 1).float().mean()
+    return monitors
+
+
+def negatives_record(
+    config: Config, chains: PersistentChains, moved: Moved | None, energy_negatives: Tensor, step: int
+) -> dict[str, float]:
+    """Return what is logged of the negatives of a step."""
+    if moved is None:
+        return {"weight_ess": weights_ess(-energy_negatives.detach())}
+    record = chains.record(moved)
+    if step == 0 or (step + 1) % WEIGHT_ESS_EVERY == 0:  # counted as log-every counts, or the two might never meet
+        generator = stream(config.seed, "weight_ess", step, device=config.device)
+        draws = chains.potential.draw_reference(generator, len(moved.end))
+        record["weight_ess"] = weights_ess(-value_only(chains.potential, draws))
+    return record
+
+
+def validate(run: Run, config: Config, data: Data, training: Training) -> Gain:
+    """Measure the likelihood gain of the averaged energy on held-out data, log and print it."""
+    seed, done = seed_for(config.seed, "validation"), training.num_done
+    gain = likelihood_gain(config, noise_potential(training.averaged()), data.validation, seed)
+    record = {"validation_gain_nats": gain.nats, "validation_gain_error_nats": gain.error}
+    run.log({"stage": STAGE, "step": done, **record, "log_z": gain.log_z.value, "log_z_ess": gain.log_z.ess})
+    tqdm.write(f"step {done}: validation gain {gain.nats:.3f} nats, log Z {gain.log_z.value:.3f}")
+    return gain
+
+
+def save(run: Run, config: Config, training: Training, guard: Guard, gain: Gain) -> None:
+    """Write a checkpoint."""
     checkpoints.save(
         run.checkpoints(STAGE),
         stage=STAGE,
-        step=learner.num_done,
-        weights={name: module.state_dict() for name, module in learner.modules().items()},
-        state=learner.state(),
+        step=training.num_done,
+        weights={name: module.state_dict() for name, module in training.modules().items()},
+        state={"guard": guard.state(), **training.state()},
         config=to_dict(config),
-        score=gain.nats if is_certified else None,
+        score=gain.score,
     )
-
-
-def _validate(run: Run, config: Config, potential: NoisePotential, split: Split, step: int) -> Gain:
-    """Measure the likelihood gain on held-out data, and log it."""
-    gain = likelihood_gain(config, potential, split, seed_for(config.seed, "validation"))
-    run.log(
-        {
-            "stage": STAGE,
-            "step": step,
-            "validation_gain_nats": gain.nats,
-            "validation_gain_error_nats": gain.error,
-            "log_z": gain.log_z.value,
-            "log_z_ess": gain.log_z.ess,
-        }
-    )
-    return gain
+    training.is_saved = True

@@ -22,7 +22,7 @@ from ppl_vaebm.data.splits import Split
 from ppl_vaebm.devices import current_process
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.inference.likelihood import elbo_rows
-from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, GuardedOptimizer, copy_buffers, learning_rate
+from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, GuardedOptimizer, copy_buffers, stage_optimizer
 from ppl_vaebm.inference.svi.batch_norm import prior_statistics
 from ppl_vaebm.models.layers import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -153,7 +153,7 @@ def fit_svi(
     vae = new_vae(config, data)
     average = AveragedWeights(vae, loop.ema_decay)
     objective = Objective(vae, loop, seed)
-    optimizer = GuardedOptimizer(vae.parameters(), loop)
+    optimizer = stage_optimizer(vae.parameters(), loop)
     order = seed_for(seed, "order", stage)
     sampler = KeyedSampler(len(data.train), loop.batch_size, order, process.rank, process.world)
     first = 0
@@ -176,6 +176,9 @@ def fit_svi(
         with global_rng(seed_for(seed, "posterior", stage, step, *process.key)):
             loss = objective(x.to(config.device), step)
         grad_norm = optimizer.step(loss, step)
+        failure = optimizer.failure(loss)
+        if failure is not None:
+            raise DivergedError(step, failure)
         if optimizer.num_bad_in_a_row:
             copy_buffers(average.module, vae)  # a batch that overflowed may have spoilt the running statistics
         else:
@@ -228,7 +231,7 @@ def _record(
         "kl_nats": sum(kl.values()),
         **kl,
         "kl_weight": elbo.kl_weight,
-        "lr": learning_rate(objective.loop, step),
+        "lr": optimizer.learning_rate,
         "grad_norm": grad_norm,
         "num_skipped": optimizer.num_skipped,
     }

@@ -1,4 +1,4 @@
-"""The negative phase: its images, monitors and replay, and the rungs of the ladder, against closed forms."""
+"""Persistent chains of training: their store, their moves and what they report, on a Gaussian VAE and energy."""
 
 from __future__ import annotations
 
@@ -7,192 +7,207 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ppl_vaebm.config import Config, EbmConfig, TrainingKernelConfig
+from ppl_vaebm.config import Config, EbmConfig, KernelConfig, KernelName, TrainingKernelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.ebm.negatives import WEIGHT_ESS_EVERY, NegativePhase
+from ppl_vaebm.inference.ebm import losses
+from ppl_vaebm.inference.ebm.negatives import PersistentChains, replay_probability
 from ppl_vaebm.inference.kernels.base import KernelInfo, KernelState
+from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.potential import noise_potential
-from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
-from tests.small_models import VARIANCE, A, linear_vae
+from tests.inference.ebm.parabola import Parabola
+from tests.small_models import A, linear_vae
 
 DATA = torch.tensor([[0.5], [-1.0], [2.0], [0.25]], dtype=torch.float64)
+NUM = len(DATA)
 
 
-class Parabola(Energy):
-    """``E = w x^2 / 2 + b``."""
-
-    def __init__(self, weight: float, offset: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-        self.offset = nn.Parameter(torch.tensor(offset, dtype=torch.float64))
-
-    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        return 0.5 * self.weight * x.square().sum(-1) + self.offset
+def chains_at(
+    weight: float = 1.3, kernel: TrainingKernelConfig | KernelName = "hmc", *, dim: int = 1, **options: object
+) -> PersistentChains:
+    ebm = EbmConfig(**{"objective": "mle", "batch_size": NUM, "replay_size": NUM, **options})  # type: ignore[arg-type]
+    config = Config(ebm=ebm, kernel=TrainingKernelConfig(kernel) if isinstance(kernel, str) else kernel)
+    return PersistentChains(config, noise_potential(VAEBM(linear_vae(dim=dim), Parabola(weight))))
 
 
-def variance_at(weight: float) -> float:
-    """Variance of x under h at a weight."""
-    return VARIANCE / (1 + weight * VARIANCE)
+def numbered(size: int) -> PersistentChains:
+    """Return chains far from N(0, I), each at its own slot's number plus 100 in both columns."""
+    chains = chains_at(batch_size=1, replay_size=size)
+    chains.positions[:] = (100.0 + torch.arange(size, dtype=torch.float64)).unsqueeze(1)
+    return chains
 
 
-def negatives(weight: float, kernel: str = "hmc", *, dim: int = 1, **options: object) -> NegativePhase:
-    ebm = EbmConfig(**{"objective": "mle", "batch_size": 4, "replay_size": 4, **options})  # type: ignore[arg-type]
-    config = Config(ebm=ebm, kernel=TrainingKernelConfig(kernel))  # type: ignore[arg-type]
-    return NegativePhase(config, noise_potential(VAEBM(linear_vae(dim=dim), Parabola(weight))))
+def advance(chains: PersistentChains, step: int = 0, probability: float = 0.0) -> Any:
+    return chains.advance(stream(0, "advance", step), NUM, probability)
 
 
-def gradients(phase_of: NegativePhase, x: Tensor, step: int) -> tuple[float, float]:
-    """Differentiate the loss of a step by weight and offset."""
-    parameters = [phase_of.potential.vaebm.energy.get_parameter(name) for name in ("weight", "offset")]
-    by_weight, by_offset = torch.autograd.grad(phase_of(x, step).loss, parameters)
-    return float(by_weight), float(by_offset)
+# --- the store -------------------------------------------------------------------------------------
 
 
-# --- chains ----------------------------------------------------------------------------------------
+def test_all_chains_continue_from_their_slots_with_probability_one(generator: torch.Generator) -> None:
+    chains = numbered(50)
+    positions, slots, _ = chains.take(generator, 20, 1.0)
+    assert torch.equal(positions, numbered(50).positions[slots])
+    assert len(slots.unique()) == 20 and slots.min() >= 0 and slots.max() < 50
+    assert slots.tolist() != sorted(slots.tolist())
 
 
-def test_the_loss_may_take_the_decoders_mean() -> None:
-    for image in ("draw", "mean"):
-        phase_of = negatives(1.3, negative_image=image)
-        by_weight, _ = gradients(phase_of, DATA, 0)
-        ends = phase_of.potential.packing.unravel(phase_of.replay.positions)  # all of them moved
-        x = A * ends["eps_z_1"] if image == "mean" else phase_of.potential.decode(phase_of.replay.positions)
-        assert by_weight == pytest.approx(0.5 * float(DATA.square().mean() - x.square().mean()), rel=1e-12)
+def test_all_chains_restart_from_the_reference_with_probability_zero(generator: torch.Generator) -> None:
+    num, chains = 5_000, numbered(5_000)
+    positions, _, _ = chains.take(generator, num, 0.0)
+    assert positions.dtype == torch.float64
+    assert positions.mean(0).abs().max() < 5 / math.sqrt(num)
+    assert (positions.square().mean(0) - 1).abs().max() < 5 * math.sqrt(2 / num)
+    correlation = torch.corrcoef(positions.T) - torch.eye(2, dtype=torch.float64)
+    assert correlation.abs().max() < 5 / math.sqrt(num)
+    assert torch.equal(chains.positions, numbered(num).positions)
 
 
-def test_the_monitors_are_what_they_say() -> None:
-    phase_of = negatives(1.3, "langevin")
-    phase = phase_of(DATA, 0)
-    energy = phase_of.potential.vaebm.energy
-    x = phase_of.potential.decode(phase_of.replay.positions)
-    # The replay's order is not the batch's, which neither mean nor spread sees.
-    gap, sd = energy(DATA).mean() - energy(x).mean(), torch.stack([energy(DATA).std(), energy(x).std()]).max()
-    torch.testing.assert_close(phase.monitors["energy_gap"], gap.detach())
-    torch.testing.assert_close(phase.monitors["energy_sd"], sd.detach())
-    assert 0.5 < float(phase.monitors["acceptance_rate"]) < 1
-    assert "saturation" not in phase.monitors  # points are no images
-    assert not any(value.requires_grad for value in phase.monitors.values())
+@pytest.mark.parametrize("probability", [0.2, 0.95])
+def test_that_fraction_of_the_chains_continues_with_all_coordinates(
+    probability: float, generator: torch.Generator
+) -> None:
+    num, chains = 10_000, numbered(10_000)
+    positions, slots, reported = chains.take(generator, num, probability)
+    is_continued = positions > 50
+    assert torch.equal(is_continued.all(1), is_continued.any(1))
+    assert torch.equal(positions[is_continued[:, 0]], chains.positions[slots[is_continued[:, 0]]])
+    assert torch.equal(is_continued[:, 0], reported)
+    error = math.sqrt(probability * (1 - probability) / num)
+    assert float(is_continued[:, 0].double().mean()) == pytest.approx(probability, abs=5 * error)
 
 
-def test_draws_of_the_vae_are_looked_at_now_and_then_and_change_nothing() -> None:
-    seen, unseen = negatives(1.3), negatives(1.3)
-    steps = [0, 9, WEIGHT_ESS_EVERY - 1, WEIGHT_ESS_EVERY, 2 * WEIGHT_ESS_EVERY - 1]  # a log-every of 10 meets the odd
-    has_ess = {step: "weight_ess" in seen(DATA, step).record for step in steps}
-    assert [step for step in steps if has_ess[step]] == [0, WEIGHT_ESS_EVERY - 1, 2 * WEIGHT_ESS_EVERY - 1]
-    for step in steps:
-        assert unseen(DATA, step, is_logged=False).record == {}
-    assert torch.equal(seen.replay.positions, unseen.replay.positions)
+def test_all_slots_are_equally_likely(generator: torch.Generator) -> None:
+    chains, counts, rounds = numbered(8), torch.zeros(8), 4_000
+    for _ in range(rounds):
+        counts[chains.take(generator, 2, 1.0).slots] += 1
+    assert (counts / rounds - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / rounds)
+
+
+def test_the_next_take_finds_what_was_put_back(generator: torch.Generator) -> None:
+    chains, before = numbered(10), numbered(10).positions
+    positions, slots, _ = chains.take(generator, 4, 1.0)
+    taken = positions.clone()
+    chains.put(slots, (positions + 1000).requires_grad_())
+    assert torch.equal(positions, taken)
+    assert not chains.positions.requires_grad
+    others = torch.ones(10, dtype=torch.bool).index_fill(0, slots, False)
+    assert torch.equal(chains.positions[slots], before[slots] + 1000)
+    assert torch.equal(chains.positions[others], before[others])
+    again, slots, _ = chains.take(generator, 10, 1.0)
+    assert torch.equal(again, chains.positions[slots])
+
+
+def test_a_take_is_a_function_of_its_generator() -> None:
+    takes = [numbered(20).take(stream(0, "replay"), 6, 0.5) for _ in range(2)]
+    assert torch.equal(takes[0].positions, takes[1].positions) and torch.equal(takes[0].slots, takes[1].slots)
+    assert not torch.equal(takes[0].slots, numbered(20).take(stream(1, "replay"), 6, 0.5).slots)
+
+
+def test_the_replay_is_annealed() -> None:
+    loop = EbmConfig(replay_probability=0.8, replay_anneal_steps=10)
+    assert [replay_probability(loop, step) for step in (0, 5, 10, 99)] == pytest.approx([0.0, 0.4, 0.8, 0.8])
+    assert replay_probability(EbmConfig(replay_probability=0.8), 0) == 0.8
+
+
+# --- moves -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", ["langevin", "mala", "pcn"])
+def test_no_gradient_flows_through_the_chains(kernel: KernelName) -> None:
+    """With a store as large as the batch, the stored positions are the negatives."""
+    chains = chains_at(kernel=kernel, num_transitions=3)
+    energy = chains.potential.vaebm.energy
+    x, z = chains.negatives(advance(chains).end)
+    loss = losses.contrastive(energy(DATA), energy(x, z))
+    (gradient,) = torch.autograd.grad(loss, energy.get_parameter("weight"))
+    ends = chains.potential.decode(chains.positions)
+    assert float(gradient) == pytest.approx(0.5 * float(DATA.square().mean() - ends.square().mean()), rel=1e-12)
+    assert all(parameter.requires_grad for parameter in energy.parameters())
+    assert not any(parameter.requires_grad for parameter in chains.potential.vaebm.vae.parameters())
+
+
+@pytest.mark.parametrize("image", ["draw", "mean"])
+def test_negatives_are_the_draw_or_the_mean_of_the_decoder(image: str) -> None:
+    chains = chains_at(negative_image=image)
+    end = advance(chains).end
+    x, z = chains.negatives(end)
+    latents = chains.potential.packing.unravel(end)["eps_z_1"]
+    torch.testing.assert_close(z["z_1"], latents, rtol=0, atol=0)
+    torch.testing.assert_close(x, A * latents if image == "mean" else chains.potential.decode(end))
+
+
+@pytest.mark.parametrize("asked", [None, 0.9])
+def test_the_step_follows_the_acceptance_rate(asked: float | None) -> None:
+    chains = chains_at(kernel=TrainingKernelConfig("mala", step_size=0.5, target_acceptance=asked))
+    moved = advance(chains)
+    target = asked or build_kernel(KernelConfig("mala"), chains.potential).target_acceptance
+    assert target is not None and float(moved.acceptance_rate) != target
+    expected = 0.5 * math.exp(0.05 * (float(moved.acceptance_rate) - target))
+    assert float(chains.params.step_size) == pytest.approx(expected)
+    assert float(moved.step_size) == 0.5  # of the moves that are reported
+
+
+def test_the_step_of_an_unadjusted_kernel_stays() -> None:
+    chains = chains_at(kernel=TrainingKernelConfig("langevin", step_size=0.5))
+    assert 0.5 < float(advance(chains).acceptance_rate) < 1
+    assert float(chains.params.step_size) == 0.5
 
 
 def test_divergent_moves_are_counted_between_records_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    phase_of = negatives(1.3, num_transitions=3)
-    step = phase_of.kernel.step
+    chains = chains_at(num_transitions=3)
+    step = chains.kernel.step
 
     def diverging(*args: Any) -> tuple[KernelState, KernelInfo]:
         state, info = step(*args)
         return state, info._replace(is_divergent=torch.tensor([True, False, False, False]))
 
-    monkeypatch.setattr(phase_of, "kernel", phase_of.kernel._replace(step=diverging))
-    counts = [phase_of(DATA, index, is_logged=index % 4 == 3).record.get("num_divergent") for index in range(6)]
-    assert counts == [None, None, None, 4 * 3, None, None]
-    restored = negatives(1.3)
-    restored.load(phase_of.state())
-    assert restored(DATA, 6).record["num_divergent"] == 2 * 3
+    monkeypatch.setattr(chains, "kernel", chains.kernel._replace(step=diverging))
+    for index in range(4):
+        moved = advance(chains, index)
+    assert chains.record(moved)["num_divergent"] == 4 * 3
+    for index in range(2):
+        advance(chains, index)
+    restored = chains_at(num_transitions=3)
+    restored.load(chains.state())
+    assert restored.record(moved)["num_divergent"] == 2 * 3
 
 
-def test_another_seed_has_other_noise() -> None:
-    first, same, other = negatives(1.3), negatives(1.3), negatives(1.3)
-    losses = [each(DATA, 0, seed=seed).loss.item() for each, seed in ((first, None), (same, 0), (other, 1))]
-    assert losses[0] == losses[1] != losses[2]
+# --- checkpoints -----------------------------------------------------------------------------------
 
 
-def test_the_replay_of_another_model_is_refused() -> None:
-    state = negatives(1.3).state()
-    negatives(0.2).load(state)  # another energy moves the same noises
+def test_chains_of_another_model_are_refused() -> None:
+    state = chains_at(1.3).state()
+    chains_at(0.2).load(state)  # another energy moves the same noises
     with pytest.raises(InputError, match=r"replay of 5 chains of 2 noises .*, found one of 4 chains of 2 noises"):
-        negatives(1.3, replay_size=5).load(state)
+        chains_at(replay_size=5).load(state)
     with pytest.raises(InputError, match=r"4 chains of 4 noises .*, found one of 4 chains of 2 noises"):
-        negatives(1.3, dim=2).load(state)
+        chains_at(dim=2).load(state)
     # As many noises, of other sites.
     with pytest.raises(InputError, match=r"\(eps_z_1 \(1,\), eps_x \(1,\)\), found one of .* \(eps_z_1 \(2,\)\)"):
-        negatives(1.3).load({**state, "replay_sites": ["eps_z_1 (2,)"]})
+        chains_at().load({**state, "replay_sites": ["eps_z_1 (2,)"]})
     old = {name: value for name, value in state.items() if name != "replay_sites"}
-    negatives(1.3).load(old)  # as an earlier version wrote it
+    chains_at().load(old)  # as an earlier version wrote it
 
 
-def test_a_tempered_kernels_steps_are_restored_to_the_last_bit() -> None:
-    phases = [negatives(1.3, "tempered", num_transitions=1) for _ in range(2)]
+def test_steps_of_a_tempered_kernel_are_restored_to_the_last_bit() -> None:
+    one, other = (chains_at(kernel="tempered", num_transitions=1) for _ in range(2))
     for step in range(12):
-        phases[0](DATA, step, is_logged=False)
-    phases[1].load(phases[0].state())
-    ladders = [each.params.ladder for each in phases]
-    assert ladders[0] is not None and ladders[1] is not None
-    assert torch.equal(ladders[0].step_sizes, ladders[1].step_sizes)
-    fresh = negatives(1.3, "tempered").params.ladder
-    assert fresh is not None and not torch.equal(fresh.step_sizes, ladders[0].step_sizes)
+        advance(one, step)
+    other.load(one.state())
+    fresh = chains_at(kernel="tempered").params.ladder
+    assert one.params.ladder is not None and other.params.ladder is not None and fresh is not None
+    assert torch.equal(one.params.ladder.step_sizes, other.params.ladder.step_sizes)
+    assert not torch.equal(fresh.step_sizes, one.params.ladder.step_sizes)
 
 
-# --- the ladder ------------------------------------------------------------------------------------
-
-
-def test_the_first_rung_is_the_ratio() -> None:
-    ladder, ratio = negatives(0.3, objective="ladder", rung_steps=3), negatives(0.3, objective="ratio")
-    for step in range(3):
-        assert ladder(DATA, step).loss.item() == ratio(DATA, step).loss.item()
-        assert gradients(ladder, DATA, step) == gradients(ratio, DATA, step)
-    assert ladder(DATA, 3).loss.item() != ratio(DATA, 3).loss.item()
-
-
-def on_the_second_rung(num: int, below: float, weight: float, offset: float) -> NegativePhase:
-    """Stand on the second rung, with chains that have settled on the energy below."""
-    phase_of = negatives(
-        below,
-        "independence",
-        objective="ladder",
-        rung_steps=2,
-        batch_size=num,
-        replay_size=num,
-        replay_probability=1.0,
-        num_transitions=30,
-    )
-    phase_of(DATA.repeat(num // 4, 1), 2)  # takes the copy, and lets the chains settle
-    with torch.no_grad():
-        phase_of.potential.vaebm.energy.get_parameter("weight").fill_(weight)
-        phase_of.potential.vaebm.energy.get_parameter("offset").fill_(offset)
-    return phase_of
-
-
-def test_a_rung_has_no_gradient_where_its_density_is_the_datas() -> None:
-    """The logit is right at ``E - E_below = log(h_below / p_data)``, with the normalisers' ratio as its constant."""
-    num, below, weight = 40_000, 0.4, 1.5
-    data = math.sqrt(variance_at(weight)) * torch.randn(num, 1, dtype=torch.float64, generator=stream(0, "data"))
-    offset = 0.5 * math.log(variance_at(weight) / variance_at(below))
-    phase_of = on_the_second_rung(num, below, weight, offset)
-    by_weight, by_offset = gradients(phase_of, data, 3)
-    # Each is a difference of two means of num terms, of a sigmoid below 1 times x^2 / 2, and of a sigmoid.
-    assert abs(by_weight) < 5 * 0.5 * VARIANCE * math.sqrt(4 / num)
-    assert abs(by_offset) < 5 * 0.5 * math.sqrt(2 / num)
-    record = phase_of(data, 3).record
-    assert record["rung"] == 2 and abs(record["rung_log_z"]) < 0.02
-    assert float(phase_of(data, 3).monitors["energy_gap"]) == pytest.approx(0, abs=0.02)
-    # Negative control: the constant that belongs to the ratio against the VAE.
-    wrong = on_the_second_rung(num, below, weight, 0.5 * math.log(variance_at(weight) / VARIANCE))
-    assert abs(gradients(wrong, data, 3)[1]) > 0.02
-
-
-def test_the_rung_below_stands_still_until_the_next_begins() -> None:
-    phase_of = negatives(0.4, objective="ladder", rung_steps=2, replay_probability=1.0)
-    energy, below = phase_of.potential.vaebm.energy, phase_of.sampled.vaebm.energy
-    weights = []
-    for step in range(5):
-        with torch.no_grad():
-            energy.get_parameter("weight").fill_(float(step))
-        phase_of(DATA, step)
-        weights.append(below.get_parameter("weight").item())
-    assert weights == [0.4, 0.4, 2.0, 2.0, 4.0]
-    assert not any(parameter.requires_grad for parameter in below.parameters())
-    assert list(phase_of.weights()) == ["rung"] and negatives(0.4).weights() == {}
+def test_the_mean_square_of_the_noise_is_reported_by_site() -> None:
+    chains = chains_at()
+    moved = advance(chains)
+    record = chains.record(moved)
+    expected: Tensor = moved.end.square().mean(0)
+    assert [record["eps_mean_square/eps_z_1"], record["eps_mean_square/eps_x"]] == pytest.approx(expected.tolist())
+    assert record["rms_move"] == pytest.approx(float((moved.end - moved.start).square().mean().sqrt()))

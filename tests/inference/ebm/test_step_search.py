@@ -13,12 +13,12 @@ from ppl_vaebm.config import Config, EbmConfig, KernelConfig, SamplingConfig, Tr
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm.step_search import (
     FIXED_GRADIENTS,
-    MAX_NUM_STEPS,
+    LONGEST_CHAIN,
     STEP_RATIO,
     Trial,
-    chosen,
+    choose,
     descend,
-    table,
+    trial_table,
     tune,
     with_trial,
 )
@@ -70,13 +70,13 @@ def test_the_chains_descend_as_the_recursion_says() -> None:
     for num_steps in (1, 3, 10):
         error = 0.5 * lam * math.sqrt(2 * 2 / NUM)  # of the mean of lam y^2 / 2 at both ends
         assert abs(descent.fall[num_steps - 1] - exact_fall(0.4, num_steps)) < 5 * error
-    assert descent.num_evals == list(range(1, MAX_NUM_STEPS + 1))
+    assert descent.num_evals == list(range(1, LONGEST_CHAIN + 1))
 
 
 def test_the_choice_is_near_the_analytic_optimum() -> None:
-    trials = tune(config(tune_rejection=0.99), potential())
-    choice = chosen(trials, 0.99)
-    grid = [(0.01 * i, num_steps) for i in range(5, 150) for num_steps in range(1, MAX_NUM_STEPS + 1)]
+    trials = tune(config(), potential(), 0.99)
+    choice = choose(trials, 0.99)
+    grid = [(0.01 * i, num_steps) for i in range(5, 150) for num_steps in range(1, LONGEST_CHAIN + 1)]
     best = max(grid, key=lambda point: exact_rate(*point))
     assert STEP_RATIO * best[0] < choice.step_size < best[0] / STEP_RATIO
     assert abs(choice.num_steps - best[1]) <= 1
@@ -85,14 +85,14 @@ def test_the_choice_is_near_the_analytic_optimum() -> None:
 
 
 def test_the_bound_on_rejection_holds_and_costs_speed() -> None:
-    free, bound = (chosen(tune(config(tune_rejection=limit), potential()), limit) for limit in (0.99, 0.05))
+    free, bound = (choose(tune(config(), potential(), limit), limit) for limit in (0.99, 0.05))
     assert bound.rejection <= 0.05 < free.rejection
     assert bound.step_size < free.step_size and bound.fall < free.fall
 
 
 def test_an_adjusted_kernel_is_tuned_by_its_own_steps() -> None:
     trials = tune(config("mala"), potential())
-    choice = chosen(trials, 0.25)
+    choice = choose(trials, 0.25)
     assert choice.rejection <= 0.25
     assert all(trial.fall <= choice.fall for trial in trials if trial.rejection <= 0.25)
     sizes = [trial.step_size for trial in trials]
@@ -101,7 +101,7 @@ def test_an_adjusted_kernel_is_tuned_by_its_own_steps() -> None:
 
 def test_where_nothing_is_within_the_bound_the_least_rejection_is_taken() -> None:
     trials = [Trial(0.2, 3, 5.0, 0.6), Trial(0.1, 4, 2.0, 0.4)]
-    assert chosen(trials, 0.25) == trials[1] and chosen(trials, 0.5) == trials[1] and chosen(trials, 0.7) == trials[0]
+    assert choose(trials, 0.25) == trials[1] and choose(trials, 0.5) == trials[1] and choose(trials, 0.7) == trials[0]
 
 
 def test_the_choice_goes_into_the_configuration() -> None:
@@ -119,7 +119,7 @@ def test_the_choice_goes_into_the_configuration() -> None:
 
 def test_the_table_marks_the_choice() -> None:
     trials = [Trial(0.2, 3, 5.0, 0.6), Trial(0.1, 4, 2.0, 0.4)]
-    head, first, second = table(trials, trials[1]).splitlines()
+    head, first, second = trial_table(trials, trials[1]).splitlines()
     assert "rejection" in head and "chosen" in first and "0.1" in first and "chosen" not in second
 
 

@@ -1,140 +1,125 @@
-"""Stage 2's objectives against closed forms: a Gaussian VAE times ``exp(-w x^2 / 2)`` is a Gaussian for every w."""
+"""The loop of stage 2: what its options change, and what it logs."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+import yaml
 
-from ppl_vaebm.config import Config, EbmConfig, KernelConfig, KernelName, TrainingKernelConfig
-from ppl_vaebm.data.splits import Points
-from ppl_vaebm.inference.ebm.negatives import NegativePhase, replay_probability
-from ppl_vaebm.inference.ebm.train import likelihood_gain
-from ppl_vaebm.inference.kernels.registry import build_kernel
-from ppl_vaebm.inference.potential import noise_potential
-from ppl_vaebm.models.energy import Energy
-from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.rng import stream
-from tests.small_models import VARIANCE, linear_vae
-
-W = 1.3
-MODEL_VARIANCE = VARIANCE / (1 + W * VARIANCE)
-"""Of x under h at that weight."""
-DATA = torch.tensor([[0.5], [-1.0], [2.0], [0.25]], dtype=torch.float64)
+from ppl_vaebm.config import Config, EbmConfig
+from ppl_vaebm.config.parsing import from_dict
+from ppl_vaebm.data.load import load_data
+from ppl_vaebm.inference.ebm import train
+from ppl_vaebm.inference.ebm.state import Training
+from ppl_vaebm.inference.ebm.train import WEIGHT_ESS_EVERY, fit_ebm, monitors_of, negatives_at
+from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.runs import checkpoint as checkpoints
+from ppl_vaebm.runs.run import Run
+from tests.tiny import IMAGES, POINTS
 
 
-class WeightedSquare(Energy):
-    """``E = w x^2 / 2``."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-
-    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        return 0.5 * self.weight * x.square().sum(-1)
+def config_of(text: str, **options: Any) -> Config:
+    tree = yaml.safe_load(text)
+    for section, values in options.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return from_dict(tree, "a test")
 
 
-def negatives(weight: float, kernel: TrainingKernelConfig | None = None, **options: object) -> NegativePhase:
-    ebm = EbmConfig(**{"objective": "mle", "batch_size": 4, **options})  # type: ignore[arg-type]
-    config = Config(ebm=ebm, kernel=kernel or TrainingKernelConfig("independence"))
-    return NegativePhase(config, noise_potential(VAEBM(linear_vae(), WeightedSquare(weight))))
+def training_of(config: Config) -> Training:
+    data = load_data(config.data, config.seed)
+    return Training(config, data, new_vae(config, data).eval(), config.seed)
 
 
-def loss_and_gradient(phase_of: NegativePhase, data: Tensor = DATA) -> tuple[float, float]:
-    """Evaluate the loss of the first step and its derivative by w."""
-    energy = phase_of.potential.vaebm.energy
-    loss = phase_of(data, 0).loss
-    (gradient,) = torch.autograd.grad(loss, energy.get_parameter("weight"))
-    return float(loss.detach()), float(gradient)
+def fit(folder: Path, config: Config) -> Run:
+    run, data = Run.create(folder), load_data(config.data, config.seed)
+    fit_ebm(run, config, data, new_vae(config, data).eval())
+    return run
 
 
-def half_mean_square(x: Tensor) -> float:
-    return 0.5 * float(x.square().mean())
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    return [record for record in run.metrics("ebm") if "loss" in record]
 
 
-def test_importance_weights_give_the_gradient_of_maximum_likelihood() -> None:
-    num = 200_000
-    _, gradient = loss_and_gradient(negatives(W, negatives="importance", num_importance=num))
-    expected = half_mean_square(DATA) - 0.5 * MODEL_VARIANCE
-    # x^2 / 2 has standard deviation MODEL_VARIANCE / sqrt(2); the weights leave more than half of the draws effective.
-    assert abs(gradient - expected) < 4 * MODEL_VARIANCE / math.sqrt(2) / math.sqrt(num / 2)
-    assert abs(0.5 * VARIANCE - 0.5 * MODEL_VARIANCE) > 0.1  # draws of the VAE without weights would fail
-
-
-@pytest.mark.parametrize("kernel", ["independence", "hmc", "elliptical"])
-def test_chains_give_the_gradient_of_maximum_likelihood(kernel: KernelName) -> None:
-    num = 20_000
-    phase_of = negatives(W, TrainingKernelConfig(kernel), batch_size=num, replay_size=num, num_transitions=12)
-    _, gradient = loss_and_gradient(phase_of, DATA.repeat(num // 4, 1))
-    expected = half_mean_square(DATA) - 0.5 * MODEL_VARIANCE
-    assert abs(gradient - expected) < 4 * MODEL_VARIANCE / math.sqrt(2 * num) + 0.002
-
-
-@pytest.mark.parametrize("kernel", ["langevin", "mala", "pcn"])
-def test_no_gradient_flows_through_the_chains(kernel: KernelName) -> None:
-    """With a replay as large as the batch, the stored positions are the negatives."""
-    phase_of = negatives(W, TrainingKernelConfig(kernel), replay_size=4, num_transitions=3)
-    _, gradient = loss_and_gradient(phase_of)
-    ends = phase_of.potential.decode(phase_of.replay.positions)
-    assert gradient == pytest.approx(half_mean_square(DATA) - half_mean_square(ends), rel=1e-12)
-    assert all(parameter.requires_grad for parameter in phase_of.potential.vaebm.energy.parameters())
-    assert not any(parameter.requires_grad for parameter in phase_of.potential.vaebm.vae.parameters())
-
-
-def test_the_ratio_starts_at_two_log_two() -> None:
-    loss, gradient = loss_and_gradient(negatives(0.0, objective="ratio", num_importance=100_000))
-    assert loss == pytest.approx(2 * math.log(2), rel=1e-12)
-    assert gradient == pytest.approx(0.5 * (half_mean_square(DATA) - 0.5 * VARIANCE), abs=0.005)
-
-
-def test_the_ratio_has_no_gradient_where_h_is_the_data() -> None:
-    """The classifier is right at ``E = log(p / h)``, which is a weighted square up to a constant."""
-    num = 200_000
-    data = math.sqrt(VARIANCE) * torch.randn(num, 1, dtype=torch.float64, generator=stream(0, "data"))
-    _, at_optimum = loss_and_gradient(negatives(0.0, objective="ratio", num_importance=num), data)
-    _, elsewhere = loss_and_gradient(negatives(0.2, objective="ratio", num_importance=num), data)
-    assert abs(at_optimum) < 4 * 0.5 * VARIANCE / math.sqrt(num)
-    assert elsewhere > 0.02
+@pytest.mark.parametrize("text", [POINTS, IMAGES], ids=["points", "images"])
+@pytest.mark.parametrize("objective", ["mle", "ratio"])
+def test_an_energy_of_both_trains(text: str, objective: str, tmp_path: Path) -> None:
+    config = config_of(text, energy={"inputs": "x-and-z"}, ebm={"objective": objective, "steps": 2, "log_every": 1})
+    before = training_of(config).vaebm.energy.state_dict()
+    run = fit(tmp_path, config)
+    after = checkpoints.load(run.checkpoints("ebm")).weights["energy"]
+    assert any(not torch.equal(before[name], value) for name, value in after.items())
+    for record in steps_of(run):
+        assert all(math.isfinite(value) for value in record.values() if isinstance(value, float))
+        assert ("saturation" in record) == (text == IMAGES and objective == "mle")
+        assert ("acceptance_rate" in record) == (objective == "mle")
+    assert len(steps_of(run)) == 2
 
 
 def test_the_ratio_comes_first_where_it_is_asked_for() -> None:
-    phase_of = negatives(W, ratio_steps=2, replay_size=4)
-    has_chains = ["acceptance_rate" in phase_of(DATA, step).monitors for step in range(4)]
-    assert has_chains == [False, False, True, True]
+    loop = EbmConfig(objective="mle", ratio_steps=2)
+    assert [negatives_at(loop, step) for step in range(4)] == ["ratio", "ratio", "chains", "chains"]
+    assert negatives_at(EbmConfig(objective="mle", negatives="importance"), 0) == "importance"
+    assert negatives_at(EbmConfig(), 10_000) == "ratio"
 
 
-@pytest.mark.parametrize("asked", [None, 0.9])
-def test_the_step_follows_the_acceptance_rate(asked: float | None) -> None:
-    config = TrainingKernelConfig("mala", step_size=0.5, target_acceptance=asked)
-    phase_of = negatives(W, config, replay_size=4)
-    rate = float(phase_of(DATA, 0).monitors["acceptance_rate"])
-    target = asked or build_kernel(KernelConfig("mala"), phase_of.potential).target_acceptance
-    assert target is not None and rate != target
-    assert float(phase_of.params.step_size) == pytest.approx(0.5 * math.exp(0.05 * (rate - target)))
+def test_the_monitors_are_moments_of_the_energies() -> None:
+    chains = training_of(config_of(IMAGES)).chains
+    data, negatives = torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0, 4.0, -4.0])
+    moved = chains.advance(torch.Generator().manual_seed(0), 3, 0.0)
+    x = torch.tensor([0.5, 1.5, -2.0, 1.0]).reshape(1, 1, 2, 2)
+    monitors = monitors_of(data, negatives, moved, x)
+    assert {name: float(monitors[name]) for name in ("energy_gap", "energy_sd", "saturation")} == {
+        "energy_gap": 2.0,
+        "energy_sd": 4.0,
+        "saturation": 0.5,
+    }
+    assert monitors["acceptance_rate"] is moved.acceptance_rate
+    assert not any(value.requires_grad for value in monitors.values())
+    assert "saturation" not in monitors_of(data, negatives, moved, x.flatten(1))  # points
+    assert monitors_of(data, negatives, None, None).keys() == {"energy_sd"}
 
 
-def test_the_step_of_an_unadjusted_kernel_stays() -> None:
-    phase_of = negatives(W, TrainingKernelConfig("langevin", step_size=0.5), replay_size=4)
-    phase_of(DATA, 0)
-    assert float(phase_of.params.step_size) == 0.5
+def test_vae_samples_are_weighed_now_and_then_and_change_nothing(tmp_path: Path) -> None:
+    options = {"objective": "mle", "steps": 2 * WEIGHT_ESS_EVERY, "validate_every": 500, "checkpoint_every": 500}
+    runs = [
+        fit(tmp_path / str(log_every), config_of(POINTS, ebm={**options, "log_every": log_every}))
+        for log_every in (1, 10)  # a log-every of 10 meets the steps that are weighed
+    ]
+    every, tenth = ([record["step"] for record in steps_of(run) if "weight_ess" in record] for run in runs)
+    assert every == [1, WEIGHT_ESS_EVERY, 2 * WEIGHT_ESS_EVERY] and tenth == every[1:]
+    ends = [checkpoints.load(run.checkpoints("ebm")) for run in runs]
+    assert torch.equal(ends[0].state["replay"], ends[1].state["replay"])
 
 
-def test_the_replay_is_annealed() -> None:
-    loop = EbmConfig(replay_probability=0.8, replay_anneal_steps=10)
-    assert [replay_probability(loop, step) for step in (0, 5, 10, 99)] == pytest.approx([0.0, 0.4, 0.8, 0.8])
-    assert replay_probability(EbmConfig(replay_probability=0.8), 0) == 0.8
+def test_weights_of_vae_samples_are_computed_only_where_they_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def counted(log_weights: torch.Tensor) -> float:
+        calls.append(log_weights)
+        return 1.0
+
+    monkeypatch.setattr(train, "weights_ess", counted)
+    run = fit(tmp_path, config_of(POINTS, ebm={"objective": "ratio", "steps": 12, "log_every": 6}))
+    assert len(calls) == len(steps_of(run)) == 2
 
 
-def test_the_gain_is_that_of_the_closed_form() -> None:
-    """On data from h the gain is ``KL(h, p)``."""
-    num = 10_000
-    x = math.sqrt(MODEL_VARIANCE) * torch.randn(num, 1, dtype=torch.float64, generator=stream(1, "data"))
-    potential = noise_potential(VAEBM(linear_vae(), WeightedSquare(W).requires_grad_(False)))
-    gain = likelihood_gain(Config(ebm=EbmConfig(num_validation_draws=40_000)), potential, Points(x), seed=0)
-    ratio = MODEL_VARIANCE / VARIANCE
-    expected = 0.5 * (ratio - 1 - math.log(ratio))
-    assert abs(gain.nats - expected) < 4 * gain.error
-    assert gain.log_z.value == pytest.approx(0.5 * math.log(ratio), abs=4 * gain.log_z.error)
-    assert 0 < gain.error < 0.02 < expected
+def test_the_head_may_be_left_out_of_the_spectral_penalty() -> None:
+    whole, hidden = (training_of(config_of(IMAGES, ebm={"spectral_head": has_head})) for has_head in (True, False))
+    assert float(whole.spectral().detach()) > float(hidden.spectral().detach()) > 0
+    num_whole, num_hidden = (sum(map(len, one.spectral._groups)) for one in (whole, hidden))
+    assert num_hidden == num_whole - 1
+
+
+def test_the_energy_is_initialised_from_data_before_it_is_averaged() -> None:
+    one, fresh = training_of(config_of(IMAGES, energy={"data_init": True})), training_of(config_of(IMAGES))
+    energy = one.vaebm.energy
+    assert bool(energy.is_initialised) and bool(one.average.module.is_initialised)
+    for name, parameter in energy.named_parameters():
+        assert torch.equal(parameter, one.average.module.get_parameter(name))
+    assert not torch.equal(energy.get_parameter("stem.weight"), fresh.vaebm.energy.get_parameter("stem.weight"))

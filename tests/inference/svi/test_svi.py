@@ -15,7 +15,7 @@ from torch import Tensor
 from ppl_vaebm.config import Config, DataConfig, ModelConfig, NvaeConfig, SviConfig
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.data.splits import IntegerImages, image_data
-from ppl_vaebm.inference.optim import DivergedError, learning_rate
+from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.svi.svi import Objective, fit_svi, kl_weight, mean_elbo, new_vae, penalty_weight
 from ppl_vaebm.models.layers import norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.nvae_cells import Conv2d
@@ -69,14 +69,6 @@ def test_the_weight_of_the_penalty_moves_in_log_scale() -> None:
     loop = SviConfig(spectral_penalty=1e-2, spectral_penalty_start=10.0)
     assert [penalty_weight(loop, share) for share in (0.0, 0.5, 1.0)] == pytest.approx([10.0, math.sqrt(0.1), 1e-2])
     assert penalty_weight(replace(loop, spectral_penalty_start=None), 0.3) == 1e-2
-
-
-def test_the_rate_rises_linearly_before_the_cosine() -> None:
-    loop = SviConfig(steps=110, warmup_steps=9, learning_rate=1.0, final_learning_rate=0.0)
-    assert [learning_rate(loop, step) for step in (0, 4, 8)] == pytest.approx([0.1, 0.5, 0.9])
-    assert learning_rate(loop, 9) == 1.0
-    assert learning_rate(loop, 9 + 101 // 2) == pytest.approx(0.5, abs=0.02)
-    assert learning_rate(loop, 109) < 1e-3
 
 
 def test_epochs_and_shares_become_steps() -> None:
