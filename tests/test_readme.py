@@ -1,4 +1,4 @@
-"""The README's Python examples run as they stand, one after another, on a tiny run."""
+"""The Python examples of the README, then that of choose_a_kernel.md, run as they stand on a tiny run."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from ppl_vaebm.reports import report
 from ppl_vaebm.rng import global_rng
 from tests.tiny import fit_run, write_empty_report
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 
 
 def test_the_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "write_report", write_empty_report)
     run = fit_run(tmp_path)
-    example = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
+    text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "choose_a_kernel.md").read_text()
+    example = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert '"runs/demo"' in example
     names: dict[str, object] = {}
     with global_rng(0):
