@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.evaluation.store import read_sections, store
     from ppl_vaebm.evaluation.tables import lines
     from ppl_vaebm.reports.report import write_report
-    from ppl_vaebm.runs.fitted_vae import stage_of
+    from ppl_vaebm.runs.loading import stage_of
 
     read_sections(run)  # refuses a damaged file before anything slow is done
     weights, parts = (_vae if stage_of(run, options.stage) == "svi" else _vaebm)(options)
@@ -131,8 +131,7 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
     from ppl_vaebm.evaluation.vae import evaluate_vae
     from ppl_vaebm.models.energy import Energy
     from ppl_vaebm.models.vaebm import VAEBM
-    from ppl_vaebm.runs.fitted_vae import open_fitted_vae
-    from ppl_vaebm.runs.loading import fingerprint
+    from ppl_vaebm.runs.loading import fingerprint, open_fitted_vae
 
     if options.steps:
         raise InputError("steps are those of stage ebm's chains, and stage svi has none: leave the option out")

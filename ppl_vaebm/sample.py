@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from ppl_vaebm.reports.gallery import save_png
     from ppl_vaebm.reports.report import write_report
-    from ppl_vaebm.runs.fitted_vae import stage_of
+    from ppl_vaebm.runs.loading import stage_of
 
     stage = stage_of(run, options.stage)
     if is_conditional:
@@ -83,8 +83,8 @@ def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead:
 def _sample_vae(options: Options) -> Written:
     from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.drawing import draw_vae
-    from ppl_vaebm.runs.fitted_vae import open_fitted_vae
     from ppl_vaebm.runs.gallery import TEMPERATURES, Choices
+    from ppl_vaebm.runs.loading import open_fitted_vae
 
     _refuse_unused(options, ("kernel", "num_steps"), "--stage ebm", "svi")
     fitted = open_fitted_vae(options.run)

@@ -26,7 +26,7 @@ from ppl_vaebm.inference.likelihood import elbo_rows, log_p
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.runs.fitted_vae import FittedVAE
+from ppl_vaebm.runs.loading import FittedVAE
 
 BLOCK = 500  # test points read at a time
 VAE_PARTS: tuple[Part, ...] = ("likelihood", "samples")

@@ -1,8 +1,8 @@
-"""Checkpoints: atomic, checked before use, and without a pickle that could run code.
+"""Checkpoints: written atomically, checked before use, and without a pickle that could run code.
 
 A checkpoint is a folder ``step-00001000`` with ``weights.safetensors`` (named sets of weights, flattened to
 "set/param"), ``state.pt`` (plain types and tensors, read with ``weights_only=True``) and ``manifest.json``.
-It appears under its name only when all of it is on the disk. One process writes; any may read.
+It gets its name when all of it is on the disk. One process writes; any may read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ppl_vaebm import __version__
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import TEMPORARY_PREFIX, replace, sync, write_synced
 
-# Raised by one whenever a checkpoint of the version before can no longer be read.
+# Raised by one when checkpoints of the version before can no longer be read.
 SCHEMA = 2
 
 WEIGHTS_FILE = "weights.safetensors"
@@ -51,22 +51,20 @@ RECORDED_LIBRARIES = ("torch", "pyro-ppl", "numpy", "safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What one checkpoint holds; every tensor is contiguous and on the CPU."""
+    """Contents of a checkpoint; every tensor is contiguous and on the CPU."""
 
     path: Path
-    """Its folder."""
     stage: str
-    """The stage of training that wrote it."""
     step: int
-    """Updates done when it was written."""
+    """Updates before it."""
     score: float | None
-    """What the best is chosen by, higher is better; ``None`` where nothing was evaluated."""
+    """Higher is better; ``None`` if not evaluated."""
     weights: dict[str, dict[str, Tensor]]
     """Named sets of named weights."""
     state: dict[str | int, Any]
-    """Whatever else resuming needs: plain types and tensors."""
+    """All else that resuming needs: plain types and tensors."""
     config: dict[str, Any]
-    """The resolved configuration, as JSON has it: a tuple comes back as a list."""
+    """The resolved configuration as JSON, where tuples are lists."""
 
 
 def save(
@@ -80,24 +78,20 @@ def save(
     score: float | None,
     keep: int = 2,
 ) -> Path:
-    """Write a checkpoint in one step, then delete those that are no longer needed.
+    """Write a checkpoint atomically, delete those that are no longer needed, and return its folder.
 
-    The last ``keep`` readable checkpoints stay, the best stays, and so does the one just written. Saving the
-    same content twice writes the same bytes, of the state too as long as its dictionaries have the same order.
+    The last ``keep`` readable checkpoints, the best and the new one stay. The same content gives the same bytes, as
+    long as the dictionaries of the state have the same order.
 
     Args:
-        folder: where the checkpoints of this stage lie; made if missing.
-        stage: the stage of training.
+        folder: of the checkpoints of this stage; made if missing.
+        stage: of training.
         step: updates done, at least 0; a checkpoint of the same step is replaced.
-        weights: named sets ("model", "ema") of named weights; a set's name has no "/".
-        state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, ``None`` and tensors. Tensors
-            are stored apart and contiguous on the CPU, and dictionaries as plain ones.
+        weights: named sets ("model", "ema") of named weights; the name of a set has no "/".
+        state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, ``None`` and tensors.
         config: the resolved configuration, as JSON can hold it.
         score: higher is better, finite; ``None`` if not evaluated.
         keep: how many of the last checkpoints to keep, at least 1.
-
-    Returns:
-        The checkpoint's folder.
 
     Raises:
         TypeError: the state holds something else; the message names where.
@@ -132,48 +126,29 @@ def save(
 
 
 def load(folder: Path, which: Literal["last", "best"] | int = "last") -> Checkpoint:
-    """Read a checkpoint, after checking that it is whole. Nothing is written or deleted.
+    """Read a checkpoint and check that it is complete. Nothing is written or deleted.
 
-    Args:
-        folder: where the checkpoints of a stage lie.
-        which: the last, the best (the highest score, of equals the later; the last where none has a score), or
-            the one of a step.
-
-    Returns:
-        The checkpoint.
+    ``which`` is the last, the best (highest score, of equals the later; the last if none has a score) or a step.
 
     Raises:
-        InputError: there is no such checkpoint; or it is of another schema, damaged, or holds a pickle that
-            could run code.
+        InputError: no such checkpoint, or it has another schema, is damaged, or holds a pickle that could run code.
     """
     path = _path(folder, _choose(folder, which))
     manifest = _read_manifest(path)
     flat = _parse_weights(path / WEIGHTS_FILE, _checked_bytes(path / WEIGHTS_FILE, manifest))
-    # The manifest names the sets because an empty one leaves no trace in the flat names.
+    # An empty set has no flat names, so the manifest names the sets.
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in manifest["sets"]}
     for key in sorted(flat):
         name, _, parameter = key.partition("/")
         weights[name][parameter] = flat[key]
+    state = _parse_state(path / STATE_FILE, _checked_bytes(path / STATE_FILE, manifest))
     return Checkpoint(
-        path=path,
-        stage=manifest["stage"],
-        step=manifest["step"],
-        score=manifest["score"],
-        weights=weights,
-        state=_parse_state(path / STATE_FILE, _checked_bytes(path / STATE_FILE, manifest)),
-        config=manifest["config"],
+        path, weights=weights, state=state, **{name: manifest[name] for name in ("stage", "step", "score", "config")}
     )
 
 
 def available(folder: Path) -> list[int]:
-    """List the steps that have a checkpoint.
-
-    Args:
-        folder: where the checkpoints of a stage lie; it need not exist.
-
-    Returns:
-        The steps, ascending.
-    """
+    """List the steps that have a checkpoint, ascending; the folder need not exist."""
     if not folder.is_dir():
         return []
     names = [path.name.removeprefix(REPLACED_PREFIX) for path in folder.iterdir()]
@@ -181,18 +156,10 @@ def available(folder: Path) -> list[int]:
 
 
 def delete_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, the last first.
-
-    Args:
-        folder: where the checkpoints of a stage lie.
-        step: the last one to keep.
-    """
+    """Delete the checkpoints of steps after ``step``, the last first."""
     for other in reversed(available(folder)):
         if other > step:
             _delete(folder, other)
-
-
-# Names and places.
 
 
 def _name(step: int) -> str:
@@ -216,7 +183,7 @@ def _put(temporary: Path, path: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Clear away what a crash left behind."""
+    """Remove the remains of a crash."""
     for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
         shutil.rmtree(path)
     for path in folder.glob(f"{REPLACED_PREFIX}*"):
@@ -228,7 +195,7 @@ def _tidy(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep: int, step: int) -> None:
-    """Delete all but the last ``keep``, the best and ``step``; what cannot be read neither counts nor goes."""
+    """Delete all but the last ``keep``, the best and ``step``; unreadable ones do not count and stay."""
     scores: dict[int, float | None] = {}
     for other in available(folder):
         try:
@@ -242,14 +209,14 @@ def _prune(folder: Path, keep: int, step: int) -> None:
 
 def _delete(folder: Path, step: int) -> None:
     path = _path(folder, step)
-    # Renamed first: a crash in the middle of the deletion must not leave half a checkpoint under a good name.
+    # Renamed first: a crash during the deletion must not leave half a checkpoint under a valid name.
     doomed = folder / (TEMPORARY_PREFIX + path.name)
     replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def _best(scores: Mapping[int, float | None]) -> int:
-    """Return the step with the highest score, of equals the later; the last step if none has a score."""
+    """Return the step with the highest score, of equals the later; the last if none has a score."""
     return max(scores, key=lambda step: (-math.inf if scores[step] is None else scores[step], step))
 
 
@@ -264,9 +231,6 @@ def _choose(folder: Path, which: Literal["last", "best"] | int) -> int:
     if which not in steps:
         raise InputError(f"expected a checkpoint of step {which} in {folder}, found {steps}; choose one of these")
     return which
-
-
-# Content to bytes.
 
 
 def _weights_bytes(weights: Mapping[str, Mapping[str, Tensor]]) -> bytes:
@@ -286,15 +250,15 @@ def _state_bytes(state: dict[Any, Any]) -> bytes:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Copy: shared storage is refused by safetensors, and stored whole by torch even for a view of a part."""
+    """Copy a tensor: safetensors refuses shared storage, and torch stores all of it for a view."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _plain(value: Any, where: str) -> Any:
-    """Copy a state, refusing what ``weights_only=True`` would not read back; types are exact, as there.
+    """Copy a state, and refuse types that ``weights_only=True`` would not read back.
 
-    Pickle writes an object that it meets again as a reference; fresh containers and interned strings make the
-    bytes depend on content alone and not on which objects happen to be the same.
+    Pickle writes the second occurrence of an object as a reference; new containers and interned strings make the bytes
+    depend on content alone.
     """
     if value is None or type(value) in (bool, int, float, complex):
         return value
@@ -321,9 +285,6 @@ def _versions() -> dict[str, str]:
     return versions | {name: metadata.version(name) for name in RECORDED_LIBRARIES}
 
 
-# Bytes to content.
-
-
 def _damaged(path: Path, expected: str, found: str) -> InputError:
     return InputError(
         f"expected {path} to be {expected}, found {found}; "
@@ -339,7 +300,7 @@ def _read(path: Path) -> bytes:
 
 
 def _checked_bytes(path: Path, manifest: dict[str, Any]) -> bytes:
-    # The bytes that were checked are the bytes that are used: the file is read once.
+    # Read once, so that the checked bytes are those that are used.
     data = _read(path)
     digest = hashlib.sha256(data).hexdigest()
     expected = manifest["sha256"].get(path.name)
@@ -349,7 +310,7 @@ def _checked_bytes(path: Path, manifest: dict[str, Any]) -> bytes:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest, of this schema and complete, or raise :class:`InputError`."""
+    """Read the manifest of a checkpoint, or raise :class:`InputError`."""
     file = path / MANIFEST_FILE
     try:
         manifest = json.loads(_read(file))

@@ -1,4 +1,4 @@
-"""Sampling the posterior of x given an observation: chains, what they say of every value of x, and the files."""
+"""Sampling of the posterior of x given an observation: chains, summaries of every value of x, and files."""
 
 from __future__ import annotations
 
@@ -25,30 +25,27 @@ from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.drawing import Written
-from ppl_vaebm.runs.fitted_vae import Stage, open_fitted_vae
 from ppl_vaebm.runs.given import Given, GivenOptions, read_given
-from ppl_vaebm.runs.loading import LoadedRun, load_run
+from ppl_vaebm.runs.loading import LoadedRun, Stage, load_run, open_fitted_vae
 from ppl_vaebm.runs.run import Run
 
 NAME = "conditional"
-"""Of the files in the samples folder."""
+"""Name of the files in the samples folder."""
 MAX_STORED_VALUES = 1 << 27
-"""Values of x of all draws together that are kept for its mean, spread and R-hat, 0.5 GB; longer chains are thinned."""
+"""Values of x, 0.5 GB, that are kept for mean, standard deviation and R-hat; longer chains are thinned."""
 NUM_FOLLOWED = 8
-"""Values of x whose draws are stored one by one, those with the largest posterior spread among the starts."""
+"""Values of x whose draws are stored, those that vary most among the starts."""
 IMAGE_KERNEL: KernelName = "hmc"
-"""On digits given their upper half the worst bulk ESS per 1000 evaluations was 26 to 43 of HMC with trajectories of 8
-steps (16 chains, 1,500 evaluations each), and, with fewer evaluations, 5 of MALA, 4 of pCN and 1 of elliptical slice
-sampling; one digit."""
+"""On a digit given its upper half the worst bulk ESS per 1000 evaluations is 26 to 43 by HMC, 5 by MALA, 4 by pCN and 1
+by elliptical slice sampling."""
 POINT_KERNEL: KernelName = "mixture"
-"""On 25 Gaussians given the first coordinate HMC stayed in the mode where it began, with an R-hat of 2.8 to 3.4 for
-three observations; that of the cycle of independence Metropolis and HMC was 1.04 and 1.06 for two of them (32 chains of
-500 draws)."""
+"""On 25 Gaussians given the first coordinate HMC stays in its first mode (R-hat 2.8 to 3.4); the cycle of independence
+Metropolis and HMC has R-hat 1.04 and 1.06."""
 
 
 @dataclass(frozen=True)
 class Posterior:
-    """Draws of x given an observation, and what they say of every value of x."""
+    """Draws of x given an observation, and summaries of every value of x."""
 
     x: Tensor
     """``(num, *event)``, evenly spread over chains and draws."""
@@ -59,7 +56,7 @@ class Posterior:
     r_hat: NDArray[np.float64]
     """Rank-normalised split R-hat; nan where the standard deviation is 0."""
     chains: Chains
-    """The chains, with a few functionals of every draw."""
+    """The chains, with a few quantities of every draw."""
 
 
 class NoEnergy(Energy):
@@ -80,19 +77,16 @@ def sample_posterior(
     num_draws: int,
     seed: int,
 ) -> Posterior:
-    """Sample a posterior from starts that tempering finds.
+    """Sample a posterior from tempered starts.
 
     Args:
-        potential: of the posterior, of one observation.
+        potential: of the posterior given one observation.
         config: kernel.
         num: draws of x to return.
         num_chains: chains.
         num_warmup: steps of warm-up.
         num_draws: draws per chain.
         seed: of starts and chains.
-
-    Returns:
-        The posterior.
     """
     device = next(potential.vaebm.parameters()).device
     starts, particles = annealed_starts(potential, stream(seed, "starts", device=device), num_chains)
@@ -117,7 +111,7 @@ def sample_posterior(
     return Posterior(
         x=x[chosen],
         mean=values.mean((0, 1), dtype=np.float64).reshape(event),
-        # Rounding would give values that never move a spread.
+        # By rounding, the standard deviation of values that never move would not be 0.
         sd=np.where((values == values[0, 0]).all((0, 1)), 0.0, values.std((0, 1), dtype=np.float64)).reshape(event),
         r_hat=diagnose_columns(values).r_hat.reshape(event),
         chains=replace(chains, attrs={**chains.attrs, "seed": seed, "start_levels": particles.num_levels}),
@@ -125,15 +119,10 @@ def sample_posterior(
 
 
 def posterior_functionals(potential: ConditionalPotential, starts: Tensor) -> Functionals:
-    """Make the functionals of a posterior's chains.
+    """Make the quantities to store of a posterior's chains, which start at ``(C, D)``.
 
-    Args:
-        potential: of the posterior.
-        starts: where its chains begin, ``(C, D)``; the values of x that differ most there are followed.
-
-    Returns:
-        As :func:`~ppl_vaebm.inference.functionals.noise_functionals`, but ``energy`` is E(x) alone, ``misfit`` minus
-        the log likelihood of what was observed, both ``(C,)``, nats; and ``value`` are some values of x, ``(C, V)``.
+    They are those of ``noise_functionals``, but ``energy`` is E(x) alone, ``misfit`` is minus the log-likelihood of the
+    observation, both ``(C,)``, nats, and ``value`` are the values of x that vary most among the starts, ``(C, V)``.
     """
     spread = potential.decode(starts).flatten(1).std(0)
     followed = spread.topk(min(NUM_FOLLOWED, int((spread > 0).sum()))).indices.sort().values
@@ -152,15 +141,9 @@ def posterior_functionals(potential: ConditionalPotential, starts: Tensor) -> Fu
 
 
 def kernel_of(loaded: LoadedRun, name: KernelName | None) -> KernelConfig:
-    """Choose the kernel of a posterior.
+    """Return the named kernel with the run's options, else :data:`IMAGE_KERNEL` or :data:`POINT_KERNEL`.
 
-    Args:
-        loaded: the fitted run.
-        name: asked for by the user, if at all.
-
-    Returns:
-        The kernel asked for, with the run's options; else :data:`IMAGE_KERNEL` or :data:`POINT_KERNEL` with
-        trajectories of their own length, for those of the run were chosen for another target.
+    Those have trajectories of their default length, because the run's length was chosen for another target.
     """
     kernel = loaded.config.sampling.kernel
     if name is not None:
@@ -170,14 +153,7 @@ def kernel_of(loaded: LoadedRun, name: KernelName | None) -> KernelConfig:
 
 
 def open_run(path: str, stage: Stage) -> LoadedRun:
-    """Load a run for conditioning; of stage svi, the VAE with an energy of zero.
-
-    Args:
-        path: the run's folder.
-        stage: what to condition.
-
-    Returns:
-        The run.
+    """Load a run for conditioning; with stage svi, the VAE with an energy of zero.
 
     Raises:
         InputError: not a run, or the stage is missing.
@@ -190,11 +166,11 @@ def open_run(path: str, stage: Stage) -> LoadedRun:
 
 
 def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig, *, num: int, seed: int) -> Written:
-    """Condition on what the user observed, sample, and write the files.
+    """Condition on the observation of the user, sample, and write the files.
 
     Args:
         loaded: the fitted run.
-        options: what was observed, and the chains.
+        options: observation and chains.
         config: kernel.
         num: draws of x to store.
         seed: of everything.
@@ -217,20 +193,20 @@ def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig,
         seed=seed,
     )
     idata = to_inference_data(posterior.chains)
-    summaries = diagnostics.summarize(idata)  # before anything is written, for it refuses too few draws
+    summaries = diagnostics.summarize(idata)  # before anything is written, because it refuses too few draws
     path = _save(loaded.run, given, posterior)
     save_netcdf(idata, path.with_suffix(".nc"))
-    lines = [diagnostics.summary_table(summaries, idata), "", verdict(posterior, summaries)]
+    lines = [diagnostics.summary_table(summaries, idata), "", convergence_line(posterior, summaries)]
     return Written([path], lines + [str(path.with_suffix(suffix)) for suffix in (".npz", ".png", ".nc")])
 
 
-def verdict(posterior: Posterior, summaries: list[diagnostics.QuantitySummary]) -> str:
-    """Say in one line whether the chains agree, over functionals and over all values of x."""
+def convergence_line(posterior: Posterior, summaries: list[diagnostics.QuantitySummary]) -> str:
+    """Describe whether the chains agree, over quantities and over all values of x."""
     worst, fewest = diagnostics.worst(summaries)
     moving = posterior.r_hat[posterior.sd > 0]
     highest = float(np.max(moving, initial=1.0)) if np.isfinite(moving).all() else float("nan")
     text = (
-        f"R-hat: largest of functionals {diagnostics.r_hat_text(worst.r_hat)} ({worst.name}), of values of x "
+        f"R-hat: largest of quantities {diagnostics.r_hat_text(worst.r_hat)} ({worst.name}), of values of x "
         f"{diagnostics.r_hat_text(highest)}; smallest bulk ESS {fewest.ess_bulk:.0f} ({fewest.name})"
     )
     if worst.r_hat <= diagnostics.MAX_R_HAT and highest <= diagnostics.MAX_R_HAT:

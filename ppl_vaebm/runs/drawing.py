@@ -15,9 +15,8 @@ from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.rng import stream
-from ppl_vaebm.runs.fitted_vae import FittedVAE
 from ppl_vaebm.runs.gallery import Choices, check_group, write_gallery
-from ppl_vaebm.runs.loading import LoadedRun
+from ppl_vaebm.runs.loading import FittedVAE, LoadedRun
 from ppl_vaebm.runs.run import Run
 
 

@@ -23,9 +23,16 @@ from ppl_vaebm.inference.ebm.train import fit_ebm
 from ppl_vaebm.inference.svi.svi import fit_svi
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.runs.checkpoint import Checkpoint
-from ppl_vaebm.runs.fitted_vae import FittedVAE, load_fitted_vae
 from ppl_vaebm.runs.gallery import Arrays, gallery, write_gallery
-from ppl_vaebm.runs.loading import check_absent, check_models, clear, load_finished_vae, load_to_resume
+from ppl_vaebm.runs.loading import (
+    FittedVAE,
+    check_absent,
+    check_models,
+    clear,
+    load_finished_vae,
+    load_fitted_vae,
+    load_to_resume,
+)
 from ppl_vaebm.runs.run import Run
 from ppl_vaebm.runs.tensorboard import StageBoards, check_installed, open_board
 

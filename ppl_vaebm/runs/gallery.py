@@ -17,7 +17,7 @@ from ppl_vaebm.inference.svi.svi import mean_elbo
 from ppl_vaebm.inference.vae_draws import prior_draws, prior_means, reconstructions, traversal
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
-from ppl_vaebm.runs.fitted_vae import FittedVAE
+from ppl_vaebm.runs.loading import FittedVAE
 from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
@@ -32,40 +32,36 @@ MAX_ANGLE = 2.0  # radians, to both sides
 
 
 class Choices(NamedTuple):
-    """What a user may choose of the gallery."""
+    """Options of the gallery."""
 
     temperatures: Sequence[float] = TEMPERATURES
-    """Of the draws of the prior."""
+    """Temperatures of prior samples."""
     group: str | None = None
-    """Latent group of the traversal; the one with the largest KL if not given."""
+    """Latent group of the traversal; the default is the one with the largest KL."""
 
 
 DEFAULT = Choices()
 
 
 def check_group(vae: HierarchicalVAE, group: str | None) -> None:
-    """Refuse a latent group that the VAE does not have.
-
-    Raises:
-        InputError: naming those that it has.
-    """
+    """Refuse a latent group that the VAE does not have, as InputError."""
     names = list(vae.model.latent_shapes)
     if group is not None and group not in names:
         raise InputError(f"expected a latent group of this VAE, {names[0]} to {names[-1]}, found {group!r}; name one")
 
 
 def gallery(fitted: FittedVAE, split: Split, seed: int, choices: Choices = DEFAULT) -> dict[str, Arrays]:
-    """Take the pictures of a VAE as arrays.
+    """Compute the arrays of the pictures of a VAE.
 
     Args:
-        fitted: the VAE; draws of the prior are its sampler's.
+        fitted: the VAE; its sampler draws from the prior.
         split: held-out data, for reconstructions and KL.
-        seed: of all draws, and of the choice of data where there are more than are shown.
+        seed: of all draws, and of the choice of data.
         choices: of the user.
 
     Returns:
-        File names to arrays: for images reconstructions, draws of the prior, the traversal of one group; for points
-        draws; for both the groups' KL.
+        Arrays by file name: for images reconstructions, prior samples and the traversal of one group; for points
+        samples; for both the KL of every group.
 
     Raises:
         InputError: a latent group that the VAE does not have.
@@ -122,7 +118,7 @@ def _prior(fitted: FittedVAE, seed: int, temperatures: Sequence[float]) -> Array
 
 
 def _statistics(fitted: FittedVAE) -> str:
-    """Say which batch statistics draws of the prior are made with, if any."""
+    """Describe the batch statistics of prior samples, if there are any."""
     if fitted.norm_temperature is not None:
         return f"batch statistics of prior draws at t = {fitted.norm_temperature:g}"
     return "batch statistics of training" if norms_of(fitted.vae.model) else ""

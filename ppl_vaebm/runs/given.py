@@ -1,4 +1,4 @@
-"""What a user observed of an x: options, and their reading into the model's terms. Only the reading imports torch."""
+"""Observations of x: their options, and their reading as tensors. Only the reading imports torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 BYTE_LEVELS = 256
 MIN_DRAWS = 4
-"""Draws per chain that R-hat needs; as in ``inference/diagnostics/convergence.py``, whose import would bring torch."""
+"""Draws per chain that R-hat needs, as in ``inference/diagnostics/convergence.py``, which imports torch."""
 MAX_GREY = 64
-"""How far from black or white a pixel of a mask may be, of 255: what JPEG leaves. Chosen by us."""
+"""Largest distance of a pixel of a mask from black or white, of 255, for the errors of JPEG. Chosen by us."""
 
 
 @dataclass(frozen=True)
@@ -83,26 +83,18 @@ class GivenOptions:
 
 
 class Given(NamedTuple):
-    """Something observed, as :func:`ppl_vaebm.inference.conditioning.condition` takes it."""
+    """Arguments of :func:`ppl_vaebm.inference.conditioning.condition`."""
 
     given: Tensor
-    """Of the shape of what is observed; nan in a point where it is not."""
+    """The observation; coordinates of a point that are not observed are nan."""
     mask: Tensor | None
-    """Of the shape of x; ``None`` where an operator or the whole of x was observed."""
+    """Of the shape of x; ``None`` if all of x, or its image under an operator, is observed."""
     noise_sd: float | None
     operator: Operator | None
 
 
 def read_given(options: GivenOptions, data: Data, config: DataConfig) -> Given:
-    """Read what was observed, with the preprocessing of the data.
-
-    Args:
-        options: of the user.
-        data: of the run.
-        config: options of its data.
-
-    Returns:
-        The observation. Exact pixels stand at the centres of their levels.
+    """Read an observation with the preprocessing of the data; exact pixels get the centres of their levels.
 
     Raises:
         InputError: options that do not go together or do not fit the data; files that cannot be read.
@@ -176,14 +168,14 @@ def _read_point(text: str, noise_sd: float | None, data: Data) -> Given:
 
 
 def _file_size(path: str) -> tuple[int, int] | None:
-    """Return width and height of an image file; ``None`` of an array, which has to have the model's size."""
+    """Return width and height of an image file; ``None`` for an array, which must have the model's size."""
     from ppl_vaebm.data.decoding import header
 
     return None if path.endswith(".npy") else header(Path(path))[1]
 
 
 def _padding(config: DataConfig) -> int:
-    """Return the black pixels that the data set adds on each side before it resizes."""
+    """Return the number of black pixels that the data set adds on each side before it resizes."""
     from ppl_vaebm.data.archives import shape_without_files
 
     own = shape_without_files(replace(config, image_size=None))

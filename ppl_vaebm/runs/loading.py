@@ -1,7 +1,8 @@
-"""From a run's folder back to the model, its data and its potential; what stands there when a stage begins."""
+"""Loading of models, data and potentials from a run's folder, and the checks before a stage begins."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -28,6 +29,7 @@ from ppl_vaebm.models.vaebm import VAEBM, build_vaebm, has_discrete_x
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
+Stage = Literal["svi", "ebm"]
 # What a checkpoint's weights depend on; the other options may change between stages.
 BINDING = {"svi": ("seed", "data", "model"), "ebm": ("seed", "data", "model", "energy")}
 FINGERPRINT_DIGITS = 16  # 64 bits: chosen by us, more than enough to tell the checkpoints of a run apart
@@ -49,19 +51,40 @@ class LoadedRun:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What tells this density from any other: a hash of all weights of VAE and energy, and of what they are of."""
+        """Hash of the density; see :func:`fingerprint`."""
         return fingerprint(self.vaebm, self.config)
 
 
+@dataclass(frozen=True)
+class FittedVAE:
+    """A fitted VAE and what it was fitted to."""
+
+    run: Run
+    config: Config
+    data: Data
+    vae: HierarchicalVAE
+    """With the batch statistics of training, for draws of the posterior."""
+    prior_vae: HierarchicalVAE | None = None
+    """With the batch statistics of prior samples; ``None`` where the checkpoint has none."""
+    norm_temperature: float | None = None
+    """Temperature of those samples."""
+
+    @property
+    def sampler(self) -> HierarchicalVAE:
+        """VAE to sample the prior with."""
+        return self.vae if self.prior_vae is None else self.prior_vae
+
+
+def stage_of(run: Run, asked: Stage | None) -> Stage:
+    """Return the stage asked for, else ebm where the run has a checkpoint of it, else svi."""
+    return asked or ("ebm" if checkpoints.available(run.checkpoints("ebm")) else "svi")
+
+
 def fingerprint(vaebm: VAEBM, config: Config) -> str:
-    """Hash a density.
+    """Hash a density: first :data:`FINGERPRINT_DIGITS` hexadecimal digits of SHA-256.
 
-    Args:
-        vaebm: its weights and statistics count, bit for bit; on which device they lie does not.
-        config: of its options those that decide what the weights mean: seed, data, model, energy and temperature.
-
-    Returns:
-        The first :data:`FINGERPRINT_DIGITS` hexadecimal digits of SHA-256.
+    Weights and statistics count bit for bit, on any device, and so do the options seed, data, model, energy and
+    temperature.
     """
     options = to_dict(config)
     meaning = {name: options[name] for name in BINDING["ebm"]} | {"temperature": config.ebm.temperature}
@@ -75,12 +98,6 @@ def fingerprint(vaebm: VAEBM, config: Config) -> str:
 def run_config(run: Run) -> Config:
     """Read a run's configuration.
 
-    Args:
-        run: the run.
-
-    Returns:
-        The configuration.
-
     Raises:
         InputError: an unknown key, a wrong value, or not YAML.
     """
@@ -88,20 +105,17 @@ def run_config(run: Run) -> Config:
 
 
 def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -> HierarchicalVAE:
-    """Load stage 1's best weights.
+    """Load the VAE with stage 1's best averaged weights, in evaluation mode.
 
     Args:
         run: the run.
         config: its configuration.
         data: its data.
-        has_prior_statistics: whether the batch normalisations of the generator get the statistics of prior draws. If
-            not, those of training stay, with which the validation ELBO was taken.
-
-    Returns:
-        The VAE with averaged weights, in evaluation mode.
+        has_prior_statistics: whether batch normalisations of the generator get the statistics of prior samples, in
+            place of those of training, which the validation ELBO is measured with.
 
     Raises:
-        InputError: no checkpoint of stage svi, one of another model, or one without statistics of prior draws.
+        InputError: no checkpoint of stage svi, one of another model, or one without statistics of prior samples.
     """
     saved = _fitted(run, "svi", "best", config)
     vae = new_vae(config, data)
@@ -116,8 +130,32 @@ def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -
     return vae.eval()
 
 
+def load_fitted_vae(run: Run, config: Config, data: Data) -> FittedVAE:
+    """Load stage 1's best weights, with the batch statistics of training and with those of prior samples.
+
+    Raises:
+        InputError: as :func:`load_vae`.
+    """
+    vae = load_vae(run, config, data, has_prior_statistics=False).requires_grad_(False)
+    saved = checkpoints.load(run.checkpoints("svi"), "best")
+    statistics = saved.weights.get("prior_statistics")
+    if not statistics:
+        return FittedVAE(run, config, data, vae)
+    prior_vae = copy.deepcopy(vae)
+    set_statistics(prior_vae.model, statistics)
+    return FittedVAE(run, config, data, vae, prior_vae, saved.state["norm_temperature"])
+
+
+def open_fitted_vae(path: str) -> FittedVAE:
+    """Load stage 1 of a run from its folder, as :func:`load_fitted_vae`."""
+    run = Run.open(path)
+    config = run_config(run)
+    check_device(config.device)
+    return load_fitted_vae(run, config, load_data(config.data, config.seed))
+
+
 def _fitted(run: Run, stage: str, which: Literal["last", "best"], config: Config) -> checkpoints.Checkpoint:
-    """Load a stage's checkpoint, given that it has one and belongs to the configuration."""
+    """Load a stage's checkpoint, or refuse: there is none, or it is of another model."""
     if not checkpoints.available(run.checkpoints(stage)):
         raise InputError(
             f"expected a checkpoint of stage {stage} in {run.path}, found none; "
@@ -129,13 +167,7 @@ def _fitted(run: Run, stage: str, which: Literal["last", "best"], config: Config
 
 
 def load_run(path: Path | str) -> LoadedRun:
-    """Load a run with both stages fitted: stage 1's best weights and stage 2's last, averaged ones.
-
-    Args:
-        path: the run's folder.
-
-    Returns:
-        Model, data and potential.
+    """Load a run with both stages fitted: stage 1's best weights, and stage 2's last ones, averaged.
 
     Raises:
         InputError: not a run, or a stage is missing or of another model.
@@ -145,7 +177,7 @@ def load_run(path: Path | str) -> LoadedRun:
     check_device(config.device)
     data = load_data(config.data, config.seed)
     vae = load_vae(run, config, data, config.ebm.prior_statistics)
-    # The last, not the best: the score exists only where log Z is certified, so "best" may be an early, timid energy.
+    # The last, not the best: the score exists only where log Z is certified, so the best may be an early, small energy.
     saved = _fitted(run, "ebm", "last", config)
     temperature = _completed(saved.config)["ebm"]["temperature"]
     if temperature != config.ebm.temperature:
@@ -162,12 +194,8 @@ def load_run(path: Path | str) -> LoadedRun:
 def check_absent(run: Run, stage: str) -> None:
     """Refuse to start a stage that the run already holds.
 
-    Args:
-        run: the run.
-        stage: the stage.
-
     Raises:
-        InputError: it has checkpoints.
+        InputError: the stage has checkpoints.
     """
     steps = checkpoints.available(run.checkpoints(stage))
     if steps:
@@ -178,15 +206,7 @@ def check_absent(run: Run, stage: str) -> None:
 
 
 def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoint:
-    """Load the checkpoint to continue a stage from.
-
-    Args:
-        run: the run.
-        stage: the stage.
-        config: the configuration asked for.
-
-    Returns:
-        The last checkpoint.
+    """Load the last checkpoint of a stage, to resume from.
 
     Raises:
         InputError: there is none, or it was made with other options.
@@ -200,20 +220,10 @@ def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoi
 
 
 def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
-    """Load the VAE that an energy is to be learned for.
-
-    Were stage svi to go on afterwards, the energy would be left with another VAE than its own.
-
-    Args:
-        run: the run.
-        config: its configuration.
-        data: its data.
-
-    Returns:
-        As :func:`load_vae`.
+    """Load the VAE to learn an energy for, as :func:`load_vae`.
 
     Raises:
-        InputError: as :func:`load_vae`, or stage svi has steps to go.
+        InputError: as :func:`load_vae`, or stage svi is not finished: an energy belongs to the weights of its VAE.
     """
     vae = load_vae(run, config, data, config.ebm.prior_statistics)
     num_done = checkpoints.available(run.checkpoints("svi"))[-1]
@@ -226,12 +236,7 @@ def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
 
 
 def check_models(config: Config, data: Data, stage: str) -> None:
-    """Refuse networks that do not fit the data, before anything is written.
-
-    Args:
-        config: the run's configuration.
-        data: its data.
-        stage: to start; stage ebm refuses a discrete x, which stage svi can do with.
+    """Refuse networks that do not fit the data, before anything is written; stage ebm also refuses a discrete x.
 
     Raises:
         InputError: naming the option.
@@ -241,15 +246,11 @@ def check_models(config: Config, data: Data, stage: str) -> None:
         build_vaebm(config, vae)
 
 
-def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
-    """Make room for a stage.
+def clear(run: Run, stage: Stage) -> None:
+    """Remove the results of a stage, and all that depends on them; the configuration stays.
 
-    The energy belongs to its VAE, so a new stage svi makes the old stage ebm void. Either makes void what was drawn
-    and measured, which the report would show as the new stage's.
-
-    Args:
-        run: the run; its configuration stays.
-        stage: the stage to start.
+    The energy belongs to its VAE, so a new stage svi removes stage ebm too. Either removes samples and measurements,
+    which the report would show as those of the new stage.
 
     Raises:
         InputError: a line of the record of metrics is not a JSON object; nothing was removed.
@@ -272,12 +273,12 @@ def clear(run: Run, stage: Literal["svi", "ebm"]) -> None:
 
 
 def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:
-    """Refuse options that differ from those a checkpoint was made with.
+    """Refuse options of some sections that differ from those of a checkpoint.
 
     Args:
         saved: the checkpoint's configuration.
         config: the one asked for.
-        sections: the options that must agree.
+        sections: the sections that must agree.
         what: names the checkpoint in the message.
 
     Raises:
@@ -293,11 +294,8 @@ def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...],
 
 
 def _completed(saved: dict[str, Any]) -> dict[str, Any]:
-    """Give a checkpoint's options their form of today.
-
-    What its version did not know has its default, which does what that version did.
-    """
+    """Convert a checkpoint's options to those of today; new options get their defaults."""
     try:
         return to_dict(from_dict(saved, "a checkpoint's options"))
-    except InputError:  # it knew options that are gone, so they differ
+    except InputError:  # it has options that were removed, so they differ
         return saved

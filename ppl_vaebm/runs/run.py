@@ -1,4 +1,4 @@
-"""A run is a folder: where each of its files lies, and the record of metrics."""
+"""The folder of a run: paths of its files, and the record of metrics."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from ppl_vaebm.errors import InputError, did_you_mean
 from ppl_vaebm.files import write_atomic
 
-# JSON has no word for these numbers; the record holds them as these strings.
+# JSON cannot hold these numbers; the record holds these strings.
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 FEATURES_FILE = "features.safetensors"
 RECONSTRUCTIONS, PRIOR, TRAVERSAL, GROUP_KL = "svi_reconstructions", "svi_prior", "svi_traversal", "svi_group_kl"
@@ -25,33 +25,26 @@ RECONSTRUCTIONS, PRIOR, TRAVERSAL, GROUP_KL = "svi_reconstructions", "svi_prior"
 
 
 class Mirror(Protocol):
-    """What follows the record of metrics as it grows and shrinks."""
+    """A copy of the record of metrics."""
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Take in a record, which is in the file already."""
+        """Add a record that has been written to the file."""
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what a stage logged after a step, as :meth:`Run.rewind_metrics` has."""
+        """Remove a stage's records after a step, as :meth:`Run.rewind_metrics`."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """The files of one run; every entry point takes this folder, and nothing else has to be remembered."""
+    """The files of one run; every command takes this folder."""
 
     path: Path
-    """The folder."""
     mirror: Mirror | None = field(default=None, compare=False, repr=False)
-    """Is told all that happens to the record of metrics, once it is in the file."""
+    """Receives every change of the record of metrics after it is in the file."""
 
     @staticmethod
     def open(path: Path | str) -> Run:
-        """Open the folder of a run that was begun before.
-
-        Args:
-            path: the folder.
-
-        Returns:
-            The run.
+        """Open the folder of an existing run.
 
         Raises:
             InputError: the folder does not exist, or holds no configuration.
@@ -69,13 +62,7 @@ class Run:
 
     @staticmethod
     def create(path: Path | str) -> Run:
-        """Make the folder of a run; one that is there already is taken as it is.
-
-        Args:
-            path: the folder; missing parents are made.
-
-        Returns:
-            The run.
+        """Make the folder of a run, and missing parents; an existing folder is not changed.
 
         Raises:
             InputError: the path is a file, or nothing can be written there.
@@ -103,7 +90,7 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """The record of metrics, one JSON object per line."""
+        """The record of metrics, one JSON object a line."""
         return self.path / "metrics.jsonl"
 
     def checkpoints(self, stage: str) -> Path:
@@ -122,7 +109,7 @@ class Run:
 
     @property
     def tensorboard_dir(self) -> Path:
-        """What TensorBoard reads: a folder for each stage."""
+        """Event files for TensorBoard, a folder for each stage."""
         return self.path / "tensorboard"
 
     @property
@@ -137,17 +124,17 @@ class Run:
 
     @property
     def features_file(self) -> Path:
-        """The weights of the classifier of its data whose features ``evaluate`` reads."""
+        """The weights of the classifier of the data that ``evaluate`` takes features from."""
         return self.path / FEATURES_FILE
 
     @property
     def comparison_file(self) -> Path:
-        """The table of ``compare``, a line for each kernel."""
+        """The table of ``compare``, one line a kernel."""
         return self.path / "compare.csv"
 
     @property
     def comparison_dir(self) -> Path:
-        """What stands behind that table: the chains of every kernel and seed, and the page."""
+        """The chains of every kernel and seed of ``compare``, and its page."""
         return self.path / "compare"
 
     @property
@@ -157,13 +144,11 @@ class Run:
 
     @property
     def positions_file(self) -> Path:
-        """Whole positions of ``diagnose --all-coordinates``, and what was found of every coordinate."""
+        """Positions and diagnostics of every coordinate, of ``diagnose --all-coordinates``."""
         return self.path / "positions.nc"
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Append one record of metrics.
-
-        A line that a killed process left unfinished is cut off first, or this record would continue it.
+        """Append one record of metrics, after cutting off a line that a killed process left unfinished.
 
         Args:
             record: names to values; ``stage`` and ``step`` let :meth:`metrics` and :meth:`rewind_metrics` find it.
@@ -178,14 +163,9 @@ class Run:
             self.mirror.log(record)
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Read the record of metrics.
+        """Read the records of a stage, or all, in the order of logging.
 
-        Args:
-            stage: the ``stage`` whose records to return; all if not given.
-
-        Returns:
-            The records in the order in which they were logged; none where nothing was. A last line without
-            its line break, left by a killed process, is ignored.
+        A last line without its line break, left by a killed process, is ignored.
 
         Raises:
             InputError: another line is not a JSON object.
@@ -193,11 +173,9 @@ class Run:
         return [record for _, record in self._lines() if stage is None or record.get("stage") == stage]
 
     def rewind_metrics(self, stage: str, step: int) -> None:
-        """Forget what a stage logged after a step, so that resuming from there leaves no duplicates.
+        """Remove a stage's records after a step, so that resuming from there leaves no duplicates.
 
-        Args:
-            stage: whose records to drop; those of other stages stay.
-            step: the last step to keep; records without a ``step`` stay.
+        Records without a ``step`` stay.
 
         Raises:
             InputError: a line of the record is not a JSON object; the file is left as it is.
@@ -213,14 +191,7 @@ class Run:
             self.mirror.rewind(stage, step)
 
     def save_npz(self, name: str, /, **arrays: np.ndarray) -> Path:
-        """Write arrays of samples to ``samples/<name>.npz``, in one step.
-
-        Args:
-            name: the file's name, without a folder.
-            arrays: what to store; the samples themselves are ``x``, with the draws along the first axis.
-
-        Returns:
-            The file.
+        """Write arrays to ``samples/<name>.npz`` atomically, and return the file; samples are ``x``, draws first.
 
         Raises:
             InputError: the name is not a plain file name.
@@ -235,10 +206,10 @@ class Run:
         return path
 
     def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Yield every finished line of the record, as it stands and as it reads."""
+        """Yield every finished line of the record, as bytes and parsed."""
         if not self.metrics_file.exists():
             return
-        # What follows the last line break is empty, or torn.
+        # The text after the last line break is empty or an unfinished line.
         for number, line in enumerate(self.metrics_file.read_bytes().split(b"\n")[:-1], start=1):
             try:
                 record = json.loads(line, parse_constant=_refuse_constant)

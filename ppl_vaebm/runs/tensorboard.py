@@ -1,4 +1,4 @@
-"""A copy of what a run logs, in the form that TensorBoard reads; ``metrics.jsonl`` stays the record."""
+"""A copy of a run's metrics for TensorBoard; ``metrics.jsonl`` stays the record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ppl_vaebm.runs.run import NON_FINITE, Run
 
 
 def check_installed() -> None:
-    """Refuse to go on without the package, before a training run would find out.
+    """Refuse to start without the package.
 
     Raises:
         InputError: the package tensorboard is missing.
@@ -32,8 +32,8 @@ class Board:
 
     Args:
         folder: of the event files; made if missing.
-        first_step: steps already done. TensorBoard forgets what the folder says of later ones, so that a resumed stage
-            leaves no duplicates; 0 makes it forget all.
+        first_step: steps already done. TensorBoard ignores later ones in the folder, so that a resumed stage leaves no
+            duplicates; 0 makes it ignore all.
 
     Raises:
         InputError: the package tensorboard is missing.
@@ -45,43 +45,34 @@ class Board:
         self._open(first_step)
 
     def _open(self, first_step: int) -> None:
-        # Here, for the package is optional and slow to import.
+        # Imported here, because the package is optional and slow to import.
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1 if first_step else 0)
 
     def rewind(self, step: int) -> None:
-        """Forget what is later than a step; 0 or less forgets all."""
+        """Remove all that is later than a step; 0 or less removes all."""
         self.close()
         self._open(max(0, step))
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Write one record of metrics as scalars, each under its own name.
-
-        Args:
-            record: as :meth:`~ppl_vaebm.run.Run.log` takes it; its words, such as ``stage``, are left out.
-        """
+        """Write the numbers of one record of metrics as scalars."""
         step = int(record.get("step", 0))
         for name, value in record.items():
             number = NON_FINITE.get(value) if isinstance(value, str) else value
             if name != "step" and number is not None:
                 self._writer.add_scalar(name, number, step)
-        # A checkpoint may follow at once, and the record before it has to outlive a killed process.
+        # A checkpoint may follow, and its records must survive a killed process.
         self._writer.flush()
 
     def images(self, grids: Mapping[str, NDArray[np.uint8]], step: int) -> None:
-        """Write pictures.
-
-        Args:
-            grids: names to RGB pictures ``(height, width, 3)``.
-            step: of the stage.
-        """
+        """Write RGB pictures ``(height, width, 3)`` by their names."""
         for name, grid in grids.items():
             self._writer.add_image(name, grid, step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Close the files."""
         self._writer.close()
 
     def __enter__(self) -> Board:
@@ -94,9 +85,9 @@ class Board:
 
 
 class StageBoards:
-    """The event files of a stage and of its parts, each in a folder of its own, for the steps of each begin at 0.
+    """Event files of a stage and of its parts, each in a folder of its own, because the steps of each begin at 0.
 
-    A part is a stage whose name begins with the stage's and a hyphen. A context manager that closes the files.
+    A part is a stage whose name begins with the stage's and a hyphen. As a context manager it closes the files.
 
     Args:
         run: the run.
@@ -112,7 +103,7 @@ class StageBoards:
         self._boards = {stage: Board(run.tensorboard_dir / stage, first_step)}
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Write one record of metrics into its stage's files; one of another stage's is left out."""
+        """Write one record of metrics to the files of its stage; records of other stages are ignored."""
         stage = str(record.get("stage"))
         if stage.startswith(f"{self.stage}-") and stage not in self._boards:
             self._boards[stage] = Board(self.run.tensorboard_dir / stage)
@@ -120,7 +111,7 @@ class StageBoards:
             self._boards[stage].log(record)
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forget what a stage logged after a step."""
+        """Remove a stage's records after a step."""
         if stage in self._boards:
             self._boards[stage].rewind(step)
 
@@ -139,17 +130,9 @@ class StageBoards:
 
 
 def open_board(run: Run, stage: str, first_step: int = 0) -> StageBoards:
-    """Open the event files of a stage.
+    """Open the event files of a stage with ``first_step`` steps done, as a :class:`~ppl_vaebm.runs.run.Mirror`.
 
-    Where the stage ran without TensorBoard so far, what it and its parts logged is copied.
-
-    Args:
-        run: the run.
-        stage: its stage.
-        first_step: steps already done.
-
-    Returns:
-        The open files, which :class:`~ppl_vaebm.run.Run` takes as its mirror.
+    If the stage ran without TensorBoard so far, its records are copied.
 
     Raises:
         InputError: the package tensorboard is missing.

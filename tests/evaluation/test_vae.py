@@ -26,7 +26,7 @@ from ppl_vaebm.inference.likelihood import elbo_rows
 from ppl_vaebm.inference.svi.batch_norm import norms_of
 from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.rng import global_rng, stream
-from ppl_vaebm.runs.fitted_vae import FittedVAE
+from ppl_vaebm.runs.loading import FittedVAE
 from ppl_vaebm.runs.run import Run
 from tests.judged import PixelNet
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, linear_vae, log_normal, shipped_vae

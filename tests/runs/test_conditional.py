@@ -195,7 +195,7 @@ def test_chains_that_disagree_are_flagged(functional: float, value: float, is_fl
         r_hat=np.array([np.nan, value]),
         chains=None,  # type: ignore[arg-type]
     )
-    assert ("NOT CONVERGED" in conditional.verdict(posterior, [summary(functional)])) == is_flagged
+    assert ("NOT CONVERGED" in conditional.convergence_line(posterior, [summary(functional)])) == is_flagged
 
 
 # --- how it reads ----------------------------------------------------------------------------------

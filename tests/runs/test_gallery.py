@@ -31,8 +31,8 @@ from ppl_vaebm.models.vaebm import build_vae
 from ppl_vaebm.reports.gallery import GALLERY, gallery_grids, save_png
 from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.runs.drawing import draw_vae
-from ppl_vaebm.runs.fitted_vae import FittedVAE
 from ppl_vaebm.runs.gallery import Choices, gallery, write_gallery
+from ppl_vaebm.runs.loading import FittedVAE
 from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL, Run
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, A, linear_vae, shipped_vae
 
