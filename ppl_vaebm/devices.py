@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,11 @@ def check_bfloat16(device: str, option: str) -> None:
         )
 
 
+FIRST_ALONE = timedelta(hours=6)
+"""Longest that the other processes wait for the first one, which validates and writes alone. PyTorch's own limit for
+accelerators, 10 minutes, is shorter than a validation of large models. Chosen by us."""
+
+
 class Process(NamedTuple):
     """Which of the processes this is."""
 
@@ -133,7 +139,7 @@ def joined(environment: Mapping[str, str], device: str) -> Iterator[Process]:
     kind, _, number = device.partition(":")
     if kind != "cpu":
         torch.accelerator.set_device_index(int(number))
-    dist.init_process_group("gloo" if kind == "cpu" else None)
+    dist.init_process_group("gloo" if kind == "cpu" else None, timeout=FIRST_ALONE)
     try:
         with warnings.catch_warnings():
             # Of sides of length one, where strides mean nothing.

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ppl_vaebm import devices, fit
-from ppl_vaebm.devices import Process, check_bfloat16, current_process, has_bfloat16, joined, own_device
+from ppl_vaebm.devices import FIRST_ALONE, Process, check_bfloat16, current_process, has_bfloat16, joined, own_device
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.runs.run import Run
 from tests.two_processes import CONFIG
@@ -62,6 +64,17 @@ def test_one_named_accelerator_for_all_is_refused() -> None:
     with pytest.raises(InputError, match="expected a device for every process, found 'meta:1'.*--device meta"):
         own_device(environment, "meta:1")
     assert own_device(environment | {"WORLD_SIZE": "1"}, "meta:1") == "meta:1"
+
+
+def test_processes_wait_for_the_first_longer_than_pytorch_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one validates and writes alone; on accelerators PyTorch gives up after 10 minutes."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(dist, name, lambda: None)
+    with joined({"RANK": "0"}, "cpu"):
+        pass
+    assert given["timeout"] == FIRST_ALONE > timedelta(hours=1)
 
 
 @pytest.fixture(scope="module")
