@@ -1,4 +1,4 @@
-"""Pyro's mean-field ELBO with a weight on the KL term of every latent group, and these terms on record.
+"""Pyro's mean-field ELBO with a weight on the KL term of every latent group.
 
 NVAE's objective (Vahdat and Kautz 2020, section 3.2 and appendix A) while the KL term warms up:
 
@@ -31,10 +31,7 @@ def balance_coefficients(latent_shapes: Mapping[str, torch.Size]) -> dict[str, f
     """Return NVAE's alpha of every group: the pixels of its grid over the groups of that grid; the smallest is 1.
 
     Args:
-        latent_shapes: event shape of every group; a vector counts as one pixel.
-
-    Returns:
-        Site to coefficient.
+        latent_shapes: event shape of every group by its site; a vector counts as one pixel.
     """
     pixels = {name: shape[1:].numel() for name, shape in latent_shapes.items()}
     num_alike = Counter(pixels.values())
@@ -58,17 +55,17 @@ class BalancedELBO(TraceMeanField_ELBO):
 
     Attributes:
         kl_weight: weight of the KL term, 0 to 1 while it warms up.
-        elbo_nats: the ELBO with weights one in the last evaluation, summed over the batch.
+        elbo_nats: the ELBO with weights one in the last evaluation, summed over the batch, ``()``.
         kl_nats: KL of each latent group in the last evaluation, summed over the batch.
         gammas: weight of each latent group in the last evaluation.
     """
 
     kl_weight: float = 1.0
-    elbo_nats: float = 0.0
 
     def __init__(self, balance: Mapping[str, float] | None = None, free_bits: float = 0.0, **options: Any) -> None:
         super().__init__(**options)
         self.balance, self.free_bits = balance, free_bits
+        self.elbo_nats = torch.zeros(())
         self.kl_nats: dict[str, Tensor] = {}
         self.gammas: dict[str, Tensor] = {}
 
@@ -94,7 +91,7 @@ class BalancedELBO(TraceMeanField_ELBO):
             else:
                 elbo = elbo - self.kl_weight * (self.gammas[name] * self._paid(kl[name]))
                 plain = plain - self.kl_nats[name]
-        self.elbo_nats = float(plain)
+        self.elbo_nats = plain
         return float(elbo.detach().neg()), -elbo
 
     def _gammas(self, kl: Mapping[str, Tensor]) -> dict[str, Tensor]:

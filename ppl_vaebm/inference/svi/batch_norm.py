@@ -1,7 +1,7 @@
-"""Statistics of the batch normalisations for draws of the prior.
+"""Statistics of the batch normalisations for prior samples.
 
-While training they come from draws of the posterior. Draws of the prior have others, above all at a temperature
-below 1, so NVAE takes them anew before it samples (Vahdat and Kautz 2020, appendix A).
+In training they are statistics of posterior samples. Those of prior samples differ, above all at a temperature below 1,
+so NVAE estimates them anew before it samples (Vahdat and Kautz 2020, appendix A).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ppl_vaebm.models.nvae_cells import NORM_MOMENTUM, BatchNorm2d
 from ppl_vaebm.models.vae import Generator, HierarchicalVAE
 from ppl_vaebm.rng import stream
 
-BATCH = 16  # draws at a time, NVAE's number
+BATCH = 16  # samples at a time, as in NVAE
 
 
 def norms_of(generator: Generator) -> dict[str, BatchNorm2d]:
@@ -22,20 +22,18 @@ def norms_of(generator: Generator) -> dict[str, BatchNorm2d]:
 
 
 def prior_statistics(vae: HierarchicalVAE, temperature: float, num_batches: int, seed: int) -> dict[str, Tensor]:
-    """Estimate the statistics that draws of the prior have.
+    """Estimate the statistics of prior samples, the mean over all batches of each batch's own.
 
-    Every layer's statistics are the mean over all batches, each normalised by its own, as in training. (NVAE's code
-    takes a moving average with weight 0.05 instead, which forgets all but the last batches.)
+    NVAE's code takes a moving average with weight 0.05 instead, which forgets all but the last batches.
 
     Args:
         vae: the VAE; unchanged.
         temperature: factor on the noise of the latents.
-        num_batches: batches of 16 draws.
-        seed: of the draws.
+        num_batches: batches of :data:`BATCH` samples.
+        seed: of the samples.
 
     Returns:
-        Mean and variance of every layer, by the names that they have in the generator's state; empty for a generator
-        without batch normalisation.
+        Mean and variance of every layer, by their names in the generator's state; empty without batch normalisation.
     """
     layers = norms_of(vae.model)
     before = {name: buffer.clone() for name, buffer in _buffers(layers).items()}
@@ -44,7 +42,7 @@ def prior_statistics(vae: HierarchicalVAE, temperature: float, num_batches: int,
     try:
         for layer in layers.values():
             layer.train().reset_running_stats()
-            layer.momentum = None  # PyTorch's word for the plain mean over batches
+            layer.momentum = None  # the plain mean over batches
         for _ in range(num_batches if layers else 0):
             eps = {
                 f"eps_{name}": temperature * torch.randn(BATCH, *shape, generator=random, device=like.device).to(like)
@@ -66,12 +64,7 @@ def _buffers(layers: dict[str, BatchNorm2d]) -> dict[str, Tensor]:
 
 
 def set_statistics(generator: nn.Module, statistics: dict[str, Tensor]) -> None:
-    """Put statistics into a generator.
-
-    Args:
-        generator: with the layers that they were taken from.
-        statistics: as :func:`prior_statistics` returns them.
-    """
+    """Put statistics that :func:`prior_statistics` returned into a generator."""
     buffers = dict(generator.named_buffers())
     for name, value in statistics.items():
         buffers[name].copy_(value)

@@ -51,17 +51,7 @@ def new_vae(config: Config, data: Data) -> HierarchicalVAE:
 
 
 def mean_elbo(vae: HierarchicalVAE, split: Split, seed: int, limit: int = MAX_VALIDATION_POINTS) -> Elbo:
-    """Estimate the mean ELBO of a split's first points, one draw of z each.
-
-    Args:
-        vae: the VAE, in evaluation mode.
-        split: the data.
-        seed: of the dequantisation and of z.
-        limit: largest number of points.
-
-    Returns:
-        The estimate.
-    """
+    """Estimate the mean ELBO of a split's first points, one draw of z each, by a VAE in evaluation mode."""
     num = min(limit, len(split))
     device = next(vae.parameters()).device
     x = split.batch(torch.arange(num), stream(seed, "dequantise")).to(device)
@@ -75,28 +65,20 @@ def kl_weight(loop: SviConfig, step: int) -> float:
     return max(loop.min_kl_weight, min(1.0, risen))
 
 
-def penalty_weight(loop: SviConfig, kl_share: float) -> float:
-    """Return the weight of the spectral penalty: in log scale it moves as the KL's weight does.
-
-    Args:
-        loop: configuration.
-        kl_share: the KL's weight.
-
-    Returns:
-        The weight, between its start and its final value.
-    """
+def penalty_weight(loop: SviConfig, kl_weight: float) -> float:
+    """Return the weight of the spectral penalty, which moves in log scale as the KL's weight rises from 0 to 1."""
     if loop.spectral_penalty_start is None:
         return loop.spectral_penalty
     start, end = math.log(loop.spectral_penalty_start), math.log(loop.spectral_penalty)
-    return math.exp((1 - kl_share) * start + kl_share * end)
+    return math.exp((1 - kl_weight) * start + kl_weight * end)
 
 
 class Objective(nn.Module):
-    """What a step minimises: minus the weighted ELBO per data point, and the penalties.
+    """Loss of a step: minus the weighted ELBO per data point, and the penalties.
 
     Args:
         vae: in training.
-        loop: configuration.
+        loop: options of stage svi.
         seed: of the power iterations' first vectors.
     """
 
@@ -141,7 +123,7 @@ def fit_svi(
         config: the run's configuration, its stage's steps resolved.
         data: the data.
         resume: checkpoint to continue from.
-        at_checkpoint: is called after each checkpoint with the averaged VAE and the steps done.
+        at_checkpoint: called after each checkpoint with the averaged VAE and the steps done.
 
     Returns:
         The VAE with averaged weights, in evaluation mode.
@@ -189,9 +171,8 @@ def fit_svi(
 
         is_last = done == loop.steps
         if done % loop.log_every == 0 or is_last:
-            record = _record(objective, optimizer, step, len(x), loss, grad_norm) | {
-                "seconds": time.perf_counter() - start
-            }
+            seconds = time.perf_counter() - start
+            record = _record(objective, optimizer, step, len(x), loss, grad_norm) | {"seconds": seconds}
             run.log(record)
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
         is_checkpoint = done % loop.checkpoint_every == 0 or is_last
@@ -199,17 +180,29 @@ def fit_svi(
             elbo_nats = _validate(run, config, average.module, data.validation, done)
             progress.write(f"step {done}: validation ELBO {elbo_nats:.3f} nats")
         if is_checkpoint:
-            # While the KL warms up the bound is not what is maximised, so only later steps can be the best.
+            # While the KL warms up another bound is maximised, so only later steps can be the best.
             score = elbo_nats if objective.elbo.kl_weight == 1.0 else None
-            _save(run, config, done, vae, average, objective, optimizer, score)
+            checkpoints.save(
+                run.checkpoints(stage),
+                stage=stage,
+                step=done,
+                weights=_weights(config, vae, average.module, objective),
+                state={
+                    "optimizer": optimizer.state_dict(),
+                    "num_averaged": average.num_updates,
+                    "norm_temperature": loop.norm_temperature,
+                },
+                config=to_dict(config),
+                score=score,
+            )
             if at_checkpoint is not None:
                 at_checkpoint(average.module, done)
     return average.module
 
 
 def _validate(run: Run, config: Config, vae: HierarchicalVAE, split: Split, num_done: int) -> float:
-    """Log the ELBO of held-out data after so many steps, nats per data point, and stop where it is not finite."""
-    with pyro.validation_enabled(False):  # what is not finite is told below, in words
+    """Log and return the ELBO of held-out data, nats per data point; raise DivergedError if it is not finite."""
+    with pyro.validation_enabled(False):  # a value that is not finite is reported below
         elbo_nats = mean_elbo(vae, split, seed_for(config.seed, "validation")).elbo_nats
     run.log({"stage": "svi", "step": num_done, "validation_elbo_nats": elbo_nats})
     if not math.isfinite(elbo_nats):
@@ -227,7 +220,7 @@ def _record(
         "stage": "svi",
         "step": step + 1,
         "loss": float(loss.detach()),
-        "elbo_nats": elbo.elbo_nats / num,
+        "elbo_nats": float(elbo.elbo_nats) / num,
         "kl_nats": sum(kl.values()),
         **kl,
         "kl_weight": elbo.kl_weight,
@@ -237,36 +230,14 @@ def _record(
     }
 
 
-def _save(
-    run: Run,
-    config: Config,
-    step: int,
-    vae: HierarchicalVAE,
-    average: AveragedWeights[HierarchicalVAE],
-    objective: Objective,
-    optimizer: GuardedOptimizer,
-    score: float | None,
-) -> None:
-    """Write a checkpoint, with the statistics of prior draws where they are asked for."""
+def _weights(
+    config: Config, vae: HierarchicalVAE, averaged: HierarchicalVAE, objective: Objective
+) -> dict[str, dict[str, Tensor]]:
+    """Return what a checkpoint holds, with the batch statistics of prior samples where they are asked for."""
+    modules = {"vae": vae, "vae_average": averaged, "spectral": objective.spectral}
+    weights = {name: module.state_dict() for name, module in modules.items()}
     loop = config.svi
-    weights = {
-        "vae": vae.state_dict(),
-        "vae_average": average.module.state_dict(),
-        "spectral": objective.spectral.state_dict(),
-    }
     if loop.norm_temperature is not None:
         seed = seed_for(config.seed, "prior statistics")
-        weights["prior_statistics"] = prior_statistics(average.module, loop.norm_temperature, loop.norm_batches, seed)
-    checkpoints.save(
-        run.checkpoints("svi"),
-        stage="svi",
-        step=step,
-        weights=weights,
-        state={
-            "optimizer": optimizer.state_dict(),
-            "num_averaged": average.num_updates,
-            "norm_temperature": loop.norm_temperature,
-        },
-        config=to_dict(config),
-        score=score,
-    )
+        weights["prior_statistics"] = prior_statistics(averaged, loop.norm_temperature, loop.norm_batches, seed)
+    return weights
