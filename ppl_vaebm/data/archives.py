@@ -225,7 +225,7 @@ def _unusable(config: DataConfig, files: Sequence[str], error: Exception) -> Inp
     if package is not None:
         return InputError(
             f"data set {config.name} needs the package {package}; install it with pip install {package} "
-            "(lmdb and gdown come with ppl_vaebm[data])"
+            "(lmdb and gdown come with pip install -e '.[data]')"
         )
     if "torchvision::" in reason:
         return InputError(

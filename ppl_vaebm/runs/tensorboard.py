@@ -23,7 +23,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "option tensorboard needs the package tensorboard, which is not installed; "
-            "install it with pip install 'ppl_vaebm[log]', or leave the option out"
+            "install it with pip install -e '.[log]', or leave the option out"
         )
 
 

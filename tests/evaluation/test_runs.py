@@ -165,10 +165,10 @@ def test_parts_can_be_measured_one_by_one(points: Path, quick: None, capsys: pyt
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--only", "likelyhood"], ["only", "expected some of likelihood", "likelyhood"]),
-        (["--only", ","], ["only", "none"]),
+        (["--only", "likelyhood"], ["unknown part", "expected some of likelihood", "did you mean likelihood?"]),
+        (["--only", ","], ["parts", "none"]),
         (["--ood", "noise"], ["are points"]),
-        (["--ood", "noise", "--only", "samples"], ["add ood to --only"]),
+        (["--ood", "noise", "--only", "samples"], ["add ood to it"]),
         (["--only", "ood", "--stage", "svi"], ["stage svi", "ood not"]),
         (["--ood", "noise", "--stage", "svi"], ["stage svi has none"]),
         (["--num-ood", "1"], ["num-ood", "at least 2"]),

@@ -111,7 +111,7 @@ def _torch_fidelity() -> Any:
     except ModuleNotFoundError as error:
         raise InputError(
             f"features of Inception-v3 need the package {(error.name or 'torch_fidelity').replace('_', '-')}; "
-            "install it with pip install ppl_vaebm[metrics]"
+            "install it with pip install -e '.[metrics]'"
         ) from error
     return feature_extractor_inceptionv3
 

@@ -52,7 +52,7 @@ def test_inception_score_refuses_what_has_none(logits: Tensor) -> None:
 
 
 def test_score_is_that_of_torch_fidelity() -> None:
-    isc = pytest.importorskip("torch_fidelity.metric_isc", reason="needs ppl_vaebm[metrics]")
+    isc = pytest.importorskip("torch_fidelity.metric_isc", reason="needs the extra metrics")
     logits = 3 * torch.randn(107, 12, generator=stream(0, "logits"))
     theirs = isc.isc_features_to_metric(logits[:100], splits=10, shuffle=False)
     expected = theirs["inception_score_mean"], theirs["inception_score_std"]

@@ -241,8 +241,8 @@ def test_kernel_distance_refuses_what_it_cannot_compare(
 
 
 def test_numbers_are_those_of_torch_fidelity() -> None:
-    kid = pytest.importorskip("torch_fidelity.metric_kid", reason="needs ppl_vaebm[metrics]")
-    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="needs ppl_vaebm[metrics]")
+    kid = pytest.importorskip("torch_fidelity.metric_kid", reason="needs the extra metrics")
+    fid = pytest.importorskip("torch_fidelity.metric_fid", reason="needs the extra metrics")
     a, b = gaussian(200, "a").double(), gaussian(200, "b", scale=1.3).double()
     statistics = [{"mu": x.mean(0).numpy(), "sigma": torch.cov(x.T).numpy()} for x in (a, b)]
     theirs = fid.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]

@@ -147,7 +147,7 @@ def test_weights_of_another_network_are_told(path: Path, change: str) -> None:
 
 def test_a_package_that_is_not_installed_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(InputError, match=r"package torch-fidelity; install it with pip install ppl_vaebm\[metrics\]"):
+    with pytest.raises(InputError, match=r"package torch-fidelity; install it with pip install -e '.\[metrics\]'"):
         load_inception(path)
 
 
@@ -182,7 +182,7 @@ def test_weights_that_cannot_be_fetched_are_told(path: Path, monkeypatch: pytest
 
 @pytest.mark.slow
 def test_the_true_network_takes_a_file_and_tells_truncation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs ppl_vaebm[metrics]")
+    module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="needs the extra metrics")
     file = tmp_path / "weights.pth"
     with monkeypatch.context() as patch, torch.random.fork_rng():
         patch.setattr(module, "load_state_dict_from_url", lambda *args, **options: {})

@@ -226,7 +226,7 @@ def test_a_search_refuses_too_small_a_reference() -> None:
 
 
 def test_numbers_are_those_of_torch_fidelity() -> None:
-    prc = pytest.importorskip("torch_fidelity.metric_prc", reason="needs ppl_vaebm[metrics]")
+    prc = pytest.importorskip("torch_fidelity.metric_prc", reason="needs the extra metrics")
     real, generated = draws(150, "real").double(), draws(150, "samples", scale=1.3).double()
     theirs = prc.prc_features_to_metric(generated, real, prc_neighborhood=3, prc_batch_size=64, verbose=False)
     ours = precision_recall(real, generated)
