@@ -75,7 +75,7 @@ def test_the_networks_have_the_published_sizes(recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", LARGE)
-def test_the_dry_run_of_a_large_recipe_tells_them(recipe: str) -> None:
+def test_the_dry_run_of_a_large_recipe_prints_the_published_sizes(recipe: str) -> None:
     text = text_of(recipe)
     check_text(recipe, text)
     assert "bfloat16 and float32" in text
@@ -84,7 +84,13 @@ def test_the_dry_run_of_a_large_recipe_tells_them(recipe: str) -> None:
     assert "energy: ImageEnergy of x, " in text and sizes in text
 
 
-@pytest.mark.parametrize("recipe", sorted(set(recipe_names()) - set(LARGE)))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(name, marks=pytest.mark.slow if config_of(name).model.kind == "nvae" else ())
+        for name in sorted(set(recipe_names()) - set(LARGE))
+    ],
+)
 def test_the_dry_run_of_a_recipe_works(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command line, without any data."""
     size = ["--data.image-size", "32"] if config_of(recipe).data.name == "image-folder" else []
