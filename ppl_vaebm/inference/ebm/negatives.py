@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.kernels.adaptation import follow_acceptance, with_step_size
-from ppl_vaebm.inference.kernels.base import KernelInfo, KernelParams, draw_normal, init_without_grad
+from ppl_vaebm.inference.kernels.base import KernelInfo, KernelParams, draw_normal, init_without_grad, run_steps
 from ppl_vaebm.inference.kernels.ladder import stored_ladder
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.latent_exchange import (
@@ -112,7 +112,7 @@ class PersistentChains:
             end, infos = self.move(generator, position)
         self.num_divergent += torch.stack([info.is_divergent for info in infos]).sum()
         self.put(taken.slots, end)
-        acceptance_rate = torch.stack([info.acceptance_rate for info in infos]).mean()
+        acceptance_rate = torch.stack([info.acceptance_rate for info in infos]).nanmean()
         step_size = self.params.step_size
         if self.kernel.target_acceptance is not None:  # the step follows the energy as it changes
             self.params = follow_acceptance(self.params, float(acceptance_rate), self.kernel.target_acceptance)
@@ -140,10 +140,8 @@ class PersistentChains:
 
     def move(self, generator: torch.Generator, position: Tensor) -> tuple[Tensor, list[KernelInfo]]:
         """Run the transitions of one update from positions ``(num, D)``; return the ends and a report for each."""
-        state, infos = self.kernel.init(position), []
-        for _ in range(self.config.ebm.num_transitions):
-            state, info = self.kernel.step(generator, state, self.params)
-            infos.append(info)
+        start, num_steps = self.kernel.init(position), self.config.ebm.num_transitions
+        state, infos = run_steps(self.kernel, generator, start, self.params, num_steps)
         return state.position, infos
 
     def swap(self, generator: torch.Generator, position: Tensor, first: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,8 +17,8 @@ STABILISATION, DECAY = 10.0, 0.75
 SHRINKAGE = 0.2
 # A quarter turn forgets the position; a larger angle brings it back.
 MAX_STEP_SIZE = math.pi / 2
-# A chain that accepts nothing at this step never will, and one that went on shrinking would be 0 in float32. Chosen by
-# us.
+# A chain that accepts nothing at this step never will, and a step that shrinks for ever would be 0 in float32. Chosen
+# by us.
 MIN_STEP_SIZE = 1e-6
 
 # Robbins-Monro gain on log h per training update; the target moves slowly, so the gain is constant. Chosen by us.
@@ -109,7 +109,7 @@ def with_step_size(params: KernelParams, step_size: float) -> KernelParams:
     ladder = params.ladder
     if ladder is not None:
         step_sizes = ladder.step_sizes * (step_size / ladder.step_sizes[-1])
-        step_sizes = step_sizes.clamp(max=MAX_STEP_SIZE)
+        step_sizes = step_sizes.clamp(MIN_STEP_SIZE, MAX_STEP_SIZE)
         step_sizes[0] = ladder.step_sizes[0]  # not a matter of acceptance
         ladder = ladder._replace(step_sizes=step_sizes)
     return params._replace(step_size=torch.full_like(params.step_size, step_size), ladder=ladder)
@@ -124,10 +124,10 @@ def follow_acceptance(params: KernelParams, acceptance_rate: float, target: floa
         target: the rate aimed at, in (0, 1).
 
     Returns:
-        The parameters; the step is at most :data:`MAX_STEP_SIZE`.
+        The parameters; the step stays between :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
     """
     log_step = math.log(params.step_size) + STEP_SIZE_GAIN * (acceptance_rate - target)
-    return with_step_size(params, min(MAX_STEP_SIZE, math.exp(log_step)))
+    return with_step_size(params, max(MIN_STEP_SIZE, min(math.exp(log_step), MAX_STEP_SIZE)))
 
 
 def acceptance_note(kernel: Kernel, acceptance_rate: Tensor) -> str | None:

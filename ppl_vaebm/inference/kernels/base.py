@@ -145,18 +145,48 @@ WarmUp = Callable[[torch.Generator, KernelState, KernelParams, int], tuple[Kerne
 """Runs a number of steps while it tunes: to the state, the parameters, and the evaluations spent over all chains."""
 
 
+Step = Callable[[torch.Generator, KernelState, KernelParams], tuple[KernelState, KernelInfo]]
+
+
 class Kernel(NamedTuple):
-    """A Markov transition as three pure functions of explicit state."""
+    """A Markov transition as pure functions of explicit state."""
 
     name: str
     init: Callable[[Tensor], KernelState]
-    step: Callable[[torch.Generator, KernelState, KernelParams], tuple[KernelState, KernelInfo]]
+    step: Step
     target_acceptance: float | None
     """Acceptance rate that warm-up tunes ``step_size`` to; ``None`` where there is nothing to tune."""
     warm_up: WarmUp | None = None
     """The kernel's own warm-up, where more is tuned than ``step_size``."""
     report: Callable[[KernelState, KernelParams], Mapping[str, float | list[float]]] | None = None
     """What the kernel has to say of a whole run, beyond what every step reports; names to numbers."""
+    last_step: Step | None = None
+    """A step that does not evaluate Phi where it ends, if the move does not depend on it; potential and acceptance
+    rate are nan then. ``None`` if every move depends on it."""
+
+
+def run_steps(
+    kernel: Kernel, generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
+) -> tuple[KernelState, list[KernelInfo]]:
+    """Run a chain of which only the last position is wanted.
+
+    Args:
+        kernel: the transition.
+        generator: source of its randomness.
+        state: start.
+        params: of every step.
+        num_steps: at least 1.
+
+    Returns:
+        The end and the report of every step. Of two steps or more the last is the kernel's ``last_step``, if it has
+        one: then K steps take K evaluations, that of ``init`` included.
+    """
+    infos = []
+    for count in range(1, num_steps + 1):
+        step = kernel.last_step if 1 < num_steps == count else None
+        state, info = (step or kernel.step)(generator, state, params)
+        infos.append(info)
+    return state, infos
 
 
 def init_params(position: Tensor, step_size: float, trajectory_length: float = torch.pi / 2) -> KernelParams:

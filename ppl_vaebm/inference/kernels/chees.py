@@ -45,10 +45,11 @@ MIN_CHAINS = 2
 # Shares of the warm-up after which the Gaussian is fitted anew, to the draws since the last fit; what is left is for
 # the step and the length that suit the last fit. Chosen by us.
 FIT_AFTER = (0.1, 0.3, 0.6)
-# Standard errors that a mean must be away from 0, or a variance from 1, for its coordinate to leave N(0, 1): noise in
-# thousands of coordinates must not cost what a few fitted ones gain. Chosen by us: at D = 4,000, with 8 and 64 chains,
-# the step was the same with the fit as without it; with 20 coordinates of scale 0.1, it was 4 and 7 times as large.
+# A mean must differ from 0, or a variance from 1, as significantly as a normal variable at so many standard deviations,
+# for its coordinate to leave N(0, 1): noise in thousands of coordinates must not cost what a few fitted ones gain.
+# Chosen by us.
 MIN_Z = 3.0
+NUM_BISECTIONS = 60
 # Chains' worth of N(0, 1) that a fit starts from; Stan's shrinkage of variances has the same number of draws.
 PRIOR_CHAINS = 5.0
 
@@ -204,14 +205,35 @@ def fit_gaussian(moments: Moments, like: Tensor) -> DiagonalGaussian:
     mean = means.mean(0)
     variances = moments.square / moments.num_draws - mean * (2 * means - mean)
     variance = variances.mean(0)
-    z_mean = mean.abs() / (means.std(0) / math.sqrt(num_chains))
-    z_variance = (variance - 1).abs() / (variances.std(0) / math.sqrt(num_chains))
-    is_other = (torch.maximum(z_mean, z_variance) > MIN_Z) & (variance > 0) & variance.isfinite()
+    t_mean = mean.abs() / (means.std(0) / math.sqrt(num_chains))
+    t_variance = (variance - 1).abs() / (variances.std(0) / math.sqrt(num_chains))
+    is_other = (
+        (torch.maximum(t_mean, t_variance) > t_bound(MIN_Z, num_chains - 1)) & (variance > 0) & variance.isfinite()
+    )
     weight = num_chains / (num_chains + PRIOR_CHAINS)
     return DiagonalGaussian(
         torch.where(is_other, weight * mean, 0.0).to(like),
         torch.where(is_other, variance, 1.0).pow(weight / 2).to(like),
     )
+
+
+def t_bound(z: float, degrees: int) -> float:
+    """Return what ``|t|`` of Student's distribution exceeds as often as a normal variable exceeds ``|z|``."""
+    low, high, inside = 0.0, math.pi / 2, math.erf(z / math.sqrt(2))
+    for _ in range(NUM_BISECTIONS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _t_inside(middle, degrees) < inside else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _t_inside(angle: float, degrees: int) -> float:
+    """Probability of ``|t| < sqrt(degrees) tan(angle)`` (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    odd, cosine = degrees % 2, math.cos(angle)
+    term, total = cosine**odd, 0.0
+    for index in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (index + 1) / (index + 2)
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def harmonic_mean(info: KernelInfo) -> float:
@@ -238,13 +260,17 @@ def _add(moments: Moments, position: Tensor) -> Moments:
 
 
 def _refit(params: KernelParams, moments: Moments, integrator: Integrator) -> KernelParams:
-    """Move to a new Gaussian; wide coordinates, which decide the length, keep theirs in their own unit."""
+    """Move to a new Gaussian.
+
+    The longest trajectory stays as long where coordinates are wider than was known. Where they are narrower it keeps
+    its angle: as long in the old unit it would go round the new Gaussian many times.
+    """
     reference = fit_gaussian(moments, params.inverse_mass)
     inverse_mass = reference.scale.square()
     factor = (params.inverse_mass.mean() / inverse_mass.mean()).sqrt()
     return params._replace(
         inverse_mass=inverse_mass,
-        trajectory_length=params.trajectory_length * factor,
+        trajectory_length=params.trajectory_length * factor.clamp(max=1),
         reference=reference if integrator == "splitting" else None,
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ppl_vaebm.inference.kernels.adaptation import MAX_STEP_SIZE, STEP_SIZE_GAIN
+from ppl_vaebm.inference.kernels.adaptation import MAX_STEP_SIZE, MIN_STEP_SIZE, STEP_SIZE_GAIN
 from ppl_vaebm.inference.kernels.base import Counts, KernelParams, Ladder
 
 # The first levels are b = (k / K)^3. Chosen by us: most of a barrier is near b = 0, where an energy first bites.
@@ -165,7 +165,8 @@ def follow_rates(ladder: Ladder, counts: Counts, target_acceptance: float) -> La
         Levels that have gone a share of the way of :func:`respace`, and steps that follow their acceptance.
     """
     errors = counts.move_rate_sums / max(1, counts.num_sweeps) - target_acceptance
-    steps = (ladder.step_sizes.log() + STEP_SIZE_GAIN * errors.to(ladder.step_sizes)).exp().clamp(max=MAX_STEP_SIZE)
+    steps = (ladder.step_sizes.log() + STEP_SIZE_GAIN * errors.to(ladder.step_sizes)).exp()
+    steps = steps.clamp(MIN_STEP_SIZE, MAX_STEP_SIZE)
     steps[0] = ladder.step_sizes[0]
     spaced = respace(ladder, swap_rates(counts)).inverse_temperatures
     return Ladder(ladder.inverse_temperatures.lerp(spaced, SPACING_GAIN), steps)

@@ -7,7 +7,11 @@ same proposal, always taken.
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.kernels.base import (
@@ -43,19 +47,30 @@ def build_langevin(potential: Potential, *, name: str = "langevin") -> Kernel:
         the step would have had. A proposal that is not finite is not taken, and flagged divergent.
     """
 
-    def step(generator: torch.Generator, state: KernelState, params: KernelParams) -> tuple[KernelState, KernelInfo]:
+    def move(
+        generator: torch.Generator, state: KernelState, params: KernelParams, evaluates_end: bool
+    ) -> tuple[KernelState, KernelInfo]:
         state, fill_evals = with_grad(potential, state)
         momentum = draw_normal(generator, state.position)
         step_sizes = params.step_size * params.inverse_mass.sqrt()
-        trajectory = follow(potential, state, momentum, step_sizes, 1, make_flow("leapfrog", step_sizes))
-        rate, is_divergent = acceptance(trajectory.end, trajectory.energy_change)
-        is_finite = trajectory.energy_change.isfinite()
+        flow = make_flow("leapfrog", step_sizes)
+        end, _, change = follow(potential if evaluates_end else _nowhere, state, momentum, step_sizes, 1, flow)
+        rate, is_divergent = acceptance(end, change)
+        is_finite = change.isfinite()
+        if not evaluates_end:
+            end, is_finite = end._replace(grad=None), end.position.sum(-1).isfinite()
+            rate, is_divergent = torch.full_like(rate, math.nan), ~is_finite
         energy = log_density_energy(state) + 0.5 * momentum.double().square().sum(-1)
-        num_evals = torch.full_like(is_finite, 1 + fill_evals, dtype=torch.int64)
-        info = KernelInfo(rate, is_finite, is_divergent, energy, num_evals)
-        return select(is_finite, trajectory.end, state), info
+        num_evals = torch.full_like(is_finite, int(evaluates_end) + fill_evals, dtype=torch.int64)
+        return select(is_finite, end, state), KernelInfo(rate, is_finite, is_divergent, energy, num_evals)
 
-    return Kernel(name, init_with_grad(potential), step, None)
+    step, last_step = partial(move, evaluates_end=True), partial(move, evaluates_end=False)
+    return Kernel(name, init_with_grad(potential), step, None, last_step=last_step)
+
+
+def _nowhere(position: Tensor) -> Tensor:
+    """Phi that was not evaluated."""
+    return position.new_full((len(position),), math.nan)
 
 
 def build_mala(

@@ -139,3 +139,13 @@ def test_a_step_that_is_hopeless_is_named_after_a_run() -> None:
             rates.append(info.acceptance_rate)
         note = adaptation.acceptance_note(kernel, torch.stack(rates, 1))
         assert (note is not None and note.startswith("4 of 4 chains")) == is_named
+
+
+def test_steps_that_follow_a_density_stay_within_bounds() -> None:
+    params = init_params(torch.zeros(1, 2), 0.1)
+    for _ in range(1_000):
+        params = adaptation.follow_acceptance(params, 0.0, 0.75)
+    assert float(params.step_size) == pytest.approx(adaptation.MIN_STEP_SIZE)
+    for _ in range(2_000):
+        params = adaptation.follow_acceptance(params, 1.0, 0.25)
+    assert float(params.step_size) == pytest.approx(adaptation.MAX_STEP_SIZE)

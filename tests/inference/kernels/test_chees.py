@@ -279,3 +279,36 @@ def test_it_finds_scales_and_lengths_worth_20_draws_per_1000_gradients(integrato
 def test_splitting_about_the_wrong_gaussian_is_worth_less() -> None:
     summaries = diagnostics.summarize(to_inference_data(run_on_ar1("splitting", False, 60)))
     assert min(summary.ess_per_1000_evals for summary in summaries) < 10
+
+
+def test_the_bound_of_t_is_the_tabled_quantile() -> None:
+    # Two-sided 5 % points of Student's t, for which a normal variable has 1.959964.
+    tabled = {1: 12.7062, 2: 4.30265, 3: 3.18245, 7: 2.36462, 30: 2.04227, 120: 1.97993}
+    for degrees, expected in tabled.items():
+        assert chees.t_bound(1.959964, degrees) == pytest.approx(expected, rel=1e-5)
+    assert chees.t_bound(chees.MIN_Z, 100_000) == pytest.approx(chees.MIN_Z, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_chains", [3, 8, 64])
+def test_pure_noise_is_fitted_at_the_false_alarm_rate_of_a_normal_variable(num_chains: int) -> None:
+    draws = torch.randn(num_chains, 40, 8_000, generator=stream(14, "noise"))
+    fit = chees.fit_gaussian(moments_of(draws), draws[0, 0])
+    # Means and variances are tested, each at 0.27 %; taking |t| > 3 gave 4.4 % of the coordinates with 8 chains.
+    assert 0.002 < float(((fit.mean != 0) | (fit.scale != 1)).double().mean()) < 0.01
+
+
+@pytest.mark.parametrize(("num_chains", "most_evals"), [(8, 10), (64, 3)])
+def test_a_narrow_gaussian_is_not_gone_round_many_times(num_chains: int, most_evals: float) -> None:
+    scale = torch.full((2,), 0.01, dtype=torch.float64)
+    target, config = targets.gaussian(0 * scale, scale), KernelConfig("chees")
+    start = torch.randn(num_chains, 2, generator=stream(0, "s"), dtype=torch.float64)
+    kernel = chees.build(target.potential)
+    state, params, num_evals = warm_up(kernel, stream(1, "w"), kernel.init(start), start_params(config, start), 200)
+    # Trajectories as long in the new unit as in the old one took 12,758 and 64 (9,433 and 35 with 64 chains).
+    assert num_evals / num_chains < 5_000
+    generator, cost = stream(2, "d"), []
+    for _ in range(50):
+        state, info = kernel.step(generator, state, params)
+        cost.append(float(info.num_evals.double().mean()))
+    assert sum(cost) / len(cost) < most_evals
+    assert float(state.position.std(0).mean()) == pytest.approx(0.01, rel=0.5)

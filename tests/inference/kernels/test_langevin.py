@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.kernels import gradient_free, hmc, integrators, langevin, targets
-from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_and_grad
+from ppl_vaebm.inference.kernels.base import Kernel, KernelState, Potential, init_params, run_steps, value_and_grad
 from ppl_vaebm.rng import stream
 
 TARGET = targets.ar1_gaussian(4)
+Build = Callable[[Potential], Kernel]
 
 
 def energy_and_grad(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,3 +90,46 @@ def test_a_missing_gradient_is_one_more_evaluation() -> None:
     state, info = kernel.step(stream(11, "fill"), without_grad, params)
     assert info.num_evals.tolist() == [2] * 3
     assert kernel.step(stream(11, "fill"), state, params)[1].num_evals.tolist() == [1] * 3
+
+
+@pytest.mark.parametrize(("build", "expected"), [(langevin.build_langevin, 5), (langevin.build_mala, 6)])
+def test_five_unadjusted_steps_take_five_evaluations_and_end_at_the_same_place(build: Build, expected: int) -> None:
+    num_calls = 0
+
+    def counted(position: Tensor) -> Tensor:
+        nonlocal num_calls
+        num_calls += 1
+        return TARGET.potential(position)
+
+    start = TARGET.exact(stream(12, "start"), 20)
+    kernel, params = build(counted), init_params(start, 0.4)
+    state, infos = run_steps(kernel, stream(13, "steps"), kernel.init(start), params, 5)
+    assert num_calls == expected and len(infos) == 5
+    generator, plain = stream(13, "steps"), kernel.init(start)
+    for _ in range(5):
+        plain, info = kernel.step(generator, plain, params)
+    assert torch.equal(state.position, plain.position)
+    assert torch.equal(infos[-1].energy, info.energy)
+    # A state whose end was not evaluated is filled in by the next step.
+    onward, _ = kernel.step(stream(14, "onward"), state, params)
+    assert torch.equal(onward.position, kernel.step(stream(14, "onward"), plain, params)[0].position)
+
+
+def test_one_step_alone_reports_its_acceptance() -> None:
+    start = TARGET.exact(stream(15, "start"), 4)
+    kernel, params = langevin.build_langevin(TARGET.potential), init_params(start, 0.4)
+    _, (info,) = run_steps(kernel, stream(16, "steps"), kernel.init(start), params, 1)
+    assert info.acceptance_rate.isfinite().all()
+    _, infos = run_steps(kernel, stream(16, "steps"), kernel.init(start), params, 2)
+    assert infos[0].acceptance_rate.isfinite().all() and infos[1].acceptance_rate.isnan().all()
+
+
+def test_a_last_step_that_leaves_the_numbers_is_not_taken() -> None:
+    start = TARGET.exact(stream(17, "start"), 4)
+    kernel = langevin.build_langevin(TARGET.potential)
+    state = kernel.init(start)
+    assert state.grad is not None and kernel.last_step is not None
+    state.grad[1] = math.inf
+    end, info = kernel.last_step(stream(18, "steps"), state, init_params(start, 0.4))
+    assert info.is_divergent.tolist() == [False, True, False, False]
+    assert torch.equal(end.position[1], start[1]) and end.position.isfinite().all()

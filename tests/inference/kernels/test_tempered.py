@@ -12,7 +12,7 @@ from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels import ladder, langevin, registry, targets, tempered
-from ppl_vaebm.inference.kernels.adaptation import STEP_SIZE_GAIN, warm_up, with_step_size
+from ppl_vaebm.inference.kernels.adaptation import MIN_STEP_SIZE, STEP_SIZE_GAIN, warm_up, with_step_size
 from ppl_vaebm.inference.kernels.base import (
     Counts,
     KernelParams,
@@ -415,3 +415,12 @@ def test_on_25_modes_it_converges_where_local_kernels_do_not() -> None:
             assert all(abs(r.mean - truth[r.name]) < MAX_Z * r.mcse_mean for r in rows if r.name in truth)
     assert max(r_hats["tempered"], r_hats["mixture"]) <= 1.01
     assert min(r_hats["mala"], r_hats["hmc"], r_hats["chees"]) > 1.05
+
+
+def test_steps_of_a_ladder_that_follows_its_rates_stay_positive() -> None:
+    followed = ladder.start_ladder(3, init_params(torch.zeros(1, 2), 0.1), 1)
+    counts = ladder.new_counts(4, 3, torch.device("cpu"))
+    counts = counts._replace(num_sweeps=2, num_swaps=counts.num_swaps + 1)  # nothing was accepted in two sweeps
+    for _ in range(1_000):
+        followed = ladder.follow_rates(followed, counts, 0.75)
+    assert followed.step_sizes[1:].tolist() == pytest.approx([MIN_STEP_SIZE] * 2)
