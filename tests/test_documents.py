@@ -11,6 +11,7 @@ import pytest
 
 from ppl_vaebm.config.parsing import options_of
 from ppl_vaebm.config.recipes import recipe_names
+from tests.test_layering import MAY_IMPORT, SMALL
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "ppl_vaebm" / "experiments" / "results"
@@ -155,6 +156,13 @@ def test_design_has_the_fields_of_the_kernels_tuples() -> None:
     design = fields_of((ROOT / "docs" / "design.md").read_text())
     assert {"KernelState", "KernelInfo", "KernelParams", "Kernel"} == set(design)
     assert design == {name: source[name] for name in design}
+
+
+def test_design_has_a_sentence_for_every_folder() -> None:
+    table = (ROOT / "docs" / "design.md").read_text().partition("## Folders")[2].partition("## Flow")[0]
+    rows = re.findall(r"^\| (?:top level|(`.*?`)) \|", table, re.MULTILINE)
+    folders = {name.replace(".", "/") + "/" for name in MAY_IMPORT if name not in {"", "commands", *SMALL}}
+    assert {name for row in rows for name in re.findall(r"`(.*?)`", row)} == folders
 
 
 def fields_of(text: str) -> dict[str, list[str]]:
