@@ -52,7 +52,7 @@ def fails_in_first_chain(position: Tensor) -> Tensor:
     return torch.where(is_bad, math.nan, 0.0).to(position.dtype)
 
 
-def test_chains_come_out_as_chains_by_site() -> None:
+def test_samples_are_grouped_by_chain_and_site() -> None:
     mcmc = run(pyro_kernel(num_chains=4), 6, 3)
     grouped, pooled = mcmc.get_samples(group_by_chain=True), mcmc.get_samples()
     assert {name: tuple(draws.shape) for name, draws in grouped.items()} == {"z": (4, 6, 2), "a": (4, 6, 1, 3)}
@@ -62,7 +62,7 @@ def test_chains_come_out_as_chains_by_site() -> None:
     assert mcmc.get_samples(num_samples=0)["z"].shape == (0, 2)
 
 
-def test_a_flat_site_is_the_default() -> None:
+def test_one_flat_site_is_the_default() -> None:
     mcmc = run(pyro_kernel(num_chains=4, packing=None))
     assert mcmc.get_samples(group_by_chain=True)["position"].shape == (4, 6, PACKING.dim)
     assert mcmc.get_samples(group_by_chain=True)["position"].equal(flat(run(pyro_kernel()).get_samples(None, True)))
@@ -101,7 +101,7 @@ def test_warm_up_moves_the_step_and_draws_keep_it() -> None:
     assert steps["Sample"] == [float(kernel.params.step_size)] * 5 and steps["Sample"][0] == steps["Warmup"][-1] != 0.3
 
 
-def test_a_warm_up_of_the_kernels_own_runs_once_and_pyros_steps_pass() -> None:
+def test_a_kernels_own_warm_up_runs_once_and_pyros_warm_up_steps_do_not_move() -> None:
     calls: list[int] = []
 
     def warm_up(
@@ -122,7 +122,7 @@ def test_a_warm_up_of_the_kernels_own_runs_once_and_pyros_steps_pass() -> None:
     assert calls == [7]  # without warm-up steps there is no warm-up
 
 
-def test_moments_are_those_of_the_target() -> None:
+def test_moments_of_batched_mcmc_are_those_of_the_target() -> None:
     kernel = build_kernel(KernelConfig(name="hmc"), AR1.potential)
     position = start(200)
     mcmc = run(PyroKernel(kernel, position, init_params(position, 0.1), seed=5, packing=PACKING), 40, 40)
@@ -152,17 +152,17 @@ def test_r_hat_compares_chains_and_plain_mcmc_does_not() -> None:
     assert (plain.diagnostics()["position"]["r_hat"] < 1.5).all()  # the modes' distance goes unseen
 
 
-def test_divergences_and_acceptance_belong_to_their_chains() -> None:
+def test_divergences_and_acceptance_are_reported_for_each_chain() -> None:
     mcmc = run(pyro_kernel(fails_in_first_chain, num_chains=3), 5)
-    found = mcmc.diagnostics()
-    assert found["divergences"] == {"chain 0": [0, 1, 2, 3, 4], "chain 1": [], "chain 2": []}
-    assert found["acceptance rate"] == {"chain 0": 0.0, "chain 1": 1.0, "chain 2": 1.0}
+    diagnostics = mcmc.diagnostics()
+    assert diagnostics["divergences"] == {"chain 0": [0, 1, 2, 3, 4], "chain 1": [], "chain 2": []}
+    assert diagnostics["acceptance rate"] == {"chain 0": 0.0, "chain 1": 1.0, "chain 2": 1.0}
     assert mcmc.kernel.diagnostics() == {"divergences": [0, 1, 2, 3, 4], "acceptance rate": pytest.approx(2 / 3)}
     assert flat(mcmc.get_samples(group_by_chain=True))[0].equal(start(3)[0].expand(5, -1))
 
 
 @pytest.mark.parametrize("num_chains", [3, 12])
-def test_arviz_takes_it_with_the_divergences_of_every_chain(num_chains: int) -> None:
+def test_arviz_accepts_the_mcmc_with_the_divergences_of_every_chain(num_chains: int) -> None:
     def diverges_in_chain_2(position: Tensor) -> Tensor:
         is_bad = (torch.arange(len(position)) == 2) & (position != start(num_chains)).any(1)
         return torch.where(is_bad, math.nan, 0.0).to(position.dtype)
@@ -200,7 +200,7 @@ def test_initial_params_replace_the_starts() -> None:
     assert moved.equal(run(pyro_kernel(position=elsewhere)).get_samples()["z"])
 
 
-def test_chains_that_somebody_moves_go_on_from_there() -> None:
+def test_chains_that_a_caller_moves_continue_from_there() -> None:
     kernel = pyro_kernel(targets.reference(PACKING.dim).potential)
     kernel.setup(0)
     kernel.sample(kernel.initial_params)
@@ -209,7 +209,7 @@ def test_chains_that_somebody_moves_go_on_from_there() -> None:
     assert kernel._state.position.abs().min() > 40
 
 
-def test_the_progress_bar_has_pyros_names() -> None:
+def test_progress_bar_uses_pyros_names() -> None:
     kernel = pyro_kernel()
     kernel.setup(0)
     assert dict(kernel.logging()) == {"step size": "3.00e-01", "acc. prob": "-"}
@@ -217,7 +217,7 @@ def test_the_progress_bar_has_pyros_names() -> None:
     assert float(kernel.logging()["acc. prob"]) > 0.5
 
 
-def test_streaming_mcmc_takes_the_kernel() -> None:
+def test_streaming_mcmc_accepts_the_kernel() -> None:
     kernel = pyro_kernel()
     mcmc = StreamingMCMC(kernel, 6, 3, disable_progbar=True)
     mcmc.run()
@@ -225,7 +225,7 @@ def test_streaming_mcmc_takes_the_kernel() -> None:
     torch.testing.assert_close(mcmc.get_statistics()[(0, "z")]["mean"], expected.mean(1))
 
 
-def test_another_kernel_is_refused_with_one_sentence() -> None:
+def test_batched_mcmc_refuses_other_kernels() -> None:
     kernel: Kernel = hmc.build(AR1.potential)
     for other in (kernel, HMC(potential_fn=lambda sites: sites["q"].sum())):
         with pytest.raises(InputError, match="expected a PyroKernel"):

@@ -24,7 +24,7 @@ BATCH = 20
 
 
 class Counted:
-    """A potential that knows how often it was called."""
+    """A potential that counts its calls."""
 
     def __init__(self, potential: Potential) -> None:
         self.potential = potential
@@ -61,13 +61,15 @@ def standard_errors_off(draws: Tensor, expected: float) -> float:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_the_moments_of_a_correlated_gaussian_are_right(kernel: PyroKernelName) -> None:
+def test_moments_of_a_correlated_gaussian_are_right(kernel: PyroKernelName) -> None:
     target = targets.ar1_gaussian(PACKING.dim, 0.6)
     chains = run(
         kernel,
         target.potential,
         target.exact(stream(0, "exact"), 2),
-        num_draws=300,
+        num_draws=300
+        if kernel == "pyro-hmc"
+        else 160,  # NUTS takes more evaluations for a draw that is less correlated
         num_warmup=60,
         trajectory_length=1.5,
     )
@@ -82,7 +84,7 @@ def test_the_moments_of_a_correlated_gaussian_are_right(kernel: PyroKernelName) 
     assert 0.6 < chains.stats["acceptance_rate"].mean() < 0.97
 
 
-def test_pyro_hmc_and_ours_agree_with_the_integral_on_a_quartic() -> None:
+def test_pyros_hmc_and_this_packages_agree_with_the_integral_of_a_quartic() -> None:
     grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)
     density = (-quartic(grid[:, None]) - 0.5 * grid**2).exp()
     expected = float((grid**2 * density).sum() / density.sum())
@@ -149,7 +151,7 @@ def test_statistics_belong_to_their_draws(kernel: PyroKernelName) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_hopeless_step_is_rejected_and_flagged(kernel: PyroKernelName) -> None:
+def test_a_huge_step_is_rejected_and_flagged(kernel: PyroKernelName) -> None:
     chains = run(kernel, quartic, start(2), num_draws=4, step_size=50.0, trajectory_length=50.0)
     assert chains.stats["diverging"].all()
     assert (chains.stats["acceptance_rate"] == 0).all()
@@ -157,7 +159,7 @@ def test_a_hopeless_step_is_rejected_and_flagged(kernel: PyroKernelName) -> None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_potential_that_is_not_a_number_is_rejected_and_flagged(kernel: PyroKernelName) -> None:
+def test_a_nan_potential_is_rejected_and_flagged(kernel: PyroKernelName) -> None:
     def potential(position: Tensor) -> Tensor:
         is_start = position.isclose(start(1), rtol=0, atol=0).all(-1)
         return torch.where(is_start, 0.0, math.nan).to(position.dtype)
@@ -168,12 +170,12 @@ def test_a_potential_that_is_not_a_number_is_rejected_and_flagged(kernel: PyroKe
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_a_start_without_a_finite_energy_is_refused(kernel: PyroKernelName) -> None:
+def test_a_start_without_a_finite_u_is_refused(kernel: PyroKernelName) -> None:
     with pytest.raises(ValueError, match="finite"):
         run(kernel, lambda position: position.sum(-1) * math.nan, start(1), num_draws=2)
 
 
-def test_the_potential_of_named_sites_is_u_in_the_order_of_the_columns() -> None:
+def test_site_potential_is_u_in_the_order_of_the_columns() -> None:
     target = targets.gaussian(torch.arange(5.0, dtype=torch.float64), torch.full((5,), 2.0, dtype=torch.float64))
     position = start(1)
     sites = {"a": position[0, 2:].view(1, 3), "z": position[0, :2]}
@@ -213,7 +215,7 @@ def test_nuts_chains_are_cut_to_the_shortest_within_the_budget() -> None:
     assert cut.num_evals == whole.stats["n_steps"][:, : lengths.min()].sum()
 
 
-def test_more_time_is_filled_and_shared_by_the_chains() -> None:
+def test_draws_continue_until_each_chain_has_used_its_fraction_of_the_time() -> None:
     def slow(position: Tensor) -> Tensor:
         time.sleep(0.002)
         return quartic(position)
@@ -227,7 +229,7 @@ def test_more_time_is_filled_and_shared_by_the_chains() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_elapsed_adds_up_the_time_of_all_chains_draw_by_draw(kernel: PyroKernelName) -> None:
+def test_elapsed_sums_the_time_of_all_chains_draw_by_draw(kernel: PyroKernelName) -> None:
     def slow(position: Tensor) -> Tensor:
         time.sleep(0.001)
         return quartic(position)
@@ -240,7 +242,7 @@ def test_elapsed_adds_up_the_time_of_all_chains_draw_by_draw(kernel: PyroKernelN
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_one_flat_site_gives_the_draws_of_the_same_program(kernel: PyroKernelName) -> None:
+def test_no_packing_is_one_flat_site(kernel: PyroKernelName) -> None:
     packing = flat_packing(PACKING.dim)
     assert packing.shapes == {"position": torch.Size([5])}
     flat = run(kernel, quartic, start(2), packing=None, num_draws=5, num_warmup=5)
@@ -260,7 +262,7 @@ def test_a_flat_site_samples_the_same_target() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_global_random_numbers_are_untouched(kernel: PyroKernelName) -> None:
+def test_global_random_numbers_are_unchanged(kernel: PyroKernelName) -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
     run(kernel, quartic, start(2), num_draws=2, num_warmup=5)
     assert torch.get_rng_state().equal(before[0])
@@ -284,13 +286,13 @@ def test_float32_stays_float32() -> None:
     assert chains.stats["lp"].dtype == torch.float64
 
 
-def test_phi_zero_and_disabled_gradients_are_no_obstacle() -> None:
+def test_phi_zero_is_sampled_under_no_grad() -> None:
     with torch.no_grad():
         chains = run("pyro-hmc", targets.reference(5).potential, start(1), num_draws=3)
     assert not chains.draws["phi"].abs().gt(1e-12).any()
     assert not chains.draws["q"].requires_grad
 
 
-def test_an_unknown_kernel_is_refused() -> None:
+def test_an_unknown_pyro_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match="pyro-hmc, pyro-nuts"):
         run("hmc", quartic, start(1))  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_column_has_the_digits_that_arviz_gives(kind: str) -> None:
+def test_every_column_equals_arviz(kind: str) -> None:
     draws = KINDS[kind]
     for name, ours, theirs in zip(
         convergence.Convergence._fields, diagnose_columns(draws), one_by_one(draws), strict=True
@@ -66,7 +66,7 @@ def test_every_column_has_the_digits_that_arviz_gives(kind: str) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-10, err_msg=name)
 
 
-def test_the_comparison_with_arviz_can_fail() -> None:
+def test_comparison_with_arviz_detects_a_wrong_value() -> None:
     draws = KINDS["with ties"]
     moved = draws.copy()
     moved[0, 0] += 1.0
@@ -82,7 +82,7 @@ def test_columns_do_not_depend_on_their_neighbours_or_on_the_blocks(monkeypatch:
         np.testing.assert_array_equal(ours, alone)
 
 
-def test_float32_is_ranked_as_it_is() -> None:
+def test_float32_draws_are_ranked_without_rounding() -> None:
     draws = autoregression(0.8, 4, 100, 20).astype(np.float32)
     for ours, theirs in zip(diagnose_columns(draws), diagnose_columns(draws.astype(np.float64)), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -97,7 +97,7 @@ def test_effective_draws_of_an_autoregression_are_known() -> None:
     assert abs(ess.mean() - expected) < 5 * error + 0.03 * expected
 
 
-def test_a_column_that_never_moves_or_holds_a_nan_has_no_numbers_and_spoils_no_other() -> None:
+def test_a_constant_or_nan_column_is_nan_and_leaves_the_others_unchanged() -> None:
     draws = autoregression(0.5, 4, 60, 4)
     clean = diagnose_columns(draws)
     draws[:, :, 1] = 3.0
@@ -107,14 +107,14 @@ def test_a_column_that_never_moves_or_holds_a_nan_has_no_numbers_and_spoils_no_o
         np.testing.assert_array_equal(ours[[0, 3]], before[[0, 3]])
 
 
-def test_infinite_draws_have_ranks() -> None:
+def test_columns_with_infinite_draws_have_a_rank_r_hat() -> None:
     draws = autoregression(0.0, 4, 100, 1)
     draws[1, 7] = np.inf
     found = diagnose_columns(draws)
     assert found.r_hat[0] < 1.1 and found.ess_bulk[0] > 100
 
 
-def test_one_chain_is_compared_with_its_own_quarters() -> None:
+def test_r_hat_of_one_chain_compares_its_quarters() -> None:
     draws = autoregression(0.5, 1, 101, 3)
     halves = draws[:, :100].reshape(2, 50, 3)
     np.testing.assert_array_equal(diagnose_columns(draws).r_hat, diagnose_columns(halves).r_hat)
@@ -122,12 +122,12 @@ def test_one_chain_is_compared_with_its_own_quarters() -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 2), (4, 100), (4, 10, 0)])
-def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+def test_draws_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected draws"):
         diagnose_columns(np.zeros(shape))
 
 
-def test_effective_draws_of_means_agree_with_arviz() -> None:
+def test_effective_draws_of_means_equal_arviz() -> None:
     draws = KINDS["positively correlated"]
     theirs = [float(arviz.ess(draws[:, :, index], method="mean")) for index in range(draws.shape[2])]
     np.testing.assert_allclose(ess_of_means(draws.transpose(2, 0, 1)), theirs, rtol=1e-10)
@@ -149,7 +149,7 @@ def nested_draws() -> Draws:
 
 
 @pytest.mark.parametrize("ids", NESTED_BY_ARVIZ_STATS)
-def test_nested_r_hat_is_that_of_arviz_stats(ids: tuple[int, ...]) -> None:
+def test_nested_r_hat_equals_arviz_stats(ids: tuple[int, ...]) -> None:
     found = nested_r_hat(nested_draws(), np.array(ids))
     assert found == pytest.approx(NESTED_BY_ARVIZ_STATS[ids], rel=1e-12)
     if hasattr(arviz, "rhat_nested"):
@@ -175,6 +175,6 @@ def test_nested_r_hat_of_a_nan_is_nan() -> None:
     ("ids", "words"),
     [([0] * 8, "two groups"), ([0, 0, 0, 1, 1, 1, 1, 1], "one size"), ([0, 1], "expected draws")],
 )
-def test_groups_that_cannot_be_compared_are_refused(ids: list[int], words: str) -> None:
+def test_nested_r_hat_refuses_groups_that_cannot_be_compared(ids: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         nested_r_hat(nested_draws(), np.array(ids))

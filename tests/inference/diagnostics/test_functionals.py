@@ -1,4 +1,4 @@
-"""What is stored of every draw, and whole positions within a bound on memory."""
+"""Functionals of every draw, and recorded positions within a bound on memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def recorded(recorder: PositionRecorder, num_draws: int) -> list[int]:
 
 
 @pytest.mark.parametrize("num_draws", [1, 7, 8, 9, 16, 17, 100])
-def test_what_is_kept_is_every_kth_draw(num_draws: int) -> None:
+def test_recorder_keeps_every_kth_draw(num_draws: int) -> None:
     recorder = PositionRecorder(lambda state: {"energy": state.potential}, num_chains=3, dim=2, max_draws=9)
     kept = recorded(recorder, num_draws)
     assert kept == list(range(0, num_draws, recorder.stride))
@@ -62,7 +62,7 @@ def test_a_recorder_returns_the_functionals_and_keeps_float32() -> None:
     np.testing.assert_allclose(recorder.positions[:, 0], state.position[:2], rtol=1e-6)
 
 
-def test_a_bound_that_leaves_too_few_positions_is_refused() -> None:
+def test_memory_for_too_few_positions_is_refused() -> None:
     recorder = record_positions(lambda state: {}, num_chains=4, dim=100, max_bytes=4 * 4 * 100 * 16)
     assert recorder._kept.shape == (4, 16, 100)
     with pytest.raises(InputError, match="--position-mib 1 or more"):

@@ -50,5 +50,5 @@ def test_p_values_of_a_right_posterior_are_uniform(seed: int) -> None:
 
 
 @pytest.mark.parametrize("fault", [{"shift": 0.3}, {"factor": 0.7}, {"factor": 1.4}], ids=str)
-def test_a_wrong_posterior_is_found_out(fault: dict[str, float], seed: int) -> None:
+def test_ranks_of_a_wrong_posterior_are_not_uniform(fault: dict[str, float], seed: int) -> None:
     assert p_value(seed, **fault) < 1e-4  # type: ignore[arg-type]
