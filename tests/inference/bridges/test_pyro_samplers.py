@@ -69,7 +69,7 @@ def test_moments_of_a_correlated_gaussian_are_right(kernel: PyroKernelName) -> N
         target.exact(stream(0, "exact"), 2),
         num_draws=300
         if kernel == "pyro-hmc"
-        else 160,  # NUTS takes more evaluations for a draw that is less correlated
+        else 160,  # draws of NUTS are less correlated
         num_warmup=60,
         trajectory_length=1.5,
     )
