@@ -67,9 +67,7 @@ def test_moments_of_a_correlated_gaussian_are_right(kernel: PyroKernelName) -> N
         kernel,
         target.potential,
         target.exact(stream(0, "exact"), 2),
-        num_draws=300
-        if kernel == "pyro-hmc"
-        else 160,  # draws of NUTS are less correlated
+        num_draws=300 if kernel == "pyro-hmc" else 160,  # draws of NUTS are less correlated
         num_warmup=60,
         trajectory_length=1.5,
     )
