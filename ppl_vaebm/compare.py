@@ -11,7 +11,6 @@ from ppl_vaebm.config.kernel import kernel_names, missing_packages
 from ppl_vaebm.config.options import NOT_NEGATIVE, ChainOptions, Count
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.evaluation.kernel_files import Outcome
@@ -63,6 +62,9 @@ def default_kernels() -> str:
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "compare", DESCRIPTION)
+
+    from ppl_vaebm.runs.run import Run  # here, because NumPy would double the time of --help
+
     names = kernel_names(options.kernels or default_kernels())
     Run.open(options.run)
 

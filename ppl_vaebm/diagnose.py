@@ -10,7 +10,6 @@ from ppl_vaebm.config.kernel import kernel_names
 from ppl_vaebm.config.options import ChainOptions, Count, require
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.inference.diagnostics.coordinates import Coordinates
@@ -48,6 +47,9 @@ class Options(ChainOptions):
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "diagnose", DESCRIPTION)
+
+    from ppl_vaebm.runs.run import Run  # here, because NumPy would double the time of --help
+
     Run.open(options.run)
 
     from ppl_vaebm.devices import set_threads

@@ -12,12 +12,11 @@ from ppl_vaebm.config.evaluation import OOD_SETS, PARTS, SYNTHETIC_SETS, Part
 from ppl_vaebm.config.options import Check, Checked, OptionalCount, RunFolder, at_least, split_names
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
-from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.config import Config
     from ppl_vaebm.data.load import Data
-    from ppl_vaebm.evaluation.base import Effort, Measured
+    from ppl_vaebm.evaluation.base import Measured
     from ppl_vaebm.evaluation.evaluation import Plan
 
 DESCRIPTION = """Evaluate a fitted VAEBM: its normalized log-likelihood on test data; for points the modes; for images
@@ -111,6 +110,9 @@ class Options(Checked):
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "evaluate", DESCRIPTION, FIRST)
+
+    from ppl_vaebm.runs.run import Run  # here, because NumPy would double the time of --help
+
     run = Run.open(options.run)
 
     from ppl_vaebm.evaluation.store import read_sections, store
@@ -133,12 +135,9 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
     from ppl_vaebm.models.vaebm import VAEBM
     from ppl_vaebm.runs.loading import fingerprint, open_fitted_vae
 
-    if options.steps:
-        raise InputError("steps are those of stage ebm's chains, and stage svi has none: leave the option out")
-    if options.log_likelihood:
-        raise InputError("log-likelihood normalises the VAEBM, and stage svi has none: leave the option out")
-    if options.ood is not None:
-        raise InputError("ood compares scores of the VAEBM, and stage svi has none: leave the option out")
+    for name in ("steps", "log_likelihood", "ood"):
+        if getattr(options, name):
+            raise InputError(f"option {name.replace('_', '-')} is of the VAEBM, and stage svi has none: leave it out")
     fitted = open_fitted_vae(options.run)
     set_threads(fitted.config.threads)
     plan = _plan(options, fitted.config, fitted.data, ("likelihood", "samples"))
@@ -158,15 +157,32 @@ def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
     return loaded.fingerprint, evaluate(loaded, _plan(options, loaded.config, loaded.data, parts))
 
 
-def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -> Plan:
+def _plan(options: Options, config: Config, data: Data, default: Sequence[Part]) -> Plan:
+    """Turn the options into a plan; --log-likelihood adds its part to those of --only or to the default ones."""
+    from ppl_vaebm.evaluation.base import Effort
     from ppl_vaebm.evaluation.evaluation import Plan
     from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
 
-    chosen = _chosen(options, parts)
-    _refuse_unused(options, chosen)
+    asked = default if options.only is None else split_names(options.only, PARTS, "part")
+    chosen = tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
+    for name, parts in USED_BY.items():
+        if getattr(options, name) is not None and not set(parts) & set(chosen):
+            use = "--log-likelihood" if "normaliser" in parts else f"the part {' or '.join(parts)}"
+            raise InputError(f"option {name.replace('_', '-')} is for {use}, found it without: leave it out")
     ood = SYNTHETIC_SETS if "ood" in chosen else ()
+    num_steps, kind = config.sampling.num_steps, "images" if len(data.event_shape) == 3 else "points"
+    effort = Effort(
+        options.num_test,
+        options.num_importance,
+        options.num_z_draws,
+        options.num_samples or NUM_SAMPLES[kind],
+        sorted(set(options.steps)) or (num_steps, LONG * num_steps),
+        options.num_reference,
+        options.num_ood,
+        options.num_ood_importance,
+    )
     return Plan(
-        effort=_effort(options, config, data),
+        effort=effort,
         parts=chosen,
         seed=options.seed,
         features=options.features,
@@ -174,37 +190,6 @@ def _plan(options: Options, config: Config, data: Data, parts: Sequence[Part]) -
         ood=ood if options.ood is None else split_names(options.ood, OOD_SETS, "set"),
         ood_root=options.ood_root,
         normaliser=NormaliserEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
-    )
-
-
-def _chosen(options: Options, default: Sequence[Part]) -> tuple[Part, ...]:
-    """Read --only, or take what fits the data; --log-likelihood adds its part to either."""
-    asked = default if options.only is None else split_names(options.only, PARTS, "part")
-    return tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
-
-
-def _refuse_unused(options: Options, chosen: Sequence[Part]) -> None:
-    """Refuse an option that has no effect."""
-    for name, parts in USED_BY.items():
-        if getattr(options, name) is not None and not set(parts) & set(chosen):
-            use = "--log-likelihood" if "normaliser" in parts else f"the part {' or '.join(parts)}"
-            raise InputError(f"option {name.replace('_', '-')} is for {use}, got it without: leave it out")
-
-
-def _effort(options: Options, config: Config, data: Data) -> Effort:
-    from ppl_vaebm.evaluation.base import Effort
-
-    num_steps = config.sampling.num_steps
-    kind = "images" if len(data.event_shape) == 3 else "points"
-    return Effort(
-        options.num_test,
-        options.num_importance,
-        options.num_z_draws,
-        NUM_SAMPLES[kind] if options.num_samples is None else options.num_samples,
-        sorted(set(options.steps)) or (num_steps, LONG * num_steps),
-        options.num_reference,
-        options.num_ood,
-        options.num_ood_importance,
     )
 
 

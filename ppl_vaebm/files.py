@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the old content or the new, never half of it."""
+"""Write files so that a crash leaves either the old content or the new, never a part of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ TEMPORARY_PREFIX = ".tmp-"
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk.
-
-    Args:
-        path: an existing file or folder.
-    """
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -22,36 +18,24 @@ def sync(path: Path) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Rename, and wait until the new name is on the disk.
+    """Rename a synced file or folder within its folder, and wait until the new name is on the disk.
 
-    Args:
-        source: a file or folder, already synced.
-        target: its new name in the same folder; a file there is replaced, a folder must not be there.
+    A file at the new name is replaced; a folder must not be there.
     """
     os.replace(source, target)
     sync(target.parent)
 
 
 def write_synced(path: Path, data: bytes | str) -> None:
-    """Write a file and wait until its content is on the disk.
-
-    Args:
-        path: the file; its folder exists.
-        data: its whole content; text becomes UTF-8.
-    """
+    """Write a file in an existing folder, text as UTF-8, and wait until its content is on the disk."""
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     sync(path)
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write or replace a file in one step.
+    """Write or replace a file in one step, text as UTF-8; missing parent folders are made.
 
-    Readers see the old content or the new; after a failure the old content is still there. Missing
-    parent folders are made.
-
-    Args:
-        path: the file.
-        data: its whole content; text becomes UTF-8.
+    Readers see the old content or the new one; after a failure the old content is still there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process is part of the name so that two writers of one file cannot mix their bytes.

@@ -1,7 +1,7 @@
-"""Random numbers with names: one stream per purpose, none of them global.
+"""Named streams of random numbers, one per purpose, none of them global.
 
-A stream is a ``torch.Generator`` whose seed is a hash of the run's seed and a key, so adding a
-stream never changes another, and ranks or steps are just one more part of the key.
+A stream is a ``torch.Generator`` whose seed is a hash of the run's seed and a key. A new stream therefore changes no
+other one, and ranks or steps are further parts of the key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def seed_for(seed: int, *key: str | int) -> int:
 
     Args:
         seed: the run's seed.
-        key: the stream's name, and whatever else tells it apart (rank, epoch, step).
+        key: the stream's name, and what else distinguishes it (rank, epoch, step).
 
     Returns:
         An integer in ``[0, 2**63)``; the same on every machine and Python version.
@@ -30,32 +30,20 @@ def seed_for(seed: int, *key: str | int) -> int:
 
 
 def stream(seed: int, *key: str | int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Make the generator of one named stream.
-
-    Args:
-        seed: the run's seed.
-        key: see :func:`seed_for`.
-        device: where the generator draws.
-
-    Returns:
-        A fresh generator at the start of its stream.
-    """
+    """Make the generator of a named stream, at its start; for the key see :func:`seed_for`."""
     return torch.Generator(device=device).manual_seed(seed_for(seed, *key))
 
 
 @contextmanager
 def global_rng(seed: int) -> Iterator[None]:
-    """Run a block under a seeded global generator, and put the global state back afterwards.
+    """Seed the global generators for a block, and restore their state afterwards.
 
-    Pyro and ``torch.nn.init`` draw from the global generator; this is the only door to it.
-
-    Args:
-        seed: the seed inside the block.
+    Pyro and ``torch.nn.init`` draw from the global generators; they are used in such blocks only.
     """
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
-        # Not torch.manual_seed: where no accelerator is in use yet it queues the call, with a stack trace, for when one
-        # will be, and a training loop would fill the queue.
+        # Before an accelerator is in use, torch.manual_seed queues a call with a stack trace for it, and a training
+        # loop would fill the queue.
         torch.default_generator.manual_seed(seed)
         for device in devices:
             torch.cuda.default_generators[device].manual_seed(seed)

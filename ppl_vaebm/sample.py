@@ -11,7 +11,6 @@ from ppl_vaebm.config.options import FLAT, NOT_NEGATIVE, Alias, Checked, Optiona
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
 from ppl_vaebm.runs.given import GivenOptions
-from ppl_vaebm.runs.run import Run
 
 if TYPE_CHECKING:
     from ppl_vaebm.runs.drawing import Written
@@ -55,6 +54,9 @@ class Options(Checked):
 def main(argv: list[str] | None = None) -> None:
     """Run the command."""
     options = parse(Options, sys.argv[1:] if argv is None else argv, "sample", DESCRIPTION, FIRST)
+
+    from ppl_vaebm.runs.run import Run  # here, because NumPy would double the time of --help
+
     run = Run.open(options.run)
     is_conditional = options.condition.is_conditional
 
@@ -74,10 +76,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead: str) -> None:
-    """Refuse an option that would do nothing."""
+    """Refuse an option that has no effect."""
     for name in unused:
         if getattr(options, name):
-            raise InputError(f"option {name.replace('_', '-')} is for {use}, got it for {instead}: leave it out")
+            raise InputError(f"option {name.replace('_', '-')} is for {use}, found it for {instead}: leave it out")
 
 
 def _sample_vae(options: Options) -> Written:
@@ -111,7 +113,7 @@ def _sample_conditional(options: Options, stage: Literal["svi", "ebm"]) -> Writt
     from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.conditional import kernel_of, open_run, sample_given
 
-    _refuse_unused(options, ("temperatures", "group", "num_steps"), "draws without --given", "a posterior")
+    _refuse_unused(options, ("temperatures", "group", "num_steps"), "samples without --given", "a posterior")
     loaded = open_run(options.run, stage)
     set_threads(loaded.config.threads)
     kernel = kernel_of(loaded, options.kernel)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from typing import Annotated, Literal, get_args
 
@@ -106,18 +106,12 @@ class KernelConfig(Checked):
     def ignored(self) -> list[str]:
         """Return the options that the kernel, or a mixture's members, do not have, as field names."""
         kernels = {self.name, *(self.members if self.name == "mixture" else ())}
-        owners = {
-            name: mark.kernels
-            for name, (_, marks) in hints_of(KernelConfig).items()
-            for mark in marks
-            if isinstance(mark, OnlyFor)
-        }
-        return [name for name, owner in owners.items() if not kernels & set(owner)]
+        marked = [(name, mark) for name, (_, marks) in hints_of(KernelConfig).items() for mark in marks]
+        return [name for name, mark in marked if isinstance(mark, OnlyFor) and kernels.isdisjoint(mark.kernels)]
 
     def useless(self) -> list[str]:
         """Return the ignored options that have another value than the default, as flags."""
-        defaults = {option.name: option.default for option in fields(self)}
-        names = [name for name in self.ignored() if getattr(self, name) != defaults[name]]
+        names = [name for name in self.ignored() if getattr(self, name) != getattr(KernelConfig, name)]
         return [self.prefix + name.replace("_", "-") for name in names]
 
     def of(self, name: KernelName) -> KernelConfig:

@@ -370,7 +370,7 @@ def as_yaml(config: Config) -> str:
     tree = to_dict(config)
     for section, kernel in ((tree["kernel"], config.kernel), (tree["sampling"]["kernel"], config.sampling.kernel)):
         for name in kernel.ignored():
-            if section.get(name) == to_dict(Config())["kernel"].get(name):
+            if getattr(kernel, name) == getattr(KernelConfig, name):
                 section.pop(name, None)
     text: str = yaml.safe_dump(tree, sort_keys=False)
     return text
