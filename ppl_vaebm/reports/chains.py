@@ -15,32 +15,24 @@ from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, scalar_draws
 from ppl_vaebm.inference.diagnostics.convergence import Convergence
 from ppl_vaebm.reports.figures import TITLE_POINTS, FloatArray, Picture, axes_grid, picture
 
-MAX_FUNCTIONALS = 4  # drawn per report, worst effective sample size first
+MAX_QUANTITIES = 4  # drawn per report, worst effective sample size first
 MAX_TRACE_DRAWS = 500  # per chain; longer traces are thinned
 MAX_LAG = 200  # of the autocorrelations
 NUM_RANK_BINS = 20  # Vehtari et al. (2021), doi 10.1214/20-BA1221
 
 
 def chain_pictures(idata: InferenceData, summaries: Sequence[diagnostics.QuantitySummary]) -> list[Picture]:
-    """Draw the functionals with the fewest effective draws, and the energies.
-
-    Args:
-        idata: the chains.
-        summaries: of every functional.
-
-    Returns:
-        The two pictures.
-    """
+    """Draw the quantities with the fewest effective draws, and the energies."""
     return [
-        picture("functionals with the fewest effective draws", _functionals_figure(idata, summaries)),
+        picture("quantities with the fewest effective draws", _quantities_figure(idata, summaries)),
         picture("energies, and every chain on its own", _energy_figure(idata)),
     ]
 
 
-def _functionals_figure(idata: InferenceData, summaries: Sequence[diagnostics.QuantitySummary]) -> Figure:
+def _quantities_figure(idata: InferenceData, summaries: Sequence[diagnostics.QuantitySummary]) -> Figure:
     by_ess = sorted(summaries, key=lambda s: math.inf if math.isnan(s.ess_bulk) else s.ess_bulk)
     draws = scalar_draws(idata)
-    shown = [summary.name for summary in by_ess[:MAX_FUNCTIONALS]]
+    shown = [summary.name for summary in by_ess[:MAX_QUANTITIES]]
     figure, axes = axes_grid(len(shown), 3, height=1.9)
     for (trace, ranks, correlation), name in zip(axes, shown, strict=True):
         draw_trace(trace, draws[name])
@@ -65,7 +57,7 @@ def _alpha(num_chains: int) -> float:
 
 
 def draw_ranks(ax: Axes, draws: FloatArray) -> None:
-    """Draw how each chain's draws, ``(C, N)``, share the ranks of all, over the band that independent ones keep to."""
+    """Draw the ranks of each chain's draws, ``(C, N)``, among all draws, over the band of independent draws."""
     counts = _rank_counts(draws)
     num_chains, num_draws = draws.shape
     centre = counts.mean(axis=0)
@@ -86,9 +78,12 @@ def _rank_counts(draws: FloatArray) -> FloatArray:
 
 
 def autocorrelation(draws: FloatArray, max_lag: int = MAX_LAG) -> FloatArray:
-    """Average the chains' autocorrelation, ``(lags,)``, about the mean of all: chains that disagree stay correlated."""
+    """Return the autocorrelation ``(lags,)`` about the mean of all chains, averaged over chains.
+
+    Chains that disagree stay correlated.
+    """
     num_draws = draws.shape[1]
-    with np.errstate(invalid="ignore"):  # draws that never move or are not finite have none, and get no curve
+    with np.errstate(invalid="ignore"):  # draws that never move or are not finite get no curve
         spectrum = np.fft.rfft(draws - draws.mean(), n=2 * num_draws, axis=1)
         covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1).mean(axis=0)[: min(num_draws // 2, max_lag) + 1]
         correlation: FloatArray = covariance / covariance[0]
@@ -120,27 +115,20 @@ def _per_chain(ax: Axes, values: FloatArray, title: str) -> None:
     ax.set_title(title, fontsize=TITLE_POINTS)
 
 
-def coordinates_picture(found: Convergence) -> Picture:
-    """Draw how R-hat and effective sample sizes spread over all coordinates.
-
-    Args:
-        found: of every coordinate.
-
-    Returns:
-        The picture.
-    """
+def coordinates_picture(convergence: Convergence) -> Picture:
+    """Draw histograms of R-hat and effective sample sizes over all coordinates."""
     figure, ((r_hat, ess),) = axes_grid(1, 2)
-    r_hat.hist(found.r_hat[np.isfinite(found.r_hat)], bins=60, log=True)
+    r_hat.hist(convergence.r_hat[np.isfinite(convergence.r_hat)], bins=60, log=True)
     r_hat.axvline(diagnostics.MAX_R_HAT, color="black", linestyle="--", linewidth=0.8)
-    r_hat.set_title(f"R-hat of all {len(found.r_hat)} coordinates", fontsize=TITLE_POINTS)
-    for values, label in ((found.ess_bulk, "bulk"), (found.ess_tail, "tail")):
+    r_hat.set_title(f"R-hat of all {len(convergence.r_hat)} coordinates", fontsize=TITLE_POINTS)
+    for values, label in ((convergence.ess_bulk, "bulk"), (convergence.ess_tail, "tail")):
         ess.hist(values[np.isfinite(values)], bins=60, log=True, histtype="step", label=label)
     ess.axvline(diagnostics.MIN_ESS, color="black", linestyle="--", linewidth=0.8)
     ess.set_title("effective draws of all coordinates", fontsize=TITLE_POINTS)
     ess.legend(fontsize=7)
     note = (
         f"Good: no R-hat beyond the dashed line at {diagnostics.MAX_R_HAT}, and no effective number of draws to the "
-        f"left of that at {diagnostics.MIN_ESS:.0f}. Among thousands of coordinates a few R-hats lie just beyond it by "
-        "chance; a separate heap does not."
+        f"left of the one at {diagnostics.MIN_ESS:.0f}. Among thousands of coordinates a few R-hats lie just beyond it "
+        "by chance; a separate group of them does not."
     )
-    return picture("every coordinate of the noise by itself", figure, note)
+    return picture("every coordinate of the noise", figure, note)

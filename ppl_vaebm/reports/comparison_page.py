@@ -54,10 +54,12 @@ def write_comparison(
         if places := list(_places(run, runs, shown, reference)):
             lead = "What the chains pass through, as points or images."
             chapters.append(Chapter("places", "Where the chains go", lead, Contents(places)))
+    num_seeds = max(map(len, outcomes.values()))
+    seeds = f"{num_seeds} seed{'s' * (num_seeds > 1)}"
     seconds = f" and {budget.num_seconds:g} s" if budget.num_seconds else ""
     page = render(
         name=f"{run.path.name}: kernels side by side",
-        subtitle=f"{max(map(len, outcomes.values()))} seeds of {budget.num_chains} chains; warm-up {budget.num_warmup} "
+        subtitle=f"{budget.num_chains} chains for each of {seeds}; warm-up {budget.num_warmup} "
         f"steps, then {budget.num_evals} evaluations per chain{seconds}.",
         chapters=chapters,
     )

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: metrics over chain length, scores of other images, over-fitting, neighbours."""
+"""Pictures of an evaluation: metrics by chain length, out-of-distribution scores, histograms, neighbours."""
 
 from __future__ import annotations
 
@@ -14,28 +14,22 @@ from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, 
 from ppl_vaebm.reports.samples import GRID_PIXELS, Arrays, grid_picture, image_grid
 
 NUM_BINS = 40
-CHANCE = 0.5  # the area under the ROC curve of scores that know nothing
+CHANCE = 0.5  # area under the ROC curve of random scores
 SETS_PER_INCH = 3.5  # rows of the plot of areas
 
 
 def samples_pictures(arrays: Arrays) -> list[Picture]:
-    """Draw the metrics of samples over the length of their chains; nothing where there were no chains.
-
-    Args:
-        arrays: of :func:`ppl_vaebm.evaluation.image_metrics.metric_arrays`, with ``steps`` where there were.
-
-    Returns:
-        The picture.
-    """
+    """Draw the metrics of samples by chain length, from the arrays of ``metric_arrays``; nothing without chains."""
     if "steps" not in arrays:
         return []
     net, num, kernel = (arrays[name].item() for name in ("net", "num", "kernel"))
     note = (
         "Good: far below the VAE, near the held-out data, and no worse at the longer lengths: then the density has "
-        "improved, and not a sampler of one length. Frechet and kernel distance fall, precision and coverage rise as "
-        "samples become more like the data; recall does so only if the VAE has no outliers, whose balls hold much."
+        "improved, and not only a sampler of one length. Frechet and kernel distance fall, and precision and coverage "
+        "rise, as samples become more like the data; recall does so only if the VAE has no outliers, whose large balls "
+        "cover much."
     )
-    return [picture(f"{num} samples in the eyes of {net}, by steps of {kernel}", _metrics(arrays), note)]
+    return [picture(f"{num} samples in features of {net}, by steps of {kernel}", _metrics(arrays), note)]
 
 
 def _metrics(arrays: Arrays) -> Figure:
@@ -43,17 +37,17 @@ def _metrics(arrays: Arrays) -> Figure:
     metrics, steps = arrays["metrics"].tolist(), arrays["steps"]
     num_data = len(arrays["rows"]) - len(steps)
     lengths = steps[steps > 0].tolist()
-    # Runs that were measured before coverage was have none.
-    shares = [metric for metric in ("precision", "recall", "coverage") if metric in metrics]
-    panels = {"Frechet distance": ["Frechet distance"], "KID": ["KID"], ", ".join(shares): shares}
+    # Runs measured by an earlier version have no coverage.
+    fractions = [metric for metric in ("precision", "recall", "coverage") if metric in metrics]
+    panels = {"Frechet distance": ["Frechet distance"], "KID": ["KID"], ", ".join(fractions): fractions}
     for ax, (title, shown) in zip(axes, panels.items(), strict=True):
         ax.set_xscale("log")
-        # Before anything is drawn, for Matplotlib finds no limits about a single length.
+        # Set before anything is drawn, because Matplotlib finds no limits around a single length.
         ax.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
         for color, metric in zip(("C0", "C1", "C2"), shown, strict=False):
             value, error = (arrays[key][:, metrics.index(metric)] for key in ("value", "error"))
             _over_steps(ax, steps, value[num_data:], error[num_data:], metric, color)
-            # Both rows stand before those of the chains: the held-out data's, and the VAE's, which is at no step.
+            # The rows before those of the chains are the held-out data, and the VAE at step 0.
             for row, (label, style) in ((num_data - 1, ("held-out data", "--")), (num_data, ("VAE", ":"))):
                 name = label if metric == shown[0] else "_nolegend_"
                 ax.axhline(value[row], color=color, linestyle=style, linewidth=1.0, label=name)
@@ -76,17 +70,10 @@ def _over_steps(ax: Axes, steps: NDArray[Any], value: FloatArray, error: FloatAr
 
 
 def ood_pictures(arrays: Arrays) -> list[Picture]:
-    """Draw the areas under the ROC curve of every score, set by set.
-
-    Args:
-        arrays: ``value`` and ``error``, ``(sets, scores)``, and the names of both.
-
-    Returns:
-        The picture.
-    """
+    """Draw the areas under the ROC curve, ``value`` and ``error`` ``(sets, scores)``, of every set and score."""
     note = (
-        "Good: log h near 1 everywhere and nowhere below log p. At one half, the dashed line, a score knows nothing; "
-        "below it takes the others for more likely than the data. -E alone is only what was learned about the VAE."
+        "Good: log h near 1 everywhere and nowhere below log p. At one half, the dashed line, a score is as good as "
+        "chance; below it the other images score higher than the data. -E alone compares the data with the VAE only."
     )
     return [picture("test images against others", _areas(arrays), note)]
 
@@ -109,15 +96,8 @@ def _areas(arrays: Arrays) -> Figure:
 
 
 def histogram_pictures(arrays: Arrays) -> list[Picture]:
-    """Draw histograms of every score of training and of test data.
-
-    Args:
-        arrays: scores, ``(n,)``, by names such as ``train log h``.
-
-    Returns:
-        The picture.
-    """
-    note = "Good: the two lie on each other. Training data that are more likely than test data were learned by heart."
+    """Draw histograms of the scores ``(n,)`` of training and test data, by names such as ``train log h``."""
+    note = "Good: the two coincide. Training data that are more likely than test data are memorised."
     return [picture("scores of training and test data", _histogram_figure(arrays), note)]
 
 
@@ -142,21 +122,14 @@ def _histograms(ax: Axes, sets: Mapping[str, FloatArray]) -> None:
     low, high = np.quantile(everything, [0.01, 0.99])
     edges = np.linspace(low, high, NUM_BINS + 1).tolist() if high > low else [low - 0.5, low + 0.5]
     for part, values in sets.items():
-        # Density of all points of the set, those beyond the edges included.
+        # The density counts all points of the set, also those beyond the edges.
         weight = 1 / (max(1, len(values)) * (edges[1] - edges[0]))
         label = f"{part}: {len(values)} points"
         ax.hist(values, edges, weights=np.full(len(values), weight), histtype="stepfilled", alpha=0.45, label=label)
 
 
 def neighbours_pictures(arrays: Arrays) -> list[Picture]:
-    """Show samples over the training images nearest to them.
-
-    Args:
-        arrays: ``samples``, ``pixels`` and, where there is a network, ``features``: images ``(n, C, H, W)`` in [-1, 1].
-
-    Returns:
-        The picture.
-    """
+    """Show ``samples`` above the training images nearest to them in ``pixels`` and, if given, in ``features``."""
     rows = [name for name in ("samples", "pixels", "features") if name in arrays]
     images = np.concatenate([arrays[name] for name in rows])
     note = (
@@ -174,4 +147,4 @@ PICTURES = {
     "histograms": histogram_pictures,
     "neighbours": neighbours_pictures,
 }
-"""How to draw the arrays of each part that has some."""
+"""Function that draws the arrays of each part."""

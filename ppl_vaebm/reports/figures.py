@@ -1,4 +1,4 @@
-"""Pictures of a run as PNGs: what all share, and the curves of training."""
+"""Helpers of all pictures, and the curves of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIGURE_WIDTH = 10.4  # inches: the width of the page
 PANEL_HEIGHT = 2.5  # inches
 PANELS_PER_ROW = 3
 TITLE_POINTS = 9
-MAX_LABELS = 8  # curves named in a legend; of more, those that a whole family of keys brings are not
+MAX_LABELS = 8  # curves named in a legend; if there are more, members of a family of keys are not named
 EARLY_PART = 0.1  # of a run; curves may leave the frame in it
 SMOOTH_ABOVE = 200  # records; a longer curve is drawn faint, with its moving average over 1/50 of the run
 
@@ -33,9 +33,9 @@ class Picture(NamedTuple):
     """A picture of the page."""
 
     title: str
-    """What it shows; also the text for those who cannot see it."""
+    """Also the text for readers who cannot see it."""
     png: str
-    """The PNG file in base64."""
+    """PNG file in base64."""
     width: int
     """Width on the page, CSS pixels."""
     note: str = ""
@@ -72,21 +72,12 @@ EBM_PANELS = (
     Panel("loss", ("loss",)),
     Panel("gradient norm", ("grad_norm",)),
     Panel("learning rate", ("lr",)),
-    Panel("share of the negatives' pixels beyond the range", ("saturation",)),
+    Panel("fraction of the negatives' pixels beyond the range", ("saturation",)),
 )
 
 
 def picture(title: str, figure: Figure, note: str = "") -> Picture:
-    """Draw a figure for the page, as wide as it is.
-
-    Args:
-        title: what it shows.
-        figure: the figure.
-        note: what good looks like.
-
-    Returns:
-        The picture.
-    """
+    """Make a picture of a figure; the note says what good looks like."""
     return Picture(title, encoded(png_of(figure)), round(figure.get_figwidth() * PIXELS_PER_INCH), note)
 
 
@@ -112,16 +103,7 @@ def encoded(png: bytes) -> str:
 
 
 def axes_grid(num_rows: int, num_columns: int, height: float = PANEL_HEIGHT) -> tuple[Figure, list[list[Axes]]]:
-    """Make a figure as wide as the page, with a grid of plain axes.
-
-    Args:
-        num_rows: of axes.
-        num_columns: of axes.
-        height: of a row, inches.
-
-    Returns:
-        The figure, and its axes row by row.
-    """
+    """Make a figure as wide as the page, with rows of plain axes of some height in inches."""
     # A Figure without pyplot draws with Agg and is forgotten when it goes out of scope.
     layout = ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.08)
     figure = Figure(figsize=(FIGURE_WIDTH, height * num_rows), layout=layout, facecolor="white")
@@ -132,28 +114,24 @@ def axes_grid(num_rows: int, num_columns: int, height: float = PANEL_HEIGHT) -> 
     return figure, axes
 
 
-# Training
+def panel_axes(num: int, height: float = PANEL_HEIGHT) -> tuple[Figure, list[Axes]]:
+    """Make a figure with ``num`` axes, :data:`PANELS_PER_ROW` side by side."""
+    figure, rows = axes_grid(max(1, math.ceil(num / PANELS_PER_ROW)), PANELS_PER_ROW, height)
+    axes = list(itertools.chain.from_iterable(rows))
+    for ax in axes[num:]:
+        ax.set_axis_off()
+    return figure, axes[:num]
 
 
 def curves_picture(title: str, records: Sequence[Record], panels: Sequence[Panel]) -> Picture:
-    """Draw the curves of a stage over its optimiser steps, without those that the records lack.
-
-    Args:
-        title: what the picture shows.
-        records: of ``metrics.jsonl``, each with its ``step``.
-        panels: what to draw where.
-
-    Returns:
-        The picture.
-    """
+    """Draw the curves of a stage over its optimiser steps; panels without records are left out."""
     return picture(title, _curves(records, panels))
 
 
 def _curves(records: Sequence[Record], panels: Sequence[Panel]) -> Figure:
     drawn = [(panel, keys) for panel in panels if (keys := _present_keys(records, panel))]
-    figure, rows = axes_grid(max(1, math.ceil(len(drawn) / PANELS_PER_ROW)), PANELS_PER_ROW)
-    axes = list(itertools.chain.from_iterable(rows))
-    for ax, (panel, keys) in zip(axes, drawn, strict=False):
+    figure, axes = panel_axes(len(drawn))
+    for ax, (panel, keys) in zip(axes, drawn, strict=True):
         ax.set_title(panel.title, fontsize=TITLE_POINTS)
         ax.grid(alpha=0.3)
         curves = {key: _series(records, key) for key in keys}
@@ -164,8 +142,6 @@ def _curves(records: Sequence[Record], panels: Sequence[Panel]) -> Figure:
         if len(keys) > 1:
             _legend(ax, keys if len(keys) <= MAX_LABELS else [key for key in keys if key in panel.keys])
         _frame_late_values(ax, np.concatenate(list(curves.values())), panel.level)
-    for ax in axes[len(drawn) :]:
-        ax.set_axis_off()
     return figure
 
 
@@ -198,7 +174,7 @@ def _curve(ax: Axes, series: FloatArray, label: str) -> None:
 
 
 def _frame_late_values(ax: Axes, series: FloatArray, level: float | None) -> None:
-    """Fit the frame to all but the first tenth of the run, whose values would flatten the rest."""
+    """Fit the frame to all but the first tenth of the run, whose values would flatten the others."""
     steps, values = series.T
     late = values[(steps > EARLY_PART * steps.max()) & np.isfinite(values)]
     shown = late if level is None else np.append(late, level)

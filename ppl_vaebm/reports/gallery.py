@@ -1,7 +1,4 @@
-"""Pictures of stage 1: reconstructions, draws of the prior, the groups' KL, a walk along one group.
-
-Each is drawn from the arrays of one file of the samples folder, whose name it goes by.
-"""
+"""Pictures of stage 1, each of one file of the samples folder: reconstructions, prior samples, KL, a traversal."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL
 
 Grid: TypeAlias = NDArray[np.uint8]
 
-LABELLED_PIXELS = 900  # stored ones that a grid with labels is enlarged to, by a whole factor
+LABELLED_PIXELS = 900  # width that a grid with labels is enlarged to, by a whole factor
 LABEL_INCHES, TOP_INCHES, EDGE_INCHES = 0.9, 0.3, 0.05  # left of a grid with labels, above, and elsewhere
 _GAP = ((0, 0), (6, 6), (0, 0))  # pixels beside a grid that stands among others
 MIN_BARS = 12  # places for bars, so that few are not as wide as the page
-MAX_NAMED_BARS = 40  # of more groups, not all have their name under their bar
+MAX_NAMED_BARS = 40  # if there are more groups, only some have their name under their bar
 
 
 def save_png(path: Path) -> None:
@@ -45,15 +42,7 @@ def save_png(path: Path) -> None:
 
 
 def gallery_grids(name: str, arrays: Arrays) -> dict[str, Grid]:
-    """Arrange the images of a file of the gallery.
-
-    Args:
-        name: of the file, without its ending.
-        arrays: its content.
-
-    Returns:
-        RGB grids ``(height, width, 3)`` by what to call them; none where the file holds no images.
-    """
+    """Arrange the images of a file, by its name without suffix, as RGB grids ``(height, width, 3)`` by their labels."""
     x = arrays.get("x")
     if x is None or x.ndim < 4:
         return {}
@@ -67,21 +56,13 @@ def gallery_grids(name: str, arrays: Arrays) -> dict[str, Grid]:
 
 
 def side_by_side(grids: Mapping[str, Grid]) -> Grid:
-    """Put the grids of a file, which are of one size, beside each other, with white between them."""
+    """Put the grids of a file, which have one size, beside each other, with white between them."""
     padded = [np.pad(grid, _GAP if len(grids) > 1 else 0, constant_values=255) for grid in grids.values()]
     return np.concatenate(padded, axis=1)
 
 
 def gallery_pictures(name: str, arrays: Arrays) -> list[Picture]:
-    """Draw a file of the gallery for the page.
-
-    Args:
-        name: of the file, without its ending.
-        arrays: its content.
-
-    Returns:
-        The pictures, each with a sentence on what good looks like.
-    """
+    """Draw a file of the gallery, by its name without suffix."""
     return _DRAW[name](arrays)
 
 
@@ -96,8 +77,8 @@ def _reconstructions(arrays: Arrays) -> list[Picture]:
     num = len(arrays["x"])
     labels = ["test image", "mean"] * min(2, num)
     note = (
-        f"{num} test images, the first of the set, and under each the decoder's mean for one draw of its latents from "
-        "the posterior. Good: the two look alike; what is lost, the latents do not carry."
+        f"{num} test images, and under each the decoder's mean for one draw of its latents from the posterior. Good: "
+        "the two look alike; details that are lost are not in the latents."
     )
     return [picture("reconstructions", _labelled(grid, labels, []), note)]
 
@@ -107,25 +88,25 @@ def _prior(arrays: Arrays) -> list[Picture]:
     if arrays["x"].ndim == 3:
         sets = {"test data": arrays["data"]}
         sets |= {f"VAE, temperature {t:g}": arrays["x"][:, i] for i, t in enumerate(temperatures)}
-        note = "Test data, and draws of the VAE. Good: the two cannot be told apart."
-        return [shown._replace(title="draws of the prior", note=note) for shown in sample_pictures(sets)]
+        note = "Test data and VAE samples. Good: they look the same."
+        return [shown._replace(title="prior samples", note=note) for shown in sample_pictures(sets)]
     note = (
-        "The decoder's means for latents from the prior, all their noise times the temperature t above; the same noise "
-        f"in every grid{statistics and '; '}{statistics}. Good: at t = 1 the images are plausible and as varied as the "
-        "data; if only a low t looks right, the prior has room that no posterior fills."
+        "The decoder's means for latents from the prior, whose noise is multiplied by the temperature t; the same "
+        f"noise in every grid{statistics and '; '}{statistics}. Good: at t = 1 the images are plausible and as varied "
+        "as the data; if only a low t looks right, the prior covers more than the posteriors do."
     )
     grid = side_by_side(gallery_grids(PRIOR, arrays))
     labels = [f"t = {t:g}" for t in temperatures]
-    return [picture("draws of the prior by temperature", _labelled(grid, [""], labels), note)]
+    return [picture("prior samples by temperature", _labelled(grid, [""], labels), note)]
 
 
 def _traversal(arrays: Arrays) -> list[Picture]:
     (grid,) = gallery_grids(TRAVERSAL, arrays).values()
     num, group = len(arrays["x"]), arrays["group"]
     note = (
-        f"Each row is a draw of the prior at temperature {float(arrays['temperature']):g}. Along it the noise of "
-        f"{group} turns towards a random direction by the angle above, in radians, and all other noise stays; 0 is the "
-        "draw itself. Good: the images change smoothly and stay plausible; if nothing changes, the group is not used."
+        f"Each row is a prior sample at temperature {float(arrays['temperature']):g}. Along it the noise of {group} is "
+        "rotated towards a random direction by the angle above, in radians, and all other noise is fixed; 0 is the "
+        "sample. Good: the images change smoothly and stay plausible; if nothing changes, the group is not used."
     )
     figure = _labelled(grid, [f"draw {i}" for i in range(1, num + 1)], [f"{a:g}" for a in arrays["angles"]])
     return [picture(f"traversal of latent group {group}", figure, note)]
@@ -133,9 +114,9 @@ def _traversal(arrays: Arrays) -> list[Picture]:
 
 def _group_kl(arrays: Arrays) -> list[Picture]:
     note = (
-        f"Mean over {int(arrays['num_points'])} held-out data points, in the order of the way down. Each bar is what "
-        "the posterior of a group tells about x beyond the groups before it. Good: no long run of bars at 0, which are "
-        "groups that the decoder ignores."
+        f"Mean over {int(arrays['num_points'])} held-out data points, from the first group to the last. Each bar is "
+        "the information about x that the posterior of a group adds to the groups before it. Good: no long run of bars "
+        "at 0, which are groups that the decoder ignores."
     )
     return [picture("KL of every latent group", _bars(arrays), note)]
 
@@ -155,7 +136,7 @@ def _bars(arrays: Arrays) -> Figure:
 
 
 def _labelled(grid: Grid, row_labels: Sequence[str], column_labels: Sequence[str]) -> Figure:
-    """Put words beside and above the rows and columns of a grid, whose pixels stay exact."""
+    """Draw labels beside the rows and above the columns of a grid, whose pixels stay exact."""
     height, width = grid.shape[:2]
     factor = max(1, LABELLED_PIXELS // width)
     inches = (width * factor / DPI, height * factor / DPI)

@@ -1,4 +1,4 @@
-"""Pictures of kernels side by side: efficiency, effective draws over cost, energies, ranks, and where chains go."""
+"""Pictures of kernels side by side: efficiency, effective draws by cost, energies, ranks and paths."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, cut, scalar_
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, Convergence, diagnose_columns
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
 from ppl_vaebm.reports.chains import autocorrelation, draw_ranks, draw_trace
-from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, picture
+from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, panel_axes, picture
 from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid
 
 NUM_POINTS = 8  # of a curve over cost
-FIRST_SHARE = 0.05  # of the budget: where such a curve begins
+FIRST_FRACTION = 0.05  # of the budget: where such a curve begins
 MAX_SHOWN_R_HAT = 10
 MAX_LAG_EVALS = 400  # of the autocorrelations
 MAX_PATH_DRAWS = 400  # of each chain in the plane
@@ -35,7 +35,7 @@ Colours = Mapping[str, tuple[str, str]]
 
 
 class Shown(NamedTuple):
-    """What the pictures show of one kernel: the run with the first seed that has one."""
+    """The chains of one kernel that the pictures show: those of the first seed that has some."""
 
     idata: InferenceData
     """All its draws."""
@@ -44,17 +44,15 @@ class Shown(NamedTuple):
 
 
 def shown_of(idata: InferenceData, num_evals: int) -> Shown:
-    """Take what the pictures need of a run."""
+    """Cut chains at the budget's evaluations."""
     return Shown(idata, cut(idata, draws_within_evals(idata, num_evals)))
 
 
 def colours_of(kernels: Sequence[str]) -> Colours:
-    """Give every kernel a colour and a line style of its own."""
+    """Choose a colour and a line style for each kernel."""
     styles = itertools.product(("-", "--", ":"), (f"C{index}" for index in range(10)))
     return {kernel: (colour, style) for kernel, (style, colour) in zip(kernels, styles, strict=False)}
 
-
-# --- efficiency --------------------------------------------------------------------------------------
 
 BARS: tuple[tuple[str, Callable[[Row], tuple[float, float]]], ...] = (
     ("ESS per 1000 evaluations", lambda row: (row.mean.ess_per_1000_evals, row.sd.ess_per_1000_evals)),
@@ -67,15 +65,7 @@ BARS: tuple[tuple[str, Callable[[Row], tuple[float, float]]], ...] = (
 
 
 def bars_picture(rows: Sequence[Row], colours: Colours) -> Picture:
-    """Draw the efficiency of every kernel, with the spread over seeds.
-
-    Args:
-        rows: the table.
-        colours: of the kernels.
-
-    Returns:
-        The picture; kernels that did not run, or whose chains disagree, are marked at their names.
-    """
+    """Draw the efficiency of every kernel with its spread over seeds; kernels that did not run are marked."""
     figure, (axes,) = axes_grid(1, len(BARS), height=0.6 + 0.24 * max(4, len(rows)))
     places = np.arange(len(rows))
     for ax, (title, of) in zip(axes, BARS, strict=True):
@@ -90,16 +80,23 @@ def bars_picture(rows: Sequence[Row], colours: Colours) -> Picture:
         ax.set_title(title, fontsize=TITLE_POINTS)
         ax.set_yticks(places, [row.kernel + _mark(row) for row in rows] if ax is axes[0] else [""] * len(rows))
         ax.invert_yaxis()
-        if (values[:, 0] > 0).any():
-            ax.set_xscale("log")
-            ax.xaxis.set_minor_formatter(NullFormatter())
+        _scale_bars(ax, values[:, 0])
     note = (
-        "Effective draws of the functional that has the fewest, mean over seeds; the line is one standard deviation "
-        f"over them. Good: long bars, among kernels without a mark. (*) R-hat above {MAX_R_HAT}: the chains have not "
-        "agreed within the budget, and their effective numbers mean little. (u) no Metropolis test: the draws are "
-        "biased by the step, and the table says how much. (-) did not run."
+        "Effective draws of the quantity that has the fewest, mean over seeds; the line is one standard deviation over "
+        f"seeds. Good: long bars, among kernels without a mark. (*) R-hat above {MAX_R_HAT}: the chains do not agree "
+        "within the budget, and their effective numbers mean little. (u) no Metropolis test: the step biases the draws "
+        "by the amount in the table. (-) did not run."
     )
     return picture("efficiency", figure, note)
+
+
+def _scale_bars(ax: Axes, lengths: FloatArray) -> None:
+    """Make the axis of bars logarithmic, from a power of ten, if they differ by more than that factor."""
+    positive = lengths[lengths > 0]
+    if len(positive) and positive.max() > 10 * positive.min():
+        ax.set_xscale("log")
+        ax.set_xlim(left=10 ** (math.ceil(math.log10(positive.min())) - 1))
+        ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _mark(row: Row) -> str:
@@ -109,16 +106,7 @@ def _mark(row: Row) -> str:
 
 
 def cost_picture(shown: Mapping[str, Shown], colours: Colours, num_seconds: float) -> Picture:
-    """Draw how effective draws grow and R-hat falls with evaluations, and with time where there is a budget of it.
-
-    Args:
-        shown: the runs.
-        colours: of the kernels.
-        num_seconds: the budget; 0 for none.
-
-    Returns:
-        The picture.
-    """
+    """Draw effective draws and R-hat by evaluations, and effective draws by time if ``num_seconds`` is not 0."""
     figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=3.4)
     titles = (
         "effective draws by evaluations per chain",
@@ -138,7 +126,7 @@ def cost_picture(shown: Mapping[str, Shown], colours: Colours, num_seconds: floa
             ax.plot(*curve, color=colour, linestyle=style, marker=".", markersize=3, linewidth=1, label=kernel)
     for ax, title in zip(axes, titles, strict=True):
         ax.set_title(title, fontsize=TITLE_POINTS)
-        # Axes without a positive number have no logarithm.
+        # A logarithmic axis needs a positive number.
         if any((np.asarray(line.get_ydata()) > 0).any() for line in ax.lines):
             ax.set(xscale="log", yscale="log")
             ax.xaxis.set_minor_formatter(NullFormatter())
@@ -148,18 +136,18 @@ def cost_picture(shown: Mapping[str, Shown], colours: Colours, num_seconds: floa
     axes[2].set_visible(bool(num_seconds))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=7)
     note = (
-        "Of the worst functional at each time, first seed. Good: effective draws that grow in proportion to the cost, "
+        "Of the worst quantity at each time, first seed. Good: effective draws that grow in proportion to the cost, "
         f"and an R-hat that falls below the dashed line; {MAX_SHOWN_R_HAT} stands for any larger one. Effective draws "
-        "that become fewer were counted by chains that had yet to find out that they disagree."
+        "that become fewer are a sign of chains that begin to disagree."
     )
-    return picture("what more draws bring", figure, note)
+    return picture("effective draws and R-hat by cost", figure, note)
 
 
 def _growth(idata: InferenceData, num_draws: int) -> tuple[NDArray[np.int64], list[Convergence]]:
-    """Judge growing shares of the draws: their numbers, and what was found of each."""
+    """Diagnose growing fractions of the draws: their numbers, and the convergence of each."""
     if num_draws < MIN_DRAWS:
         return np.empty(0, dtype=np.int64), []
-    first = max(MIN_DRAWS, int(FIRST_SHARE * num_draws))
+    first = max(MIN_DRAWS, int(FIRST_FRACTION * num_draws))
     counts = np.unique(np.geomspace(first, num_draws, NUM_POINTS).round().astype(np.int64))
     columns = np.stack(list(scalar_draws(idata).values()), axis=-1)
     return counts, [diagnose_columns(columns[:, :count]) for count in counts]
@@ -169,28 +157,14 @@ def _worst_ess(found: Sequence[Convergence]) -> FloatArray:
     return np.array([part.ess_bulk.min() for part in found])
 
 
-# --- chains ------------------------------------------------------------------------------------------
-
-
 def _panels(shown: Mapping[str, Shown], height: float) -> tuple[Figure, list[tuple[Axes, str, Shown]]]:
     """Make a figure with a panel for every kernel."""
-    figure, grid = axes_grid(math.ceil(len(shown) / PANELS_PER_ROW), PANELS_PER_ROW, height)
-    axes = list(itertools.chain.from_iterable(grid))
-    for ax in axes[len(shown) :]:
-        ax.set_axis_off()
-    return figure, [(ax, kernel, run) for ax, (kernel, run) in zip(axes, shown.items(), strict=False)]
+    figure, axes = panel_axes(len(shown), height)
+    return figure, [(ax, kernel, run) for ax, (kernel, run) in zip(axes, shown.items(), strict=True)]
 
 
 def energy_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
-    """Draw the energies of every kernel's chains over their evaluations.
-
-    Args:
-        shown: the runs.
-        reference: whose mean energy is dashed where it is known.
-
-    Returns:
-        The picture.
-    """
+    """Draw the energies of every kernel's chains by evaluations; the exact mean energy is dashed."""
     figure, panels = _panels(shown, height=1.9)
     energies = {kernel: scalar_draws(run.within)["energy"] for kernel, run in shown.items()}
     finite = np.concatenate([values[np.isfinite(values)] for values in energies.values()])
@@ -216,8 +190,8 @@ def ranks_picture(shown: Mapping[str, Shown]) -> Picture:
         draw_ranks(ax, scalar_draws(run.within)["energy"])
         ax.set_title(f"{kernel}: ranks of E, every chain", fontsize=TITLE_POINTS)
     note = (
-        "How often each chain's energies stand at each place among those of all chains. Good: flat lines in the grey "
-        "band (it is for independent draws; autocorrelated ones leave it now and then)."
+        "Histogram of the ranks of each chain's energies among those of all chains. Good: flat lines in the grey band "
+        "(it is for independent draws; autocorrelated ones leave it now and then)."
     )
     return picture("ranks of the energy", figure, note)
 
@@ -243,15 +217,7 @@ def correlation_picture(shown: Mapping[str, Shown], colours: Colours) -> Picture
 
 
 def path_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
-    """Draw where a few chains of every kernel go in the plane, dark at their start and bright at their end.
-
-    Args:
-        shown: the runs, whose draws have ``x`` with two values.
-        reference: whose modes are marked where they are known.
-
-    Returns:
-        The picture.
-    """
+    """Draw the paths of a few chains of every kernel in the plane, dark at their start and bright at their end."""
     figure, panels = _panels(shown, height=3.3)
     paths = {kernel: run.within["posterior"]["x"].to_numpy()[:NUM_PATHS] for kernel, run in shown.items()}
     points = np.concatenate([path.reshape(-1, 2) for path in paths.values()])
@@ -272,23 +238,14 @@ def path_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
         ax.set_aspect("equal")
         ax.set_title(f"{kernel}: {len(path)} chains over time", fontsize=TITLE_POINTS)
     note = (
-        f"x of the first {NUM_PATHS} chains, dark where they start and bright where they end. Good: every chain goes "
-        "everywhere, so that all colours are mixed in every place; a place of one colour was visited once."
+        f"x of the first {NUM_PATHS} chains, dark at the start and bright at the end. Good: every chain visits all "
+        "modes, so that colours are mixed everywhere; a mode of one colour was visited once."
     )
     return picture("chains over time", figure, note)
 
 
 def images_picture(kernel: str, images: NDArray[np.float32], stride: int) -> Picture:
-    """Draw the images that a few chains of one kernel pass through.
-
-    Args:
-        kernel: its name.
-        images: ``(chains, times, C, H, W)`` in [-1, 1].
-        stride: draws from one image to the next.
-
-    Returns:
-        The picture.
-    """
+    """Draw the images ``(chains, times, C, H, W)`` of chains of one kernel, ``stride`` draws apart."""
     num_chains, num_times = images.shape[:2]
     grid = image_grid(images.reshape(-1, *images.shape[2:]), columns=num_times)
     note = (

@@ -79,30 +79,29 @@ PLACES = (
         "Stage 1: the VAE",
         "python -m ppl_vaebm.fit --stage svi --run RUN",
         svi_contents,
-        "Stage 1 fits the VAE by maximising the ELBO, a lower bound on the log-likelihood. Good: the validation "
-        "curve rises, levels off and stays close to the training curve. The KL term, in all and of each latent "
-        "group, is what the latents tell about x; near 0 the decoder ignores them. While the weight of the KL "
-        "term warms up, the loss may rise. Under the curves stands what the fitted VAE makes of held-out data and of "
-        "its prior.",
+        "Stage 1 fits the VAE by maximising the ELBO, a lower bound on the log-likelihood. Good: the validation curve "
+        "rises, levels off and stays close to the training curve. The KL term, in all and of each latent group, is the "
+        "information about x in the latents; where it is near 0 the decoder ignores them. The loss may rise while the "
+        "weight of the KL term increases. Below the curves are reconstructions of held-out data and prior samples.",
     ),
     Place(
         "ebm",
         "Stage 2: the energy",
         "python -m ppl_vaebm.fit --stage ebm --run RUN",
         ebm_contents,
-        "Stage 2 learns the energy E. Good: the validation gain, which is the held-out log-likelihood of the "
-        "VAEBM minus that of the VAE, rises above 0 and stays there; data and model samples get the same mean "
-        "energy, so that their gap hovers around 0; the effective number of draws behind log Z does not collapse "
-        "(below about 100 the gain cannot be trusted); chains accept more than half of their moves, and their "
-        "noise keeps a mean square near 1. A gap that runs off is a run that blows up.",
+        "Stage 2 learns the energy E. Good: the validation gain, which is the held-out log-likelihood of the VAEBM "
+        "minus that of the VAE, rises above 0 and stays there; data and model samples have the same mean energy, so "
+        "that their gap stays near 0; the effective number of draws behind log Z stays above 100, below which the gain "
+        "cannot be trusted; chains accept more than half of their proposals, and their noise keeps a mean square near "
+        "1. An energy gap that grows without limit is a sign of a training that diverges.",
     ),
     Place(
         "samples",
         "Samples",
         "python -m ppl_vaebm.sample RUN",
         samples_contents,
-        "Data, samples of the VAE alone, and, of a run with stage 2, samples of the VAEBM; none are selected. Good: "
-        "the VAEBM's cannot be told from the data, and what the VAE puts where no data are is gone.",
+        "Data, VAE samples and, if stage 2 is fitted, VAEBM samples; none are selected. Good: the VAEBM samples look "
+        "like the data, without the VAE samples that lie where there are no data.",
     ),
     Place(
         "conditioning",
@@ -111,29 +110,29 @@ PLACES = (
         conditioning_contents,
         "The posterior of x given a part of it, exactly or with noise, or given a blurred or coarser x: the mean, the "
         "standard deviation and the R-hat of every value, and draws. Good: R-hat at most "
-        f"{diagnostics.MAX_R_HAT} everywhere; until then mean and standard deviation are those of the chains and not "
-        "of the posterior. In the table, energy is E(x), misfit is minus the log-likelihood of what was observed, and "
-        "value is a value of x that was not.",
+        f"{diagnostics.MAX_R_HAT} everywhere; if it is larger, mean and standard deviation are those of the chains and "
+        "not of the posterior. In the table, energy is E(x), misfit is minus the log-likelihood of the observation, "
+        "and value is a value of x that is not observed.",
     ),
     Place(
         "evaluation",
         "Evaluation",
         "python -m ppl_vaebm.evaluate RUN",
         evaluation_contents,
-        "What the evaluation measured on samples and held-out data. After the sign ± stands the error of a "
-        "number; a difference of two numbers means something when it is several times larger than their errors.",
+        "Measurements on samples and held-out data. The error of a number follows the sign ±; a difference of two "
+        "numbers means something when it is several times larger than their errors.",
     ),
     Place(
         "chains",
         "Chains",
         "python -m ppl_vaebm.diagnose RUN",
         chains_contents,
-        "Several chains from different starts draw from the trained VAEBM; each row of the table is one number "
-        f"per draw. Good: R-hat at most {diagnostics.MAX_R_HAT} (the chains agree), effective sample sizes (ESS) "
-        f"of at least {diagnostics.MIN_ESS:.0f}, no divergent draw, BFMI above {diagnostics.MIN_BFMI}; an R-hat or"
-        " ESS that misses its threshold is marked. In the pictures: traces that look alike and do not drift, "
-        "ranks of every chain within the grey band (it is for independent draws, so autocorrelated ones leave it "
-        "now and then), autocorrelation that falls to 0, and changes of energy about as wide as the energies.",
+        "Several chains from different starts draw from the fitted VAEBM; each row of the table is one scalar "
+        f"quantity of the draws. Good: R-hat at most {diagnostics.MAX_R_HAT} (the chains agree), effective sample "
+        f"sizes (ESS) of at least {diagnostics.MIN_ESS:.0f}, no divergent draw, BFMI above {diagnostics.MIN_BFMI}; an "
+        "R-hat or ESS that misses its threshold is marked. In the pictures: traces that look alike and do not drift, "
+        "ranks of every chain within the grey band (it is for independent draws, so autocorrelated ones leave it now "
+        "and then), autocorrelation that falls to 0, and changes of energy about as wide as the energies.",
     ),
     Place(
         "comparison",
@@ -141,9 +140,9 @@ PLACES = (
         "python -m ppl_vaebm.compare RUN",
         comparison_contents,
         "Several kernels drew from the same target, each with the same evaluations of the energy. More effective "
-        "draws (ESS) per evaluation and per second are better, but only among kernels whose R-hat is close to 1: one "
-        "that misses a mode can look fast. A kernel that is not exact has no Metropolis test, and its step biases its "
-        "draws. After the sign ± stands the standard deviation over seeds.",
+        "draws (ESS) per evaluation and per second are better, but only among kernels whose R-hat is close to 1: a "
+        "kernel that misses a mode can look fast. A kernel that is not exact has no Metropolis test, and its step "
+        "biases its draws. The standard deviation over seeds follows the sign ±.",
     ),
 )
 """The chapters in the order of the page."""

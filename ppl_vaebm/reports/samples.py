@@ -16,12 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.reports.figures import (
     FIGURE_WIDTH,
-    PANELS_PER_ROW,
     TITLE_POINTS,
     FloatArray,
     Picture,
     axes_grid,
     encoded,
+    panel_axes,
     picture,
     png_of,
 )
@@ -38,13 +38,9 @@ Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 
 
 def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
-    """Draw sets of samples: points side by side in one picture, images in one grid for each set.
+    """Draw sets of samples by their titles: points side by side in one picture, images in one grid for each set.
 
-    Args:
-        sets: points ``(n, 2)`` or images ``(n, C, H, W)`` in [-1, 1], C 1 or 3, by what to call them.
-
-    Returns:
-        The pictures.
+    Points are ``(n, 2)``, images ``(n, C, H, W)`` in [-1, 1], C 1 or 3.
 
     Raises:
         InputError: not such arrays.
@@ -91,11 +87,9 @@ def _are_points(x: FloatArray) -> bool:
 def _scatters(sets: Mapping[str, FloatArray]) -> Figure:
     num_points = min(MAX_POINTS, min(map(len, sets.values())))
     frame = _frame(next(iter(sets.values())))
-    figure, (axes,) = axes_grid(1, PANELS_PER_ROW, height=3.6)
-    for ax, (title, points) in zip(axes, sets.items(), strict=False):
+    figure, axes = panel_axes(len(sets), height=3.6)
+    for ax, (title, points) in zip(axes, sets.items(), strict=True):
         _scatter(ax, title, points[:num_points], frame)
-    for ax in axes[len(sets) :]:
-        ax.set_axis_off()
     return figure
 
 
@@ -128,26 +122,15 @@ def grid_png(grid: NDArray[np.uint8]) -> bytes:
 
 
 def grid_picture(title: str, grid: NDArray[np.uint8], width: int = GRID_PIXELS, note: str = "") -> Picture:
-    """Show a grid of images pixel by pixel.
-
-    Args:
-        title: what it shows.
-        grid: as :func:`image_grid` returns it.
-        width: on the page, CSS pixels.
-        note: what good looks like.
-
-    Returns:
-        The picture.
-    """
+    """Show a grid of images pixel by pixel, ``width`` CSS pixels wide."""
     return Picture(title, encoded(grid_png(grid)), width, note)
 
 
 def image_grid(images: ArrayLike, columns: int = GRID_SIDE) -> NDArray[np.uint8]:
-    """Arrange images row by row, one white pixel apart, then enlarge small ones by a whole factor.
+    """Arrange images row by row, one white pixel apart, and enlarge small ones by a whole factor.
 
     Args:
-        images: ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are cut off, values that are not finite are
-            magenta.
+        images: ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are clipped, those not finite are magenta.
         columns: images side by side.
 
     Returns:
@@ -171,14 +154,7 @@ def image_grid(images: ArrayLike, columns: int = GRID_SIDE) -> NDArray[np.uint8]
 
 
 def conditional_picture(arrays: Arrays) -> Picture:
-    """Draw a posterior for the page.
-
-    Args:
-        arrays: ``x`` (n, *event), ``mean``, ``sd`` and ``mask`` (*event), ``given``; those of conditional.npz.
-
-    Returns:
-        The picture.
-    """
+    """Draw the posterior in conditional.npz: ``x`` (n, *event), ``mean``, ``sd``, ``r_hat``, ``mask``, ``given``."""
     note = (
         "Good: draws differ where little was observed, and each could be of the data; the standard deviation is large "
         "there and small elsewhere."
@@ -207,7 +183,7 @@ def _image_figure(arrays: Arrays) -> Figure:
     for ax, title, values in ((sd, "posterior sd", arrays["sd"]), (r_hat, "R-hat", arrays["r_hat"])):
         ax.set_title(title, fontsize=TITLE_POINTS)
         ax.set(xticks=[], yticks=[])
-        # nan, that is nothing moves, stays white.
+        # nan, where nothing moves, stays white.
         shown = ax.imshow(values.mean(0), cmap="viridis")
         top.colorbar(shown, ax=ax, shrink=0.7).ax.tick_params(labelsize=7)
     draws = bottom.subplots()

@@ -18,6 +18,7 @@ from ppl_vaebm.reports import chains as figures_chains
 from ppl_vaebm.reports import evaluation as figures_evaluation
 from ppl_vaebm.reports import figures
 from ppl_vaebm.reports import gallery as figures_svi
+from ppl_vaebm.reports import kernels as figures_kernels
 from ppl_vaebm.reports import samples as figures_samples
 from ppl_vaebm.runs.gallery import images_per_row
 from ppl_vaebm.runs.run import PRIOR, RECONSTRUCTIONS, TRAVERSAL
@@ -144,6 +145,23 @@ def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
     np.testing.assert_allclose(figures_chains.autocorrelation(apart)[1:20], 0.99, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "scale", "left"),
+    [
+        ([5.5, 6.3], "linear", 0.0),
+        ([0.5, 60.0], "log", 0.1),
+        ([10.0, 500.0], "log", 1.0),
+        ([0.0, np.nan], "linear", 0.0),
+    ],
+)
+def test_bars_have_a_logarithmic_axis_only_above_a_factor_of_ten(lengths: list[float], scale: str, left: float) -> None:
+    ax = Figure().subplots()
+    ax.barh([0, 1], np.nan_to_num(lengths))
+    figures_kernels._scale_bars(ax, np.array(lengths))
+    assert ax.get_xscale() == scale
+    assert ax.get_xlim()[0] == pytest.approx(left)
+
+
 def test_a_trace_runs_over_what_its_draws_cost() -> None:
     ax = Figure().subplots()
     figures_chains.draw_trace(ax, normals(3, 1000), scale=7.0)
@@ -156,7 +174,7 @@ def test_coordinates_without_numbers_leave_the_others_their_bars() -> None:
     r_hat = np.array([1.0, 1.002, np.nan, 1.3, np.inf])
     found = Convergence(r_hat, np.array([500.0, 900.0, np.nan, 3.0, np.nan]), np.full(5, np.nan))
     picture = figures_chains.coordinates_picture(found)
-    assert picture.title == "every coordinate of the noise by itself" and "1.01" in picture.note and picture.width > 200
+    assert picture.title == "every coordinate of the noise" and "1.01" in picture.note and picture.width > 200
 
 
 def test_a_family_of_many_curves_is_not_named_one_by_one() -> None:
@@ -260,7 +278,7 @@ def test_metrics_stand_over_chain_length_with_the_vae_and_the_data_across() -> N
     for ax in figure.axes:
         assert ax.get_xlabel() == "steps from fresh noise" and ax.get_ylabel()
     (drawn,) = figures_evaluation.samples_pictures(metric_arrays())
-    assert drawn.title == "60 samples in the eyes of cnn, by steps of mala"
+    assert drawn.title == "60 samples in features of cnn, by steps of mala"
     before_coverage = dict(metric_arrays())
     for name in ("value", "error", "metrics"):
         before_coverage[name] = before_coverage[name][..., :5]

@@ -180,7 +180,7 @@ def test_pictures_of_the_vae_stand_in_its_section_and_say_what_good_looks_like(r
     page = page_of(run)
     assert sections_of(page) == ["svi"]
     notes = re.findall(r"<figcaption><strong>([^<]*)</strong><br>([^<]*)</figcaption>", page)
-    titles = ["reconstructions", "draws of the prior by temperature", "traversal of latent group z_2"]
+    titles = ["reconstructions", "prior samples by temperature", "traversal of latent group z_2"]
     assert [title for title, _ in notes] == [*titles, "KL of every latent group"]
     assert all("Good: " in note for _, note in notes)
     assert "statistics of &lt;b&gt;" in page
@@ -190,7 +190,7 @@ def test_pictures_of_the_vae_stand_in_its_section_and_say_what_good_looks_like(r
 def test_points_are_drawn_beside_the_data(run: Run) -> None:
     draws = {"x": normals(30, 1, 2), "data": normals(20, 2), "temperatures": np.ones(1), "statistics": np.array("")}
     run.save_npz(PRIOR, **draws)
-    assert "draws of the prior" in page_of(run)
+    assert "prior samples" in page_of(run)
 
 
 def test_numbers_of_the_evaluation_and_of_the_comparison_appear(run: Run) -> None:
