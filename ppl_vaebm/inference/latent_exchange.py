@@ -49,11 +49,7 @@ STEPS_PER_SWAP = 5
 
 
 class LatentPotential:
-    """Phi of the first latent's own term, as a function of that latent's noise.
-
-    Args:
-        vaebm: with an energy that has the term.
-    """
+    """Phi of the first latent's own term, as a function of that latent's noise."""
 
     def __init__(self, vaebm: VAEBM) -> None:
         self.vaebm = vaebm
@@ -90,13 +86,10 @@ def run_first_latent(
 
     Args:
         potential: of the VAEBM, whose energy has the term.
-        generator: source of the chains' randomness; on the position's device.
+        generator: on the position's device.
         position: all noises, ``(C, D)``; the chains start at the first latent's, from N(0, I).
         num_steps: sweeps of the chains.
         params: of an earlier run; if not given they are tuned on the first half of the sweeps.
-
-    Returns:
-        The chains and their parameters.
     """
     kernel = build_latent_kernel(LatentPotential(potential.vaebm))
     state = kernel.init(position[:, : num_first(potential)])
@@ -110,7 +103,7 @@ def run_first_latent(
 
 
 class LatentStore:
-    """Persistent chains of the first latent, for training: draws of the corrected prior as it is at the moment.
+    """Persistent chains of the first latent, for training.
 
     Args:
         vaebm: with the energy in training.
@@ -131,9 +124,9 @@ class LatentStore:
         """Move some of the chains, with a ladder that follows their acceptance and swaps.
 
         Args:
-            generator: source of randomness, on the chains' device.
+            generator: on the chains' device.
             num: chains to move, at most those that there are.
-            num_sweeps: of each, at least 2, so that every pair of neighbours is proposed.
+            num_sweeps: at least 2, so that every pair of neighbours is proposed.
 
         Returns:
             Positions at b = 1, ``(num, d)``, their slots ``(num,)``, and the reports of their sweeps.
@@ -238,12 +231,7 @@ def with_swaps(kernel: Kernel, potential: NoisePotential) -> Kernel:
 
 
 def with_partners(state: KernelState, partners: KernelState) -> KernelState:
-    """Put chains of the first latent behind as many others, and start to count their swaps.
-
-    Args:
-        state: of a kernel's chains, ``(C, D)``.
-        partners: from the first latent's kernel, ``(C, d)``.
-    """
+    """Put chains of the first latent, ``(C, d)``, behind as many others, ``(C, D)``, and start to count their swaps."""
     rate_sum = torch.zeros(len(state.position), dtype=torch.float64, device=state.position.device)
     return state._replace(partners=Partners(partners, rate_sum, 0, 0))
 
@@ -266,15 +254,14 @@ def swap(
 ) -> Swap:
     """Propose to every chain to swap its first latent with its partner.
 
+    A proposal whose energy or gradient is not finite is rejected.
+
     Args:
         generator: source of one uniform per chain.
         potential: Phi of the chains.
         own: the first latent's own term, Phi of the partners.
         state: the chains, ``(C, D)``.
         other: the partners, ``(C, d)``.
-
-    Returns:
-        Both afterwards. A proposal whose energy or gradient is not finite is rejected.
     """
     mine, position = state.position[:, : other.position.shape[1]], with_first(state.position, other.position)
     back, proposal = _init_like(other, own)(mine), _init_like(state, potential)(position)

@@ -77,15 +77,15 @@ class GuardedOptimizer:
         self.num_bad_in_a_row = 0
 
     def step(self, loss: Tensor, step: int, rate_factor: float = 1.0) -> float:
-        """Differentiate a loss and move the parameters.
+        """Differentiate a loss, ``()``, and move the parameters.
 
         Args:
-            loss: ``()``.
+            loss: to minimise.
             step: number of this step, for the schedule.
             rate_factor: multiplies the learning rate.
 
         Returns:
-            The gradient's norm before clipping. Where it is not finite, nothing has moved.
+            The gradient's norm before clipping. If it is not finite, nothing has moved.
         """
         self.learning_rate = rate_factor * self.schedule(step)
         for group in self.rule.param_groups:
@@ -127,12 +127,7 @@ class GuardedOptimizer:
 
 
 def stage_optimizer(parameters: Iterable[nn.Parameter], loop: SviConfig | EbmConfig) -> GuardedOptimizer:
-    """Make a stage's optimiser, in PyTorch's variant with the fewest kernels.
-
-    Args:
-        parameters: to train.
-        loop: update rule, rates and clip; steps without epochs.
-    """
+    """Make a stage's optimiser from its options, in PyTorch's variant with the fewest kernels."""
     options: dict[str, Any] = {"lr": loop.learning_rate, "weight_decay": loop.weight_decay}
     clip: float | Literal["adam-moments"] = loop.grad_clip
     rule: torch.optim.Optimizer
@@ -159,10 +154,7 @@ def cosine_adam(parameters: Iterable[nn.Parameter], learning_rate: float, num_st
 def clip_by_moments(rule: torch.optim.Optimizer) -> None:
     """Bound every element of the gradient by three of its own root mean squares and 0.1, as Adam has averaged them.
 
-    An element that Adam has not moved yet is left as it is, so the first step is free.
-
-    Args:
-        rule: Adam; the gradients of its parameters are clipped in place.
+    The gradients of the rule's parameters are clipped in place. The first step of each element is free.
     """
     for group in rule.param_groups:
         for parameter in group["params"]:

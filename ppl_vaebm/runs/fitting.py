@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -63,7 +63,7 @@ def fit_stage(
     announce: Callable[[Config], str],
     grids_of: GridsOf,
 ) -> None:
-    """Fit a stage; of several processes the first speaks and writes.
+    """Fit a stage; of several processes the first prints and writes.
 
     Args:
         request: what is asked for.
@@ -71,12 +71,11 @@ def fit_stage(
         process: this process's place.
         device: this process's own.
         announce: prints a configuration with its steps resolved, and returns it as it is written to the run.
-
         grids_of: draws what TensorBoard shows of stage 1.
 
     Raises:
-        InputError: options, data or the run do not fit; nothing was touched.
-        TrainingError: training ran away and nothing may be done about it; the last checkpoint is kept.
+        InputError: options, data or the run do not fit; nothing was changed.
+        TrainingError: training diverged; the last checkpoint is kept.
     """
     if process.world > 1 and request.stage == "ebm":
         raise InputError("expected one process for stage ebm, found several: run it without torchrun")
@@ -84,7 +83,7 @@ def fit_stage(
     config = _with_steps(request, config, data, process)
     resolved = announce(config) if process.is_first else ""
     if process.is_first:
-        _tell_skipped(data)
+        _print_skipped(data)
     asked, config = config, replace(config, device=device)
     resume, vae = _checked(request, config, data)
     if vae is not None and config.ebm.tune and resume is None:
@@ -97,7 +96,9 @@ def fit_stage(
         if resume is None:
             clear(run, request.stage)
         write_atomic(run.config_file, resolved)
-    with _board(run, request, config.tensorboard and process.is_first, resume) as board:
+    is_mirrored = config.tensorboard and process.is_first
+    first_step = resume.step if resume else 0
+    with open_board(run, request.stage, first_step) if is_mirrored else nullcontext() as board:
         run = run if board is None else replace(run, mirror=board)
         if vae is None:
             _fit_svi(run, config, data, resume, board, grids_of, process)
@@ -112,14 +113,14 @@ def _with_steps(request: Request, config: Config, data: Data, process: Process) 
     return replace(config, svi=config.svi.resolved(sampler.steps_per_epoch)) if request.stage == "svi" else config
 
 
-def _tell_skipped(data: Data) -> None:
+def _print_skipped(data: Data) -> None:
     if data.skipped:
         shown = ", ".join(data.skipped[:MAX_NAMED])
         print(f"note: {len(data.skipped)} images could not be read and were skipped: {shown}")
 
 
 def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint | None, HierarchicalVAE | None]:
-    """Refuse whatever may be refused before anything is touched; return what the stage begins from."""
+    """Check everything before anything is changed; return the checkpoint and the VAE that the stage begins from."""
     run, resume = Run(request.folder), None
     if request.resume:
         resume = load_to_resume(run, request.stage, config)
@@ -130,15 +131,6 @@ def _checked(request: Request, config: Config, data: Data) -> tuple[Checkpoint |
     if config.tensorboard:
         check_installed()
     return resume, vae
-
-
-@contextmanager
-def _board(run: Run, request: Request, is_wanted: bool, resume: Checkpoint | None) -> Iterator[StageBoards | None]:
-    if not is_wanted:
-        yield None
-        return
-    with open_board(run, request.stage, resume.step if resume else 0) as board:
-        yield board
 
 
 def _fit_svi(

@@ -72,11 +72,7 @@ def limits_of(config: Config) -> tuple[Limit, ...]:
 
 
 class Guard:
-    """Averages of the monitors, and the record of the returns.
-
-    Args:
-        config: the run's, with the limits and the number of returns allowed.
-    """
+    """Averages of the monitors, and the record of the returns."""
 
     def __init__(self, config: Config) -> None:
         self.loop = config.ebm
@@ -102,16 +98,9 @@ class Guard:
         return self.loop.rollback_factor**self.num_rollbacks
 
     def watch(self, monitors: Mapping[str, float]) -> str | None:
-        """Average the monitors of a step.
+        """Average the monitors of a step, and describe the first average beyond its limit, if one is.
 
-        A value that is not finite enters no average: its update was skipped and counted, and the optimiser fails after
-        too many of those in a row.
-
-        Args:
-            monitors: names to values; only those with a limit count.
-
-        Returns:
-            A description of the first average beyond its limit; ``None`` if all are within.
+        A value that is not finite enters no average: its update was skipped, and the optimiser counts those.
         """
         if not self.loop.guard:
             return None
@@ -177,7 +166,7 @@ def go_back(run: Run, guard: Guard, step: int, reason: str) -> checkpoints.Check
 
     Args:
         run: its checkpoints and record are cut back to there.
-        guard: its ``is_stopped`` says whether there is another attempt.
+        guard: set back; its ``is_stopped`` says whether there is another attempt.
         step: number of the step that ended the last attempt.
         reason: what ended it.
 

@@ -56,18 +56,7 @@ def new_store(config: Config, vaebm: VAEBM) -> LatentStore | None:
 
 
 def load_or_fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore) -> None:
-    """Give the energy its finished term, from the part's checkpoint or by :func:`fit_latent_term`, and save it.
-
-    Args:
-        run: its checkpoints and metrics are written.
-        config: the run's configuration.
-        train: the data.
-        vaebm: with an energy that has the term, which is set in place.
-        store: its chains, left where the fit leaves them.
-
-    Raises:
-        DivergedError: the loss stopped being finite.
-    """
+    """Give an energy its finished term and the store its chains: from the part's checkpoint, or fitted and saved."""
     net, folder = vaebm.energy.latent_net, run.checkpoints(TERM_STAGE)
     assert net is not None
     if checkpoints.available(folder):
@@ -83,7 +72,18 @@ def load_or_fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM
 
 
 def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore) -> None:
-    """Fit the term, in place, with the chains of the store as negatives; arguments as for the function above."""
+    """Fit the first latent's own term, in place.
+
+    Args:
+        run: its metrics are written.
+        config: the run's configuration.
+        train: the data.
+        vaebm: with an energy that has the term.
+        store: chains of the term, its negatives, which are moved.
+
+    Raises:
+        DivergedError: the loss or its gradient stopped being finite.
+    """
     loop, net = config.ebm.latent, vaebm.energy.latent_net
     assert net is not None
     average = AveragedWeights(net, loop.ema_decay)
@@ -115,11 +115,7 @@ def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store:
 
 
 def aggregate_posterior(config: Config, split: Split, vaebm: VAEBM) -> Tensor:
-    """Draw the first latent of every data point from the guide, :data:`NUM_POSTERIOR_DRAWS` times each.
-
-    Returns:
-        ``(num, *shape)``, on the run's device.
-    """
+    """Draw the first latent of every data point from the guide, ``(NUM_POSTERIOR_DRAWS * n, *shape)``."""
     parts = []
     for index, rows in enumerate(torch.arange(len(split)).split(POSTERIOR_BLOCK)):
         x = split.batch(rows, stream(config.seed, "dequantise", TERM_STAGE, index)).to(config.device)
@@ -135,7 +131,7 @@ def lacks_balance(energy: Energy) -> bool:
 
 
 def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, store: LatentStore, num_done: int) -> None:
-    """Fit the balance, in place; the rest of the energy stays as it is.
+    """Fit the joint term's balance, in place.
 
     Args:
         run: its metrics are written.
@@ -188,19 +184,10 @@ def _minimize(
     step: int,
     after: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run a part's optimiser steps, and log them.
+    """Run a part's optimiser steps and log them under a stage; raise DivergedError if a gradient is not finite.
 
-    Args:
-        run: its metrics are written.
-        config: the run's configuration.
-        stage: of the records.
-        optimizer: with the number of steps.
-        evaluate: from the number of a step to its loss, and to what is logged of it.
-        step: of stage 2's loop, for the message of an error.
-        after: called after each step.
-
-    Raises:
-        DivergedError: the loss or its gradient stopped being finite.
+    ``evaluate`` maps the number of a step to its loss and to what is logged of it, ``after`` is called after each step,
+    and ``step`` is of stage 2's loop, for the message of an error.
     """
     name = {TERM_STAGE: "first latent's term", BALANCE_STAGE: "joint term's balance"}[stage]
     run.rewind_metrics(stage, 0)  # of an attempt that was interrupted

@@ -85,20 +85,16 @@ class PersistentChains:
         """Divergent moves since the last record, ``()``."""
 
     def restart(self, seed: int) -> None:
-        """Let all chains begin anew at those of the first latent, which have learnt where it belongs.
-
-        Args:
-            seed: of the other noises.
-        """
+        """Let all chains begin anew at those of the first latent, with other noises from a seed's stream."""
         generator = stream(seed, "restart", device=self.config.device)
         for rows in self.positions.split(self.config.ebm.batch_size):
             rows.copy_(self._restarts(generator, self._moved_partners(generator, len(rows))[0]))
 
     def advance(self, generator: torch.Generator, num: int, probability: float) -> Moved:
-        """Take a batch of chains, move it by the transitions of one update, and put it back.
+        """Take a batch of chains, swap and move it by the transitions of one update, and put it back.
 
         Args:
-            generator: source of randomness, on the chains' device.
+            generator: on the chains' device.
             num: chains, at most the store's size.
             probability: of continuing from the store.
         """
@@ -123,13 +119,9 @@ class PersistentChains:
         return Moved(taken.positions, end, acceptance_rate, step_size, num_evals, swap_rate)
 
     def take(self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None) -> Taken:
-        """Take a batch of chains from random slots.
+        """Take a batch of chains from random slots; arguments as for :meth:`advance`.
 
-        Args:
-            generator: source of slots, choices and fresh noise; on the positions' device.
-            num: chains, at most the store's size.
-            probability: that a chain continues rather than restarts.
-            restarts: where those that restart begin, ``(num, D)``; draws from N(0, I) if not given.
+        Those that restart begin at ``restarts``, ``(num, D)``, or at draws from N(0, I).
         """
         device = self.positions.device
         slots = torch.randperm(len(self.positions), generator=generator, device=device)[:num]
@@ -145,16 +137,10 @@ class PersistentChains:
         return state.position, infos
 
     def swap(self, generator: torch.Generator, position: Tensor, first: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Swap the first latent with chains of its own held term.
-
-        Args:
-            generator: source of the acceptances.
-            position: of the chains, ``(num, D)``.
-            first: of their partners, ``(num, d)``.
-            slots: of the partners in their store, ``(num,)``.
+        """Swap the first latent with partners, at ``first`` ``(num, d)`` and in their slots ``(num,)``.
 
         Returns:
-            Positions afterwards, and acceptance rates ``(num,)``.
+            Positions afterwards, ``(num, D)``, and acceptance rates ``(num,)``.
         """
         assert self.held is not None and self.partners is not None
         state, other = init_without_grad(self.potential)(position), init_without_grad(self.held)(first)
@@ -178,13 +164,9 @@ class PersistentChains:
     def without_held(
         self, energy_data: Tensor, z: Latents | None, energy_negatives: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Leave the held term out of energies, or an L2 penalty would teach the others to undo it.
+        """Leave the held term out of energies of data ``(n,)`` with latents z and of negatives ``(m,)`` at positions.
 
-        Args:
-            energy_data: of data, ``(n,)``.
-            z: their latents.
-            energy_negatives: of negatives, ``(m,)``.
-            position: of these, ``(m, D)``.
+        An L2 penalty with it would teach the other terms to undo it.
         """
         if self.held is None:
             return energy_data, energy_negatives

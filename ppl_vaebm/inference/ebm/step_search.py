@@ -72,16 +72,7 @@ class Descent(NamedTuple):
 
 
 def search(config: Config, data: Data, vae: HierarchicalVAE) -> tuple[Trial, str]:
-    """Find step size and number of steps on an energy that the density ratio has trained for a while.
-
-    Args:
-        config: the run's configuration.
-        data: the data.
-        vae: stage 1's result.
-
-    Returns:
-        The trial chosen, and a text that shows all.
-    """
+    """Choose step size and number of steps; return the trial chosen, and a text that shows all."""
     trials = tune(config, trained_copy(config, data, vae))
     choice = choose(trials)
     text = f"tuned on the energy after {NUM_RATIO_STEPS} steps of the ratio:\n{trial_table(trials, choice)}"
@@ -91,7 +82,7 @@ def search(config: Config, data: Data, vae: HierarchicalVAE) -> tuple[Trial, str
 
 
 def trained_copy(config: Config, data: Data, vae: HierarchicalVAE) -> NoisePotential:
-    """Train an energy by the density ratio; return the potential of its average. Arguments as :func:`search`."""
+    """Train an energy by the density ratio for a while; return the potential of its average."""
     loop = replace(config.ebm, steps=NUM_RATIO_STEPS)
     training = Training(replace(config, ebm=loop), data, vae, config.seed)
     energy, potential = training.vaebm.energy, training.chains.potential
@@ -115,10 +106,7 @@ def tune(config: Config, potential: NoisePotential, max_rejection: float = MAX_R
     Args:
         config: kernel and batch; the kernel's own step size is not read.
         potential: of a VAEBM with some slope.
-        max_rejection: bound on the rejection.
-
-    Returns:
-        A trial for every step size, in the order tried.
+        max_rejection: bound on the rejection, in (0, 1).
     """
     trials: list[Trial] = []
     step_size, num_worse, best = MAX_STEP_SIZE, 0, -math.inf
@@ -139,15 +127,9 @@ def choose(trials: Sequence[Trial], max_rejection: float = MAX_REJECTION) -> Tri
 
 
 def descend(config: Config, potential: NoisePotential, step_size: float) -> Descent:
-    """Run chains from fresh noise; the noise is the same for every step size, so that they compare.
-
-    Args:
-        config: kernel and batch.
-        potential: of the VAEBM.
-        step_size: the angle h.
-    """
+    """Run chains from fresh noise, which is the same for every step size h, so that they compare."""
     generator = stream(config.seed, "tune", device=config.device)
-    position = potential.draw_reference(generator, min(config.ebm.batch_size, potential.rows_per_pass))
+    position = potential.draw_reference(generator, config.ebm.batch_size)
     kernel = build_kernel(config.kernel, potential)
     params = with_step_size(start_params(config.kernel, position), step_size)
     state = kernel.init(position)

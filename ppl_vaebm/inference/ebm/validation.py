@@ -42,18 +42,19 @@ def likelihood_gain(config: Config, potential: NoisePotential, split: Split, see
     Args:
         config: the run's configuration.
         potential: of the VAEBM.
-        split: held-out data, of which the first :data:`MAX_GAIN_POINTS` count.
+        split: held-out data; its first :data:`MAX_GAIN_POINTS` points count.
         seed: of dequantisation, the data's latents and the VAE samples.
     """
     num = min(MAX_GAIN_POINTS, len(split))
     vaebm = potential.vaebm
     device = next(vaebm.parameters()).device
-    x = split.batch(torch.arange(num), stream(seed, "dequantise")).to(device)
-    with torch.no_grad():
-        parts = [
-            vaebm.energy(rows, data_latents(config, vaebm.vae, rows, seed_for(seed, "posterior", index)))
-            for index, rows in enumerate(x.split(GAIN_BLOCK))
-        ]
+    x, parts = split.batch(torch.arange(num), stream(seed, "dequantise")), []
+    for index, block in enumerate(x.split(GAIN_BLOCK)):
+        rows = block.to(device)
+        z = data_latents(config, vaebm.vae, rows, seed_for(seed, "posterior", index))
+        for part in torch.arange(len(rows), device=device).split(potential.rows_per_pass):
+            with torch.no_grad():
+                parts.append(vaebm.energy(rows[part], z and {name: value[part] for name, value in z.items()}))
     energy = torch.cat(parts).double()
     log_z = log_z_from_vae(potential, stream(seed, "log_z", device=device), config.ebm.num_validation_draws)
     error = math.hypot(float(energy.std()) / math.sqrt(num), log_z.error)
@@ -61,16 +62,9 @@ def likelihood_gain(config: Config, potential: NoisePotential, split: Split, see
 
 
 def data_latents(config: Config, vae: HierarchicalVAE, x: Tensor, seed: int) -> dict[str, Tensor] | None:
-    """Draw the data's latents from the guide, for an energy of x and z.
+    """Draw each latent of data ``(n, *event_shape)`` from the guide, once and without a gradient.
 
-    Args:
-        config: the run's configuration.
-        vae: the VAE.
-        x: ``(n, *event_shape)``.
-        seed: of the draws.
-
-    Returns:
-        One draw of each latent for every row, without a gradient; ``None`` for an energy of x alone.
+    Returns ``None`` for an energy of x alone.
     """
     if config.energy.inputs == "x":
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,14 +65,14 @@ def test_the_aggregate_posterior_is_the_guides_distribution_over_the_data() -> N
 
 def shifted_config(**options: Any) -> Config:
     energy = EnergyConfig(width=16, num_fourier=0, inputs="x-and-z", latent_term=True)
-    latent = LatentTermConfig(**{"steps": 150, **options})
-    return Config(energy=energy, ebm=EbmConfig(objective="mle", replay_size=500, log_every=50, latent=latent))
+    latent = LatentTermConfig(**{"steps": 60, **options})
+    return Config(energy=energy, ebm=EbmConfig(objective="mle", replay_size=500, log_every=30, latent=latent))
 
 
 @pytest.fixture
 def fast_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latent_term, "TERM_RATE", 1e-2)
-    monkeypatch.setattr(latent_term, "NUM_SWEEPS", 5)
+    monkeypatch.setattr(latent_term, "TERM_RATE", 2e-2)
+    monkeypatch.setattr(latent_term, "NUM_SWEEPS", 4)
 
 
 def learnt(folder: Path, config: Config) -> tuple[VAEBM, LatentStore, Tensor]:
@@ -79,7 +80,7 @@ def learnt(folder: Path, config: Config) -> tuple[VAEBM, LatentStore, Tensor]:
     with global_rng(0):
         vaebm = VAEBM(vae, build_energy(config.energy, torch.Size([1]), vae.model.latent_shapes))
     x = 1.2 + 0.3 * torch.randn(5_000, 1, generator=stream(0, "x"))
-    store = LatentStore(vaebm, stream(0, "store"), 500)
+    store = LatentStore(vaebm, stream(0, "store"), 256)
     fit_latent_term(Run.create(folder), config, Points(x), vaebm, store)
     return vaebm, store, aggregate_posterior(config, Points(x), vaebm)
 
@@ -89,13 +90,13 @@ def test_chains_of_the_learnt_term_have_the_aggregate_posteriors_moments(tmp_pat
     vaebm, store, z = learnt(tmp_path, shifted_config())
     potential = noise_potential(vaebm.requires_grad_(False))
     generator = stream(0, "first latent")
-    state, _ = run_first_latent(potential, generator, potential.draw_reference(generator, 4_000), 200)
+    state, _ = run_first_latent(potential, generator, potential.draw_reference(generator, 1_000), 100)
     for draws in (state.position[:, 0], store.positions[:, -1, 0]):  # fresh chains, and those of training
         assert float(draws.mean()) == pytest.approx(float(z.mean()), abs=0.1)
         assert float(draws.std()) == pytest.approx(float(z.std()), rel=0.12)
     assert abs(float(z.mean())) > 0.5  # negative control: the prior has mean 0
     records = [json.loads(line) for line in Run(tmp_path).metrics_file.read_text().splitlines()]
-    assert [record["step"] for record in records] == [50, 100, 150]
+    assert [record["step"] for record in records] == [30, 60]
     assert all(record["stage"] == "ebm-latent" and math.isfinite(record["energy_gap"]) for record in records)
 
 
@@ -153,11 +154,11 @@ class Fitted(NamedTuple):
     records: list[dict[str, Any]]
 
 
-def fit_balance(folder: Path, slope: float = SLOPE, num_steps: int = 600) -> Fitted:
+def fit_balance(folder: Path, slope: float = SLOPE, num_steps: int = 200) -> Fitted:
     vaebm = VAEBM(linear_vae(), SlopedInX(slope).double()).requires_grad_(False)
     potential = noise_potential(vaebm)
-    store = LatentStore(vaebm, stream(0, "store"), 256)
-    store.advance(stream(0, "start"), 256, 50)
+    store = LatentStore(vaebm, stream(0, "store"), 128)
+    store.advance(stream(0, "start"), 128, 50)
     latent = LatentTermConfig(steps=1, balance_steps=num_steps)
     energy = EnergyConfig(inputs="x-and-z", latent_term=True, latent_balance=True)
     run = Run.create(folder)
@@ -166,8 +167,11 @@ def fit_balance(folder: Path, slope: float = SLOPE, num_steps: int = 600) -> Fit
 
 
 @pytest.fixture(scope="module")
-def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
-    return fit_balance(tmp_path_factory.mktemp("balance"))
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fitted]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent_term, "SWEEPS_PER_SWAP", 4)  # the chains have their distribution from the start
+        patch.setattr(latent_term, "BALANCE_RATE", 4e-3)
+        yield fit_balance(tmp_path_factory.mktemp("balance"))
 
 
 def test_it_is_the_log_mean_of_the_joint_terms_factor_given_the_first_latent(fitted: Fitted) -> None:
@@ -177,7 +181,7 @@ def test_it_is_the_log_mean_of_the_joint_terms_factor_given_the_first_latent(fit
     assert float((energy.balance_term({"z_1": z}) - expected).abs().max()) < 0.15  # 3.6 nats from end to end
     assert not any(parameter.requires_grad for parameter in energy.parameters())
     last = fitted.records[-1]
-    assert last["stage"] == "ebm-balance" and last["step"] == 600
+    assert last["stage"] == "ebm-balance" and last["step"] == 200
     assert last["mean_ratio"] == pytest.approx(1, abs=0.25)
 
 

@@ -75,3 +75,14 @@ def test_the_gain_is_that_of_the_closed_form() -> None:
     assert abs(gain.nats - expected) < 4 * gain.error
     assert gain.log_z.value == pytest.approx(0.5 * math.log(ratio), abs=4 * gain.log_z.error)
     assert 0 < gain.error < 0.02 < expected
+
+
+def test_the_gain_does_not_depend_on_the_rows_of_a_pass() -> None:
+    x = torch.randn(300, 1, dtype=torch.float64, generator=stream(2, "data"))
+    gains = []
+    for rows_per_pass in (10_000, 7):
+        potential = noise_potential(VAEBM(linear_vae(), LinearInZ()))
+        potential.rows_per_pass = rows_per_pass
+        config = Config(energy=XZ.energy, ebm=EbmConfig(num_validation_draws=5))
+        gains.append(likelihood_gain(config, potential, Points(x), seed=0))
+    assert gains[0].nats == pytest.approx(gains[1].nats, rel=1e-12)
