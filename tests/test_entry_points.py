@@ -479,7 +479,7 @@ MISTAKES = [
     (["sample", "runs/demo", "--given-values", "a,b"], "numbers with commas in --given-values, .*, found 'a,b'"),
     (["sample", "runs/demo", "--nmu", "3"], "unknown option --nmu; did you mean --num?"),
     (["sample", "runs/demo", "--mask", "m.png"], "option mask expects --given or --given-values, found neither"),
-    (["sample"], "expected the folder of a run as first argument"),
+    (["sample"], "sample: expected RUN, a folder such as runs/demo, found none"),
     (["diagnose", "runs/demo", "--kernel", "pyro-nutz"], "did you mean pyro-nuts?"),
     (["compare", "runs/demo", "--kernels", "hmcc"], "unknown kernel 'hmcc': .* did you mean hmc?"),
     (["evaluate", "runs/demo", "--only", "likelyhood"], "unknown part 'likelyhood': .* did you mean likelihood?"),

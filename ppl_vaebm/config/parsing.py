@@ -176,7 +176,7 @@ class _Parser(argparse.ArgumentParser):
         )
         leading = self.add_argument_group("most used" if first else "options")
         if values is not None:
-            leading.add_argument(*HELP, action="help", help="Show this text, with the options of the chosen kernel.")
+            leading.add_argument(*HELP, action="help", help="Show this text.")
         groups = {"": self.add_argument_group("more") if first else leading}
         rank = {name: index for index, name in enumerate(first)}
         for option in sorted(options, key=lambda option: rank.get(option.name, len(first))):
@@ -202,12 +202,20 @@ class _Parser(argparse.ArgumentParser):
         else:
             nargs = "*" if get_origin(option.hint) is tuple else None
             reader, metavar = partial(_read, option), _metavar(option)
-            group.add_argument(*option.flags, dest=option.name, type=reader, nargs=nargs, metavar=metavar, help=text)
+            group.add_argument(
+                *option.flags,
+                dest=option.name,
+                type=reader,
+                nargs=nargs,
+                metavar=metavar,
+                help=text,
+                required=option.field.default is option.field.default_factory is dataclasses.MISSING,
+            )
 
     def error(self, message: str) -> NoReturn:
         """Raise InputError in place of exiting."""
         if "required" in message:
-            message = "expected the folder of a run as first argument, such as runs/demo, found none"
+            message = f"expected {message.rpartition(': ')[2]}, a folder such as runs/demo, found none"
         message = message.removeprefix("argument ").replace("ignored explicit argument", "takes no value, found")
         raise InputError(f"{self.prog}: {message}")
 

@@ -138,7 +138,7 @@ METHODS: dict[Method, Callable[[ConditionalPotential, int], Tensor]] = {
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
     """Compare every case by every method."""
-    options = parse(Options, sys.argv[1:] if argv is None else argv, "posterior_points", __doc__)
+    options = parse(Options, sys.argv[1:] if argv is None else argv, "experiments.posterior_points", __doc__)
     torch.set_num_threads(1)
     loaded = load_run(options.run)
     results: dict[str, Any] = {}

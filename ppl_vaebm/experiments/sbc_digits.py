@@ -181,7 +181,7 @@ def histograms(settings: Mapping[str, Mapping[str, Any]], num_simulations: int) 
 @exits_with_one_sentence
 def main(argv: list[str] | None = None) -> None:
     """Run the settings, and write results and histograms."""
-    options = parse(Options, sys.argv[1:] if argv is None else argv, "sbc_digits", __doc__)
+    options = parse(Options, sys.argv[1:] if argv is None else argv, "experiments.sbc_digits", __doc__)
     torch.set_num_threads(1)
     loaded = load_run(options.run)
     loaded.potential.rows_per_pass = ROWS_PER_PASS

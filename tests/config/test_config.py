@@ -322,6 +322,17 @@ def test_last_value_is_that_of_the_last_flag(argv: list[str], value: str | None)
     assert last_value(argv, "--run", "-r") == value
 
 
+def test_an_option_without_a_default_has_to_be_given() -> None:
+    @dataclasses.dataclass
+    class Study:
+        run: str
+        seed: int = 0
+
+    assert parse(Study, ["--run", "there"], "study") == Study("there")
+    with pytest.raises(InputError, match="^study: expected --run, a folder such as runs/demo, found none$"):
+        parse(Study, ["--seed", "1"], "study")
+
+
 @pytest.mark.parametrize(("names", "message"), [("hcm", "did you mean hmc"), ("hmc,hmc", "different"), (",", "none")])
 def test_unknown_and_repeated_kernels_are_refused(names: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
