@@ -17,8 +17,8 @@ from ppl_vaebm.errors import exits_with_one_sentence
 
 DESCRIPTION = """Fit a VAEBM: stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options are read from the run's config.yaml, or without one from the recipe named like the data set; then from
-the recipe that is named; then from the command line. Later ones win. Values in brackets are those used now; --kernel NAME --help
-shows the options of another kernel."""
+the recipe that is named; then from the command line. Later ones win. Values in brackets are those used now; --kernel
+NAME --help shows the options of another kernel."""
 FIRST = ("stage", "recipe", "data.name", "run", "resume", "overwrite", "dry-run", "device", "seed", "kernel.name")
 KERNEL_TUNING = ("--kernel.step-size=", "--kernel.target-acceptance=")
 """Tokens of options that are chosen for one kernel and are wrong for another."""

@@ -396,7 +396,9 @@ def test_help_has_the_defaults_of_the_recipe(tmp_path: Path, capsys: pytest.Capt
 
 def test_help_begins_with_the_options_most_used(capsys: pytest.CaptureFixture[str]) -> None:
     words = help_of(capsys=capsys)
-    flags = [word for word in words[: words.index("more:")] if word.startswith("--") and "." not in word]
+    flags = [
+        word for word in words[words.index("used:") : words.index("more:")] if word.startswith("--") and "." not in word
+    ]
     assert flags[1:] == [f"--{name.removesuffix('.name')}" for name in fit.FIRST]
 
 
