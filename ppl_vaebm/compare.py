@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation import kernel_files as comparison_files
     from ppl_vaebm.evaluation import kernel_table as comparison_table
-    from ppl_vaebm.evaluation import kernel_text as comparison_text
+    from ppl_vaebm.evaluation import kernel_table as comparison_text
     from ppl_vaebm.evaluation import kernels as comparison
     from ppl_vaebm.files import write_atomic
     from ppl_vaebm.reports import comparison_page

@@ -16,8 +16,8 @@ from ppl_vaebm.errors import InputError, exits_with_one_sentence
 if TYPE_CHECKING:
     from ppl_vaebm.config import Config
     from ppl_vaebm.data.load import Data
-    from ppl_vaebm.evaluation.base import Measured
     from ppl_vaebm.evaluation.evaluation import Plan
+    from ppl_vaebm.evaluation.sections import Measured
 
 DESCRIPTION = """Evaluate a fitted VAEBM: its normalized log-likelihood on test data; for points the modes; for images
 Frechet and kernel distance, Inception Score, precision, recall, density and coverage, at the run's chain length and at
@@ -115,16 +115,16 @@ def main(argv: list[str] | None = None) -> None:
 
     run = Run.open(options.run)
 
-    from ppl_vaebm.evaluation.store import read_sections, store
-    from ppl_vaebm.evaluation.tables import lines
+    from ppl_vaebm.evaluation.sections import sections_text
+    from ppl_vaebm.evaluation.store import read_parts, store
     from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.loading import stage_of
 
-    read_sections(run)  # refuses a damaged file before anything slow is done
+    read_parts(run)  # refuses a damaged file before anything slow is done
     weights, parts = (_vae if stage_of(run, options.stage) == "svi" else _vaebm)(options)
     for part, measured in parts:
         store(run, part, measured, weights, options.seed)
-        print("\n".join([*lines(measured.sections), ""]), flush=True)
+        print(sections_text(measured.sections), end="\n\n", flush=True)
     print(f"{run.evaluation_file}\nreport: {write_report(run)}")
 
 
@@ -159,8 +159,8 @@ def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
 
 def _plan(options: Options, config: Config, data: Data, default: Sequence[Part]) -> Plan:
     """Turn the options into a plan; --log-likelihood adds its part to those of --only or to the default ones."""
-    from ppl_vaebm.evaluation.base import Effort
     from ppl_vaebm.evaluation.evaluation import Plan
+    from ppl_vaebm.evaluation.sections import Effort
     from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
 
     asked = default if options.only is None else split_names(options.only, PARTS, "part")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor, nn
 from ppl_vaebm.config import Config, KernelConfig, ModelConfig, SamplingConfig
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import IntegerImages, image_data
-from ppl_vaebm.evaluation.metrics.features import Outputs
+from ppl_vaebm.evaluation.metrics.features_base import Outputs
+from ppl_vaebm.evaluation.sections import Rows, Section
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.models.energy import Energy
@@ -56,6 +58,12 @@ class Brightness(Energy):
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
         return self.factor * x.flatten(1).mean(1)
+
+
+def columns_of(sections: Sequence[Section], title: str) -> dict[str, Rows]:
+    """Return the columns of the only section of a title."""
+    (section,) = (section for section in sections if section.title == title)
+    return section.columns
 
 
 def image_levels(num: int, low: int = 0, high: int = LEVELS, name: str = "images") -> Tensor:

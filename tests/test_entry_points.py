@@ -22,6 +22,7 @@ from ppl_vaebm.config import kernel as kernel_config
 from ppl_vaebm.config.recipes import recipe_names
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernels as comparison
+from ppl_vaebm.evaluation.store import read_parts
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
@@ -126,15 +127,15 @@ def test_a_run_of_stage_svi_alone_is_sampled_and_measured(tmp_path: Path, text: 
         assert np.load(run / "samples" / "svi_traversal.npz")["group"] == "z_2"
         return  # the classifier of the Frechet distances takes long to train
     evaluate.main([str(run), *EFFORT])
-    sections = json.loads((run / "evaluate.json").read_text())
-    assert list(sections) == ["stage 1, test data", "modes: VAE", "where these numbers come from"]
+    parts = read_parts(Run(run))
+    assert [section.title for part in parts.values() for section in part.sections] == ["stage 1, test data", "modes"]
 
 
 def test_of_a_whole_run_stage_svi_has_to_be_asked_for(points: Path) -> None:
     evaluate.main([str(points), "--stage", "svi", *EFFORT])
-    assert "stage 1, test data" in json.loads((points / "evaluate.json").read_text())
+    assert read_parts(Run(points))["likelihood"].sections[0].title == "stage 1, test data"
     evaluate.main([str(points), *EFFORT])
-    assert "stage 1, test data" not in json.loads((points / "evaluate.json").read_text())
+    assert read_parts(Run(points))["likelihood"].sections[0].title == "log-likelihood of test data (nats per point)"
 
 
 def test_a_sample_of_stage_svi_does_not_depend_on_how_many_are_asked_for(points: Path) -> None:
@@ -266,21 +267,20 @@ def test_the_report_of_a_whole_run_has_every_section(points: Path, monkeypatch: 
 
 def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
     evaluate.main([str(points), *EFFORT])
-    sections = json.loads((points / "evaluate.json").read_text())
-    likelihood = sections["log-likelihood of test data (nats per point)"]
+    parts = json.loads((points / "evaluate.json").read_text())["parts"]
+    likelihood = parts["likelihood"]["sections"][0]["columns"][""]
     expected = likelihood["log p (VAE)"]["value"] + likelihood["log h - log p"]["value"]
     assert likelihood["log h (VAEBM)"]["value"] == pytest.approx(expected, abs=1e-6)
     assert likelihood["entropy bound (mean log density of the data's own law)"] == pytest.approx(-0.0653, abs=1e-4)
-    assert "modes: VAEBM, exact draws" in sections
+    assert "VAEBM, exact draws" in parts["samples"]["sections"][0]["columns"]
 
 
 @pytest.mark.slow
 def test_evaluate_reports_frechet_distances(images: Path) -> None:
     evaluate.main([str(images), *EFFORT])
-    sections = json.loads((images / "evaluate.json").read_text())
-    (section,) = (value for name, value in sections.items() if name.startswith("Frechet distance [cnn-digits]"))
+    columns = json.loads((images / "evaluate.json").read_text())["parts"]["samples"]["sections"][0]["columns"]
+    section, ratios = columns["Frechet distance"], columns["Frechet distance over the VAE's"]
     ratio = section["VAEBM, 30 mala steps"] / section["VAE"]
-    (ratios,) = (value for name, value in sections.items() if name.startswith("Frechet distance over the VAE's"))
     assert ratios["VAEBM, 30 mala steps"] == pytest.approx(ratio)
 
 

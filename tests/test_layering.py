@@ -44,10 +44,7 @@ KERNEL_PACKAGES = {"torch", "numpy"}
 """The only packages outside the standard library that the kernels import, so that they serve any potential."""
 OF_A_RUN = {"runs.run", "runs.checkpoint"}
 """All that the two training stages may know of a run."""
-PENDING = {
-    "evaluation.metrics.features",  # one a line, so that removals merge
-    "evaluation",
-}
+PENDING: set[str] = set()
 """Being moved; to be empty."""
 MAX_MODULES, MAX_TOP_MODULES, MAX_TOP_FOLDERS, MAX_LINES = 14, 12, 8, 400
 

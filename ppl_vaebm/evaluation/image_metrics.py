@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,21 +16,20 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import check_images, quantised_as
 from ppl_vaebm.data.splits import without_augmentation, without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Arrays, Cell, Effort, Section, random_order
-from ppl_vaebm.evaluation.metrics.classification import (
-    Estimate,
-    class_coverage,
-    coverage_of_even_draws,
+from ppl_vaebm.evaluation.metrics.classification import inception_score
+from ppl_vaebm.evaluation.metrics.classifier import Classifier, accuracy
+from ppl_vaebm.evaluation.metrics.digits import StackedDigits
+from ppl_vaebm.evaluation.metrics.features_base import FeatureNet, Outputs, network_outputs
+from ppl_vaebm.evaluation.metrics.frechet import frechet_bias, frechet_distance, kernel_distance
+from ppl_vaebm.evaluation.metrics.inputs import Estimate
+from ppl_vaebm.evaluation.metrics.modes import class_coverage, coverage_of_even_draws
+from ppl_vaebm.evaluation.metrics.neighbours import (
     density_coverage,
-    frechet_bias,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
+    nearest_neighbours,
     precision_recall,
     precision_recall_error,
 )
-from ppl_vaebm.evaluation.metrics.classifier import accuracy
-from ppl_vaebm.evaluation.metrics.features import Classifier, FeatureNet, Outputs, StackedDigits, network_outputs
+from ppl_vaebm.evaluation.sections import Arrays, Effort, Measured, Rows, Section, Value, random_order
 from ppl_vaebm.rng import stream
 
 BLOCK = 500
@@ -146,15 +146,15 @@ def joined(parts: list[Outputs]) -> Outputs:
     return Outputs(torch.cat([part.features for part in parts]), torch.cat([part.logits for part in parts]))
 
 
-class Row(NamedTuple):
+class MetricRow(NamedTuple):
     """The metrics of one set of images."""
 
     name: str
-    cells: dict[str, Cell]
+    cells: dict[str, Value]
     """By the names of :data:`METRICS`."""
 
 
-def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[Row]:
+def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[MetricRow]:
     """Measure sets of samples, and data as if they were samples.
 
     Args:
@@ -170,13 +170,17 @@ def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[Row
     half = min(num, len(reference.features) // 2)
     some, others = (Outputs(*(part[rows] for part in reference)) for rows in (slice(half), slice(half, None)))
     return [
-        Row(f"training data, {half} images against {len(others.features)} others", _cells(some, others, judge.seed)),
-        Row(f"held-out data, {len(judge.held_out.features)} images", _cells(judge.held_out, reference, judge.seed)),
-        *(Row(name, _cells(found, reference, judge.seed)) for name, found in sets.items()),
+        MetricRow(
+            f"training data, {half} images against {len(others.features)} others", _cells(some, others, judge.seed)
+        ),
+        MetricRow(
+            f"held-out data, {len(judge.held_out.features)} images", _cells(judge.held_out, reference, judge.seed)
+        ),
+        *(MetricRow(name, _cells(found, reference, judge.seed)) for name, found in sets.items()),
     ]
 
 
-def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Cell]:
+def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Value]:
     # Both are in random order, so the first ones are a fair choice.
     num = min(len(found.features), len(reference.features))
     pair = (reference.features[:num], found.features[:num])
@@ -194,24 +198,13 @@ def estimate_cell(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "error": estimate.error}
 
 
-def metric_sections(judge: Judge, rows: list[Row], num: int) -> dict[str, Section]:
-    """Lay rows out as one section for each metric, all of one family.
-
-    Args:
-        judge: network and data.
-        rows: of :func:`metric_rows`.
-        num: samples in each set.
-
-    Returns:
-        Sections, the first of them the Frechet distances.
-    """
-    return {
-        f"{metric} [{judge.net.name}], {num} samples": {row.name: row.cells[metric] for row in rows}
-        for metric in METRICS
-    }
+def metric_section(judge: Judge, rows: list[MetricRow], num: int, more: Mapping[str, Rows]) -> Section:
+    """Lay the metrics of sets of ``num`` samples out as columns, with others of the same sets beside them."""
+    columns = {metric: {row.name: row.cells[metric] for row in rows} for metric in METRICS}
+    return Section(f"{judge.net.name}, {num} samples", {**columns, **more})
 
 
-def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
+def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
     """Say what stands behind the metrics, and what to beware of.
 
     Args:
@@ -224,7 +217,7 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
         are fewer samples than features.
     """
     num_reference, num_features = len(judge.reference.features), judge.net.num_features
-    section: Section = {
+    section: Rows = {
         "measured against": f"{num_reference} training images, clipped and rounded to {judge.data.levels} levels",
         "features": num_features,
     }
@@ -243,10 +236,10 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> dict[str, Section]:
         section["precision and recall, density and coverage"] = (
             f"of the first {num_reference} samples, for there are no more training images, and sets of one size are due"
         )
-    return {f"about these metrics [{judge.net.name}]": section}
+    return Section(f"about the metrics of {judge.net.name}", {"": section})
 
 
-def class_sections(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[str, Section]:
+def class_columns(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[str, Rows]:
     """Count the classes of StackedMNIST that samples fall in, and how evenly (Metz et al. 2017, arXiv:1611.02163).
 
     Args:
@@ -255,26 +248,25 @@ def class_sections(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[
         num: samples in each.
 
     Returns:
-        Two sections of the metrics' family, each with what independent draws of even classes have on average; none for
+        Two columns beside the metrics, each with what independent draws of even classes have on average; none for
         other data.
     """
     if judge.data.name != STACKED or judge.held_out.logits.shape[1] != NUM_STACKED:
         return {}
     everything = {f"held-out data, {len(judge.held_out.logits)} images": judge.held_out, **sets}
     found = {name: class_coverage(outputs.logits.argmax(-1), NUM_STACKED) for name, outputs in everything.items()}
-    family = f"[{judge.net.name}], {num} samples"
-    counted: Section = {name: coverage.num_modes for name, coverage in found.items()}
-    divergence: Section = {name: coverage.kl_to_uniform for name, coverage in found.items()}
+    counted: Rows = {name: coverage.num_modes for name, coverage in found.items()}
+    divergence: Rows = {name: coverage.kl_to_uniform for name, coverage in found.items()}
     # All sets but the held-out data have one size.
     even, name = coverage_of_even_draws(num, NUM_STACKED), "independent draws of even classes"
     counted[name], divergence[name] = even.num_modes, even.kl_to_uniform
-    return {f"classes of {NUM_STACKED} {family}": counted, f"KL to even classes (nats) {family}": divergence}
+    return {f"classes of {NUM_STACKED}": counted, "KL to even classes (nats)": divergence}
 
 
-def metric_arrays(rows: list[Row], **others: object) -> Arrays:
+def metric_arrays(rows: list[MetricRow], **others: object) -> Arrays:
     """Lay rows out as arrays, for pictures: ``value`` and ``error``, ``(rows, metrics)``, and the names of both."""
 
-    def part(cell: Cell, key: str) -> float:
+    def part(cell: Value, key: str) -> float:
         if isinstance(cell, dict):
             return cell[key]
         return float(cell) if key == "value" else float("nan")
@@ -282,3 +274,124 @@ def metric_arrays(rows: list[Row], **others: object) -> Arrays:
     values = {key: np.array([[part(row.cells[m], key) for m in METRICS] for row in rows]) for key in ("value", "error")}
     names = {"rows": np.array([row.name for row in rows]), "metrics": np.array(METRICS)}
     return {**values, **names, **{name: np.asarray(value) for name, value in others.items()}}
+
+
+NUM_SHOWN = 10
+"""Samples that are shown with their neighbours."""
+COPY_QUANTILE = 0.01
+"""About the share of test images that lie nearer to a training image than what is called near here. Chosen by us."""
+
+
+class Nearest(NamedTuple):
+    """The training image nearest to each of some images."""
+
+    distance: Tensor
+    """Euclidean, ``(n,)``."""
+    place: Tensor
+    """Its place in the order in which training images are read, ``(n,)``."""
+
+
+def measure_neighbours(data: Data, samples: Tensor, judge: Judge | None, effort: Effort, seed: int) -> Measured:
+    """Find the training images nearest to samples, and nearest to as many test images.
+
+    Training images are as training sees them, each mirrored at random where the data set is. Half of all mirrored
+    copies are found then.
+
+    Args:
+        data: images.
+        samples: rounded to levels, ``(n, C, H, W)``, on the CPU.
+        judge: its network makes the features; ``None`` leaves these out.
+        effort: training images to look at.
+        seed: of their order.
+
+    Returns:
+        A section for pixels and one for features; the first samples and their neighbours as images.
+    """
+    order = random_order(data.train, seed, "train")[: effort.num_reference]
+    test_order = random_order(data.test, seed, "test")[: len(samples)]
+    test = torch.cat(list(image_blocks(data, "test", test_order, seed)))
+    columns: dict[str, Rows] = {}
+    shown = {}
+    of_samples, of_test = (_nearest_pixels(data, order, images, seed) for images in (samples, test))
+    columns["in pixels"] = _section(of_samples, of_test)
+    shown["pixels"] = of_samples.place[:NUM_SHOWN]
+    if judge is not None:
+        of_samples, of_test = (_nearest_features(judge, images) for images in (samples, test))
+        columns[f"in features of {judge.net.name}"] = _section(of_samples, of_test)
+        shown["features"] = of_samples.place[:NUM_SHOWN]
+    images = {name: _picked(data, order, places, seed).numpy() for name, places in shown.items()}
+    section = Section(f"nearest training images, {len(samples)} samples and {len(test)} test images", columns)
+    return Measured([section], {"samples": samples[:NUM_SHOWN].numpy(), **images})
+
+
+def _nearest_pixels(data: Data, order: Tensor, images: Tensor, seed: int) -> Nearest:
+    """Search the training images block by block, for all together may not fit in memory."""
+    points = images.flatten(1)
+    distance = torch.full((len(images),), math.inf, dtype=torch.float64)
+    place = torch.zeros(len(images), dtype=torch.long)
+    start = 0
+    for block in image_blocks(data, "train", order, seed):
+        found = nearest_neighbours(points, block.flatten(1))
+        is_nearer = found.distance[:, 0] < distance
+        distance = torch.where(is_nearer, found.distance[:, 0], distance)
+        place = torch.where(is_nearer, found.indices[:, 0] + start, place)
+        start += len(block)
+    return Nearest(distance, place)
+
+
+def _nearest_features(judge: Judge, images: Tensor) -> Nearest:
+    found = nearest_neighbours(judge.describe(images).features, judge.reference.features)
+    return Nearest(found.distance[:, 0], found.indices[:, 0])
+
+
+def _picked(data: Data, order: Tensor, places: Tensor, seed: int) -> Tensor:
+    """Read training images by their place, as the search saw them, random flips included."""
+    picked: dict[int, Tensor] = {}
+    start = 0
+    for block in image_blocks(data, "train", order, seed):
+        picked |= {place: block[place - start] for place in places.tolist() if 0 <= place - start < len(block)}
+        start += len(block)
+    return torch.stack([picked[place] for place in places.tolist()])
+
+
+def _section(samples: Nearest, test: Nearest) -> Rows:
+    medians = [float(nearest.distance.median()) for nearest in (samples, test)]
+    ratio: Value = "none: half of the test images are copies of training images"
+    if medians[1] > 0:
+        ratio = medians[0] / medians[1]
+    return {
+        "median distance, samples": medians[0],
+        "median distance, test images": medians[1],
+        "samples over test images": ratio,
+        "least distance, samples": float(samples.distance.min()),
+        "least distance, test images": float(test.distance.min()),
+        **near_shares(samples.distance, test.distance),
+    }
+
+
+def near_shares(samples: Tensor, test: Tensor) -> Rows:
+    """Count the samples that are nearer to training images than nearly all test images are.
+
+    What is near is the k-th least of m distances of test images. Independent draws of the data's law fall below it with
+    probability Beta(k, m + 1 - k), which is ``k / (m + 1)`` on average; k is where that is nearest to
+    :data:`COPY_QUANTILE`, and 1 where the test images are few.
+
+    Args:
+        samples: distances, ``(n,)``, n >= 1.
+        test: distances of test images, ``(m,)``, m >= 1.
+
+    Returns:
+        The share of samples, and what it is on average for draws of the data's own law. The share's error joins the
+        binomial one of the samples and that of the quantile, ``q (1 - q) / (m + 2)`` with ``q = k / (m + 1)``, which is
+        exact for such draws; so it tells how far these may lie from their average.
+    """
+    num_test = len(test)
+    rank = max(1, round(COPY_QUANTILE * (num_test + 1)))
+    name = f"share of samples nearer than {COPY_QUANTILE:.0%} of test images"
+    near = test.kthvalue(rank).values
+    if not bool(near > 0):
+        return {name: f"none: {int((test == 0).sum())} of {num_test} test images are copies of training images"}
+    share = float((samples < near).double().mean())
+    expected = rank / (num_test + 1)
+    error = math.sqrt(share * (1 - share) / len(samples) + expected * (1 - expected) / (num_test + 2))
+    return {name: {"value": share, "error": error}, "the same, expected of draws of the data's law": expected}

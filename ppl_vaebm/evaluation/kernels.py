@@ -13,7 +13,7 @@ from torch import Tensor
 from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.config.kernel import LEAPFROG_HMC
 from ppl_vaebm.data.load import Data
-from ppl_vaebm.evaluation.metrics.classification import HIGH_QUALITY_NUM_STD
+from ppl_vaebm.evaluation.metrics.modes import HIGH_QUALITY_NUM_STD
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
 from ppl_vaebm.inference.diagnostics.convergence import FloatArray

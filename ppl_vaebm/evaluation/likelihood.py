@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
+from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.data.toys import gaussians25_log_prob
-from ppl_vaebm.evaluation.base import Effort, Section, mean_cell
+from ppl_vaebm.evaluation.sections import Arrays, Effort, Measured, Rows, Section, mean_value, random_order
 from ppl_vaebm.inference.ebm.validation import data_latents
 from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogLikelihood, log_p, reference_energies
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
@@ -83,7 +84,7 @@ def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
     return torch.cat(parts).double()
 
 
-def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> Section:
+def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> Rows:
     """Estimate log p, log Z and log h on test data.
 
     Args:
@@ -99,10 +100,10 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
     x, estimate, energy, _ = terms = terms or likelihood_terms(loaded, effort, seed)
     log_z = terms.log_z
     gain = -energy - log_z.value
-    section: Section = {
-        "log p (VAE)": mean_cell(estimate.value),
-        "log h (VAEBM)": mean_cell(estimate.value + gain, log_z.error),
-        "log h - log p": mean_cell(gain, log_z.error),
+    section: Rows = {
+        "log p (VAE)": mean_value(estimate.value),
+        "log h (VAEBM)": mean_value(estimate.value + gain, log_z.error),
+        "log h - log p": mean_value(gain, log_z.error),
         "log Z": {"value": log_z.value, "error": log_z.error},
         "effective draws behind log Z": log_z.ess,
         "log Z certified": "yes" if log_z.ess >= CERTIFIED_ESS else f"no: fewer than {CERTIFIED_ESS:g} effective draws",
@@ -113,9 +114,9 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
         config = loaded.config.data
         truth = gaussians25_log_prob(x.cpu(), config.spacing, config.std).to(x.device)
         section["entropy bound (mean log density of the data's own law)"] = data.max_log_density_nats
-        section["the data's own law on these test points"] = mean_cell(truth)
-        section["KL(data, VAE), same test points"] = mean_cell(truth - estimate.value)
-        kl = mean_cell(truth - estimate.value - gain, log_z.error)
+        section["the data's own law on these test points"] = mean_value(truth)
+        section["KL(data, VAE), same test points"] = mean_value(truth - estimate.value)
+        kl = mean_value(truth - estimate.value - gain, log_z.error)
         section["KL(data, VAEBM), same test points"] = kl
         # The data's own law as a control variate: most of log h's spread over test points is that of the points.
         bound_less_kl = data.max_log_density_nats - kl["value"]
@@ -123,19 +124,19 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
     return section
 
 
-def _bits(loaded: LoadedRun, x: Tensor, section: Section, effort: Effort, seed: int) -> Section:
+def _bits(loaded: LoadedRun, x: Tensor, section: Rows, effort: Effort, seed: int) -> Rows:
     """Convert a likelihood to bits per dimension; where the decoder scores levels, add the VAE's by that law."""
     data = loaded.data
     if not has_bits(loaded.config, data):
         return {}
-    found: Section = {}
+    found: Rows = {}
     for name in ("log p (VAE)", "log h (VAEBM)"):
         nats = section[name]
         assert isinstance(nats, dict)
         found[f"{name}, bits per dimension"] = bits_per_dim(nats, data)
     if scores_levels(loaded.config):
         by_level = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, by_level=True)
-        found["the VAE by level, bits per dimension"] = bits_per_dim(mean_cell(by_level.value), data)
+        found["the VAE by level, bits per dimension"] = bits_per_dim(mean_value(by_level.value), data)
     return found
 
 
@@ -171,3 +172,100 @@ def bits_per_dim(nats: Mapping[str, float], data: Data) -> dict[str, float]:
     volume = num * math.log(2 / data.levels) if data.is_dequantized else 0.0
     scale = num * math.log(2)
     return {"value": -(nats["value"] + volume) / scale, "error": nats["error"] / scale}
+
+
+SCORES = ("log h", "log p", "-E")
+
+
+class Scores(NamedTuple):
+    """What a VAEBM says of points, each ``(n,)``, float64, nats; higher is more likely."""
+
+    log_p: Tensor
+    """Under the VAE: a lower bound in expectation, by importance weights."""
+    minus_energy: Tensor
+
+    @property
+    def log_h(self) -> Tensor:
+        """Under the VAEBM, log Z left out."""
+        return self.log_p + self.minus_energy
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Return the scores by the names of :data:`SCORES`."""
+        return dict(zip(SCORES, (self.log_h, self.log_p, self.minus_energy), strict=True))
+
+    @property
+    def num_not_finite(self) -> int:
+        """Count the points whose log h is not a finite number."""
+        return int((~self.log_h.isfinite()).sum())
+
+
+def score(loaded: LoadedRun, x: Tensor, num_draws: int, seed: int) -> Scores:
+    """Score points.
+
+    Args:
+        loaded: the fitted VAEBM.
+        x: ``(n, *event_shape)``, with the dequantisation noise that the data have.
+        num_draws: of the guide per point; the bound is the looser, and log p the lower, the fewer there are.
+        seed: of the draws.
+
+    Returns:
+        The scores, on the CPU.
+    """
+    x = x.to(loaded.config.device)
+    density = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), num_draws).value
+    energy = data_energies(loaded, x, seed_for(seed, "energy"))
+    return Scores(density.double().cpu(), -energy.cpu())
+
+
+def score_data(loaded: LoadedRun, part: str, effort: Effort, seed: int) -> Scores:
+    """Score points of the part train or test, the first ones of a random order.
+
+    Args:
+        loaded: the fitted VAEBM.
+        part: which part.
+        effort: points, and draws of the guide.
+        seed: of the order and the draws.
+
+    Returns:
+        The scores.
+    """
+    split = {"train": loaded.data.train, "test": loaded.data.test}[part]
+    indices = random_order(split, seed, part)[: effort.num_scored]
+    x = split.batch(indices, stream(seed, "dequantise", "scored", part))
+    return score(loaded, x, effort.num_score_draws, seed_for(seed, part))
+
+
+def histograms(train: Scores, test: Scores, num_draws: int) -> Measured:
+    """Compare the scores of training and test data: apart, the model has learned the training data by heart.
+
+    Args:
+        train: of training data.
+        test: of test data.
+        num_draws: of the guide behind each.
+
+    Returns:
+        Means, their difference, and the two-sample Kolmogorov-Smirnov statistic with its p-value, for each score.
+    """
+    columns: dict[str, Rows] = {}
+    arrays: Arrays = {}
+    for (name, of_train), of_test in zip(train.by_name().items(), test.by_name().values(), strict=True):
+        columns[name] = _compared(of_train, of_test)
+        arrays |= {f"train {name}": of_train.numpy(), f"test {name}": of_test.numpy()}
+    num_train, num_test = (len(scores.log_p) for scores in (train, test))
+    title = f"training and test data, {num_train} and {num_test} points, {num_draws} draws of z"
+    return Measured([Section(title, columns)], arrays)
+
+
+def _compared(train: Tensor, test: Tensor) -> Rows:
+    num_bad = int((~train.isfinite()).sum() + (~test.isfinite()).sum())
+    if num_bad:
+        return {"none": f"{num_bad} of the scores are not finite"}
+    found = stats.ks_2samp(train.numpy(), test.numpy())
+    test_error = mean_value(test)["error"]
+    return {
+        "mean over training data (nats)": mean_value(train),
+        "mean over test data (nats)": mean_value(test),
+        "training less test (nats)": mean_value(train - test.mean(), test_error),
+        "Kolmogorov-Smirnov statistic": float(found.statistic),
+        "its p-value": float(found.pvalue),
+    }

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Section, mean_cell
 from ppl_vaebm.evaluation.likelihood import Terms, bits_per_dim, has_bits
+from ppl_vaebm.evaluation.sections import Rows, Section, mean_value
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
 from ppl_vaebm.inference.likelihood import BATCH, CERTIFIED_ESS, LogLikelihood, elbo_rows
 from ppl_vaebm.inference.log_z.base import LogZ
@@ -36,7 +36,7 @@ NUM_JOINT_DRAWS = 100
 one. Chosen by us: each takes a pass of the energy too, so they are fewer than those for log p."""
 
 
-def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: int) -> dict[str, Section]:
+def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: int) -> list[Section]:
     """Estimate log Z in every way, and bound log h of the test data.
 
     Args:
@@ -51,17 +51,17 @@ def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: i
     try:
         found = estimate_normaliser(loaded.potential, effort, terms.reference_energy, seed)
     except InputError as error:
-        return {"log Z by every way (nats)": {"none": str(error)}}
-    return {
-        "log Z by every way (nats)": estimate_section(found),
-        "how log Z was estimated": how_section(found),
-        "log h of test data, from bounds (nats per point)": bound_section(loaded, found, terms, seed),
-    }
+        return [Section("log Z by every way (nats)", {"": {"none": str(error)}})]
+    return [
+        Section("log Z by every way (nats)", {"": estimate_section(found)}),
+        Section("how log Z was estimated", {"": how_section(found)}),
+        Section("log h of test data, from bounds (nats per point)", {"": bound_section(loaded, found, terms, seed)}),
+    ]
 
 
-def estimate_section(found: Normaliser) -> Section:
+def estimate_section(found: Normaliser) -> Rows:
     """List every estimate of log Z with its error, the gap of the bounds, and the verdict."""
-    section: Section = {}
+    section: Rows = {}
     for name, estimate in found.estimates.items():
         section[name] = estimate if isinstance(estimate, str) else _cell(estimate)
     section["mean log weight, forward: a wider lower bound"] = _cell(found.lower.mean_log_weight)
@@ -80,7 +80,7 @@ def _cell(estimate: LogZ) -> dict[str, float]:
     return {"value": estimate.value, "error": estimate.error}
 
 
-def how_section(found: Normaliser) -> Section:
+def how_section(found: Normaliser) -> Rows:
     """Say what stands behind the estimates."""
     down, up = found.down, found.up
     ladder = found.ladder_report
@@ -180,7 +180,7 @@ def verdict(found: Normaliser) -> str:
     return f"yes: the bounds and {len(agree)} of {len(found.estimates) - 2} other estimates agree{given}"
 
 
-def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int) -> Section:
+def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int) -> Rows:
     """Put log h of the test data together, every term's error beside it.
 
     Args:
@@ -196,12 +196,12 @@ def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int)
     """
     elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), by_level=False)
     high, middle = found.upper.log_z, found.middle
-    name, weighted, more = "IWAE - E", terms.log_p.value.double() - terms.energy, Section()
+    name, weighted, more = "IWAE - E", terms.log_p.value.double() - terms.energy, Rows()
     if loaded.config.energy.inputs != "x":
         joint = joint_bound(loaded.vaebm, terms.x, seed_for(seed, "joint"), NUM_JOINT_DRAWS)
         name, weighted = "joint IWAE", joint.value
         more = {
-            f"joint IWAE bound of log h + log Z, {NUM_JOINT_DRAWS} draws": mean_cell(weighted),
+            f"joint IWAE bound of log h + log Z, {NUM_JOINT_DRAWS} draws": mean_value(weighted),
             "error of that by the guide's draws alone": _joined_error(joint),
         }
     bounds, estimates = ("log h >=", "bits per dimension, at most by"), ("log h by", "bits per dimension by")
@@ -210,16 +210,16 @@ def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int)
         (bounds, f"{name} - log Z (upper bound)", _log_h(weighted, high)),
         (estimates, f"{name} - log Z (middle)", _log_h(weighted, middle)),
     ]
-    section: Section = {
-        "ELBO of log p (VAE)": mean_cell(elbo),
-        "IWAE bound of log p (VAE)": mean_cell(terms.log_p.value),
+    section: Rows = {
+        "ELBO of log p (VAE)": mean_value(elbo),
+        "IWAE bound of log p (VAE)": mean_value(terms.log_p.value),
         "its error by the guide's draws alone": _joined_error(terms.log_p),
-        "E of test data": mean_cell(terms.energy),
+        "E of test data": mean_value(terms.energy),
         **more,
         "log Z, upper bound": _cell(high),
         "log Z, middle of the bounds": _cell(middle),
         **{f"{in_nats} {of}": cell for (in_nats, _), of, cell in rows},
-        "error of these by the choice of test points": mean_cell(weighted)["error"],
+        "error of these by the choice of test points": mean_value(weighted)["error"],
         "error of these by log Z, upper bound": high.error,
         "error of these by log Z, middle": middle.error,
     }
@@ -233,7 +233,7 @@ def _log_h(unnormalised: Tensor, log_z: LogZ) -> dict[str, float]:
 
     Over points the Monte Carlo error of each is part of the spread already.
     """
-    return mean_cell(unnormalised - log_z.value, log_z.error)
+    return mean_value(unnormalised - log_z.value, log_z.error)
 
 
 def _joined_error(rows: LogLikelihood) -> float:

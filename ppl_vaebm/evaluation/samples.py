@@ -6,6 +6,7 @@ number stands at the run's own length and at a longer one, and at none, which is
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -15,22 +16,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
-from ppl_vaebm.evaluation.base import Effort, Measured, Section, mean_cell
 from ppl_vaebm.evaluation.image_metrics import (
     FRECHET,
     Judge,
-    Row,
-    class_sections,
+    MetricRow,
+    class_columns,
     joined,
     metric_arrays,
     metric_rows,
-    metric_sections,
+    metric_section,
     remarks,
 )
-from ppl_vaebm.evaluation.metrics.features import Outputs
+from ppl_vaebm.evaluation.metrics.features_base import Outputs
+from ppl_vaebm.evaluation.metrics.modes import mode_statistics
+from ppl_vaebm.evaluation.sections import Effort, Measured, Rows, Section, mean_value
 from ppl_vaebm.inference.kernels.base import value_only
-from ppl_vaebm.inference.sampling import ChainBlock, chain_blocks, decode_in_blocks, num_blocks
+from ppl_vaebm.inference.likelihood import RejectionError, exact_draws
+from ppl_vaebm.inference.potential import NoisePotential
+from ppl_vaebm.inference.sampling import ChainBlock, chain_blocks, decode_in_blocks, num_blocks, sample_by_chains
+from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 
 NUM_KEPT = 500
@@ -142,13 +148,12 @@ def measure_samples(loaded: LoadedRun, judge: Judge, samples: Samples, effort: E
     names = {count: f"VAEBM, {count} {kernel} steps" if count else "VAE" for count in samples.after}
     sets = {names[count]: _described(drawn) for count, drawn in samples.after.items()}
     rows = metric_rows(judge, sets, num)
-    sections = {
-        **metric_sections(judge, rows, num),
-        f"{FRECHET} over the VAE's [{judge.net.name}], {num} samples": _over_the_vae(rows),
-        **class_sections(judge, sets, num),
-        **remarks(judge, next(iter(sets.values())), num),
-        **chain_sections(samples, kernel),
-    }
+    more = {f"{FRECHET} over the VAE's": _over_the_vae(rows), **class_columns(judge, sets, num)}
+    sections = [
+        metric_section(judge, rows, num, more),
+        remarks(judge, next(iter(sets.values())), num),
+        chain_section(samples, kernel),
+    ]
     arrays = metric_arrays(rows, steps=list(samples.after), net=judge.net.name, num=num, kernel=kernel)
     return Measured(sections, arrays)
 
@@ -159,14 +164,14 @@ def _described(drawn: Drawn) -> Outputs:
     return drawn.described
 
 
-def _over_the_vae(rows: list[Row]) -> Section:
+def _over_the_vae(rows: list[MetricRow]) -> Rows:
     distances = {row.name: row.cells[FRECHET] for row in rows}
     vae = distances.pop("VAE")
     assert isinstance(vae, float)
     return {name: distance / vae for name, distance in distances.items() if isinstance(distance, float)}
 
 
-def chain_sections(samples: Samples, kernel: str) -> dict[str, Section]:
+def chain_section(samples: Samples, kernel: str) -> Section:
     """Say what the chains behind samples did, and how fast.
 
     Times are of this machine; they include the drawing of noise and the decoding of the last position, and neither the
@@ -181,19 +186,17 @@ def chain_sections(samples: Samples, kernel: str) -> dict[str, Section]:
         VAE, and the mean energy; for the chains also their step size, acceptance and divergent moves until then, and
         how often they exchanged the first latent, over the longest chains.
     """
-    family = f"[chains of {kernel}], {len(samples.after[VAE_STEPS].energy)} samples"
-    return {
-        f"{f'{count} steps' if count else 'VAE'} {family}": _chain_section(samples, count) for count in samples.after
-    }
+    columns = {f"{count} steps" if count else "VAE": _chain_rows(samples, count) for count in samples.after}
+    return Section(f"chains of {kernel}, {len(samples.after[VAE_STEPS].energy)} samples", columns)
 
 
-def _chain_section(samples: Samples, count: int) -> Section:
+def _chain_rows(samples: Samples, count: int) -> Rows:
     blocks, drawn = samples.blocks, samples.after[count]
     num_run = sum(block.size for block in blocks)
     seconds = sum(block.seconds[count] for block in blocks)
     # As many chains ran as the blocks hold, and as many images were decoded as were asked for.
     per_image = seconds / num_run + drawn.decoding_seconds / len(drawn.energy)
-    section: Section = {"images per second": 1 / per_image}
+    section: Rows = {"images per second": 1 / per_image}
     if count:
         num_evals = sum(block.size * block.num_evals[count] for block in blocks)
         section |= {
@@ -206,6 +209,82 @@ def _chain_section(samples: Samples, count: int) -> Section:
         rates = [block.report["exchange_rate"] for block in blocks if "exchange_rate" in block.report]
         if rates:
             section["acceptance of exchanges, longest chains"] = float(torch.tensor(rates).mean())
-    section |= {f"mean square of {noise}": mean_cell(value) for noise, value in drawn.mean_squares.items()}
-    section["mean energy (nats)"] = mean_cell(drawn.energy)
+    section |= {f"mean square of {noise}": mean_value(value) for noise, value in drawn.mean_squares.items()}
+    section["mean energy (nats)"] = mean_value(drawn.energy)
     return section
+
+
+def modes(loaded: LoadedRun, effort: Effort, seed: int) -> list[Section]:
+    """Count modes of the VAE, of exact draws of the VAEBM, and of its chains.
+
+    Args:
+        loaded: the fitted VAEBM, on data with known modes.
+        effort: number of samples and chain lengths.
+        seed: of all draws.
+
+    Returns:
+        A section for each set of draws; where rejection gives up, that of the exact draws says so.
+    """
+    chains = sample_by_chains(
+        loaded.potential,
+        loaded.config.sampling.kernel,
+        num=effort.num_samples,
+        steps=[0, *effort.steps],
+        seed=seed,
+        latent_steps=loaded.config.sampling.latent_steps,
+    )
+    columns, failures = {"VAE": mode_rows(loaded, chains.positions[0])}, []
+    try:
+        exact = exact_draws(
+            loaded.potential, stream(seed, "exact", device=loaded.config.device), effort.num_samples
+        ).position
+        columns["VAEBM, exact draws"] = mode_rows(loaded, exact)
+    except RejectionError as error:
+        failures = [Section("modes of exact draws of the VAEBM", {"": {"none": str(error)}})]
+    for count in effort.steps:
+        name = f"VAEBM, {loaded.config.sampling.kernel.name} chains, {count} steps"
+        columns[name] = mode_rows(loaded, chains.positions[count])
+    return [Section("modes", columns), *failures]
+
+
+def mode_rows(loaded: LoadedRun, position: Tensor) -> Rows:
+    """Describe one set of draws on data with known modes.
+
+    Args:
+        loaded: the fitted VAEBM.
+        position: noise, ``(num, D)``.
+
+    Returns:
+        Share of good points, modes found, evenness of the modes, mean energy.
+    """
+    return {
+        **data_mode_rows(decode_in_blocks(loaded.potential, position), loaded.data),
+        "mean energy": mean_value(_energies(loaded.potential, position)),
+    }
+
+
+def data_mode_rows(x: Tensor, data: Data) -> Rows:
+    """Describe samples of data with known modes.
+
+    Args:
+        x: samples, ``(n, d)``.
+        data: what they should look like.
+
+    Returns:
+        Share of good points, modes found, evenness of the modes.
+    """
+    assert data.modes is not None and data.mode_std is not None
+    found = mode_statistics(x, data.modes, data.mode_std)
+    share = found.high_quality
+    return {
+        "share within 3 std of a mode": {"value": share, "error": math.sqrt(share * (1 - share) / len(x))},
+        f"modes of {len(data.modes)}": found.num_modes,
+        "KL of the mode histogram to uniform (nats)": (
+            found.kl_to_uniform if share else "undefined: no point is near a mode"
+        ),
+    }
+
+
+def _energies(potential: NoisePotential, position: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([potential(rows) for rows in position.split(1_000)])

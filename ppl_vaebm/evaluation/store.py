@@ -1,86 +1,102 @@
-"""What an evaluation leaves in the run's folder: sections in evaluate.json, and arrays for the report's pictures.
+"""Results of an evaluation in the run's folder: sections in evaluate.json, and arrays for the report's pictures.
 
-Parts can be measured in different calls. Numbers stay as long as they are of the same weights, and until their part is
-measured again; the file says of every section where it comes from.
+Parts may be measured in different calls. Results stay as long as they are of the same weights, and until their part is
+measured again.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ppl_vaebm.config.evaluation import PARTS
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Arrays, Measured, Section
+from ppl_vaebm.evaluation.sections import Arrays, Measured, Section
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.runs.run import Run, from_json, to_json
 
-SOURCES = "where these numbers come from"
-"""Title of the section that names part, weights and seed of every other section."""
-SOURCE = re.compile(r"(?P<part>[\w-]+), weights (?P<weights>[0-9a-f]+), seed (?P<seed>-?\d+)")
+OLD_SOURCES = "where these numbers come from"
+"""Key of the sources in files that were written before sections had parts."""
 
 
-def read_sections(run: Run) -> dict[str, Section]:
-    """Read the sections that a run has; none where it has no file.
+class StoredPart(NamedTuple):
+    """Sections of one part, and what they were measured with."""
 
-    Numbers that are not finite come back as such, also from files of earlier versions, which had them as NaN and
-    Infinity.
+    weights: str
+    """Fingerprint of the weights; empty where an old file does not have it."""
+    seed: int
+    sections: list[Section]
+
+
+def read_parts(run: Run) -> dict[str, StoredPart]:
+    """Read the results of a run by part; none where it has no file.
+
+    Numbers that are not finite come back as such.
 
     Raises:
-        InputError: the file is not JSON of that form.
+        InputError: the file has another form.
     """
     if not run.evaluation_file.exists():
         return {}
     try:
-        sections = json.loads(run.evaluation_file.read_text(encoding="utf-8"))
-    except ValueError:
-        sections = None
-    if not isinstance(sections, dict) or not all(isinstance(section, dict) for section in sections.values()):
-        raise InputError(f"expected sections of numbers in {run.evaluation_file}, found something else; remove it")
-    return {title: _mapped(section, from_json) for title, section in sections.items()}
+        stored = _map_leaves(json.loads(run.evaluation_file.read_text(encoding="utf-8")), from_json)
+        parts = stored["parts"] if "parts" in stored else _parts_of_old_file(stored)
+        return {name: _part(**part) for name, part in parts.items()}
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise InputError(
+            f"expected sections of numbers in {run.evaluation_file}, found something else; remove it"
+        ) from error
 
 
-def _mapped(section: Section, change: Callable[[Any], Any]) -> Section:
-    """Change every number and text of a section, values and errors too."""
-    return {
-        name: {key: change(value) for key, value in cell.items()} if isinstance(cell, dict) else change(cell)
-        for name, cell in section.items()
-    }
+def _part(weights: str, seed: int, sections: list[dict[str, Any]]) -> StoredPart:
+    return StoredPart(weights, seed, [Section(**section) for section in sections])
 
 
-def source_of(sections: dict[str, Section], title: str) -> dict[str, str] | None:
-    """Say which part, weights and seed a section is of; ``None`` where the file does not tell."""
-    found = SOURCE.fullmatch(str(sections.get(SOURCES, {}).get(title, "")))
-    return found.groupdict() if found else None
+def _parts_of_old_file(stored: dict[str, Any]) -> dict[str, Any]:
+    """Convert ``{title: rows}`` with sources such as ``samples, weights 1f, seed 0``; every section has one column."""
+    parts: dict[str, Any] = {}
+    sources = stored.pop(OLD_SOURCES, {})
+    for title, rows in stored.items():
+        name, weights, seed = [
+            *sources.get(title, "").replace(" weights ", "").replace(" seed ", "").split(","),
+            *"  ",
+        ][:3]
+        part = parts.setdefault(name, {"weights": weights.strip(), "seed": int(seed.strip() or 0), "sections": []})
+        part["sections"].append({"title": title, "columns": {"": dict(rows)}})
+    return parts
+
+
+def _map_leaves(value: Any, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _map_leaves(inner, change) for key, inner in value.items()}
+    return [_map_leaves(inner, change) for inner in value] if isinstance(value, list) else change(value)
 
 
 def store(run: Run, part: str, measured: Measured, weights: str, seed: int) -> None:
-    """Put a part's numbers in the place of those that it had, and drop all that are of other weights.
+    """Replace a part's results, and drop all that are of other weights.
 
     Args:
         run: the run.
-        part: one of :data:`~ppl_vaebm.evaluation_base.PARTS`.
+        part: one of :data:`~ppl_vaebm.config.evaluation.PARTS`.
         measured: its sections and arrays.
         weights: fingerprint of what was measured.
         seed: of the draws.
     """
-    old = read_sections(run)
-    sources = {title: source for title in old if (source := source_of(old, title)) is not None}
-    kept = {title: s for title, s in sources.items() if s["weights"] == weights and s["part"] != part}
-    new = {title: {"part": part, "weights": weights, "seed": str(seed)} for title in measured.sections}
-    found = sorted((kept | new).items(), key=lambda item: PARTS.index(item[1]["part"]))
-    sections = {title: measured.sections.get(title) or old[title] for title, _ in found}
-    sections[SOURCES] = {title: f"{s['part']}, weights {s['weights']}, seed {s['seed']}" for title, s in found}
-    # Arrays go before their numbers change and come after, so no picture is of other numbers than its table.
-    for other in {*PARTS} - {s["part"] for s in kept.values()}:
+    kept = {name: old for name, old in read_parts(run).items() if old.weights == weights and name != part}
+    parts = kept | {part: StoredPart(weights, seed, measured.sections)}
+    written = {
+        name: {**parts[name]._asdict(), "sections": [section._asdict() for section in parts[name].sections]}
+        for name in PARTS
+        if name in parts
+    }
+    # Arrays go before their numbers change and come after, so that no picture is of other numbers than its table.
+    for other in {*PARTS} - {*kept}:
         _arrays_file(run, other).unlink(missing_ok=True)
-    written = {title: _mapped(section, to_json) for title, section in sections.items()}
-    write_atomic(run.evaluation_file, json.dumps(written, indent=2, allow_nan=False) + "\n")
+    text = json.dumps({"parts": _map_leaves(written, to_json)}, indent=2, allow_nan=False)
+    write_atomic(run.evaluation_file, text + "\n")
     if measured.arrays:
         run.save_npz(_arrays_file(run, part).stem, **measured.arrays)
 
@@ -95,5 +111,5 @@ def load_arrays(run: Run, part: str) -> Arrays | None:
 
 
 def _arrays_file(run: Run, part: str) -> Path:
-    """Say where a part's arrays lie: among the samples, where a new stage clears them away."""
+    """Return the file of a part's arrays; it lies among the samples, which a new stage removes."""
     return run.samples_dir / f"evaluation_{part}.npz"

@@ -10,18 +10,18 @@ from torch import Tensor
 from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Effort, Measured, Section, mean_cell
+from ppl_vaebm.evaluation.evaluation import NO_NETWORK, Plan, judge_of
 from ppl_vaebm.evaluation.image_metrics import (
     Judge,
-    class_sections,
+    class_columns,
     metric_arrays,
     metric_rows,
-    metric_sections,
+    metric_section,
     remarks,
 )
 from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits
-from ppl_vaebm.evaluation.modes import mode_cells
-from ppl_vaebm.evaluation.plan import NO_NETWORK, Plan, judge_of
+from ppl_vaebm.evaluation.samples import data_mode_rows
+from ppl_vaebm.evaluation.sections import Effort, Measured, Rows, Section, mean_value
 from ppl_vaebm.inference.likelihood import elbo_rows, log_p
 from ppl_vaebm.inference.vae_draws import prior_draws
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -61,14 +61,17 @@ def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured
 
 def _bounds(fitted: FittedVAE, plan: Plan) -> Measured:
     section = bounds(fitted, fitted.vae, plan.effort, plan.seed)
-    if fitted.prior_vae is None:
-        return Measured({"stage 1, test data": section}, {})
-    title = f"stage 1, test data, prior statistics at temperature {fitted.norm_temperature:g}"
-    other = bounds(fitted, fitted.prior_vae, plan.effort, plan.seed)
-    return Measured({"stage 1, test data, training statistics": section, title: other}, {})
+    columns = {"": section}
+    if fitted.prior_vae is not None:
+        other = bounds(fitted, fitted.prior_vae, plan.effort, plan.seed)
+        columns = {
+            "training statistics": section,
+            f"prior statistics at temperature {fitted.norm_temperature:g}": other,
+        }
+    return Measured([Section("stage 1, test data", columns)], {})
 
 
-def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -> Section:
+def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -> Rows:
     """Bound the likelihood of test data from below, by the decoder's law of levels where it has one.
 
     Args:
@@ -90,14 +93,14 @@ def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -
         bests.append(log_p(vae, x, draws, effort.num_importance, by_level=True).value)
     unit = "nats per image" if len(fitted.data.event_shape) == 3 else "nats per point"
     nats = {
-        "ELBO": mean_cell(torch.cat(elbos)),
-        f"importance-weighted bound, {effort.num_importance} draws": mean_cell(torch.cat(bests)),
+        "ELBO": mean_value(torch.cat(elbos)),
+        f"importance-weighted bound, {effort.num_importance} draws": mean_value(torch.cat(bests)),
     }
-    section: Section = {f"{name} ({unit})": value for name, value in nats.items()}
+    section: Rows = {f"{name} ({unit})": value for name, value in nats.items()}
     if has_bits(fitted.config, fitted.data):
         section |= {f"{name} (bits per dimension)": bits_per_dim(value, fitted.data) for name, value in nats.items()}
     for name in vae.model.latent_shapes:
-        section[f"KL of {name} ({unit})"] = mean_cell(torch.cat([kl[name] for kl in kls]))
+        section[f"KL of {name} ({unit})"] = mean_value(torch.cat([kl[name] for kl in kls]))
     return section
 
 
@@ -111,21 +114,21 @@ def _test_blocks(fitted: FittedVAE, limit: int, seed: int) -> Iterator[Tensor]:
 def _samples(fitted: FittedVAE, plan: Plan, judge: Judge | None) -> Measured:
     num, draws = plan.effort.num_samples, seed_for(plan.seed, "samples")
     if fitted.data.modes is not None:
-        return Measured({"modes: VAE": mode_cells(prior_draws(fitted.sampler, num, draws), fitted.data)}, {})
+        modes = data_mode_rows(prior_draws(fitted.sampler, num, draws), fitted.data)
+        return Measured([Section("modes", {"VAE": modes})], {})
     if len(fitted.data.event_shape) != 3:
-        return Measured({}, {})
+        return Measured([], {})
     if judge is None:
-        return Measured({"metrics of samples": NO_NETWORK}, {})
+        return Measured([NO_NETWORK], {})
     sets = {
         name: judge.describe(prior_draws(vae, num, draws, temperature))
         for name, (vae, temperature) in _samplers(fitted).items()
     }
     rows = metric_rows(judge, sets, num)
-    sections = {
-        **metric_sections(judge, rows, num),
-        **class_sections(judge, sets, num),
-        **remarks(judge, next(iter(sets.values())), num),
-    }
+    sections = [
+        metric_section(judge, rows, num, class_columns(judge, sets, num)),
+        remarks(judge, next(iter(sets.values())), num),
+    ]
     return Measured(sections, metric_arrays(rows, net=judge.net.name, num=num))
 
 

@@ -16,7 +16,9 @@ import torch
 from ppl_vaebm.config import Config
 from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.errors import exits_with_one_sentence
-from ppl_vaebm.evaluation.evaluation import Effort, Section, likelihood, mode_section
+from ppl_vaebm.evaluation.likelihood import likelihood
+from ppl_vaebm.evaluation.samples import mode_rows
+from ppl_vaebm.evaluation.sections import Effort, Rows
 from ppl_vaebm.experiments.studies import (
     folder_of,
     load_results,
@@ -69,16 +71,16 @@ EFFORT = Effort(num_test=2_000, num_importance=300, num_z_draws=100_000, num_sam
 SEED = 0
 
 
-def measure(run: Run, config: Config, data: Data, vae: HierarchicalVAE) -> dict[str, Section | float]:
+def measure(run: Run, config: Config, data: Data, vae: HierarchicalVAE) -> dict[str, Rows | float]:
     """Fit one setting, and measure processor seconds, likelihood, and modes of exact draws and of its own chains."""
     start = time.process_time()
     vaebm = fit_ebm(run, config, data, vae)
     seconds = time.process_time() - start
     loaded = LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
-    result: dict[str, Section | float] = {"seconds": seconds, "likelihood": likelihood(loaded, EFFORT, SEED)}
+    result: dict[str, Rows | float] = {"seconds": seconds, "likelihood": likelihood(loaded, EFFORT, SEED)}
     try:
         exact = exact_draws(loaded.potential, stream(SEED, "exact"), EFFORT.num_samples, max_proposals=2_000_000)
-        result["exact"] = mode_section(loaded, exact.position)
+        result["exact"] = mode_rows(loaded, exact.position)
     except RuntimeError as error:
         result["exact"] = {"none": str(error)}
     if config.ebm.objective == "mle" and config.ebm.negatives == "chains":
@@ -86,8 +88,8 @@ def measure(run: Run, config: Config, data: Data, vae: HierarchicalVAE) -> dict[
         chains = sample_by_chains(
             loaded.potential, config.kernel, num=EFFORT.num_samples, steps=[steps, 20 * steps], seed=SEED
         )
-        result["chains"] = mode_section(loaded, chains.positions[steps])
-        result["chains, 20 times as long"] = mode_section(loaded, chains.positions[20 * steps])
+        result["chains"] = mode_rows(loaded, chains.positions[steps])
+        result["chains, 20 times as long"] = mode_rows(loaded, chains.positions[20 * steps])
     return result
 
 

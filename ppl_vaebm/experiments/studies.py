@@ -19,8 +19,9 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
 from ppl_vaebm.data.splits import without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classification import frechet_distance
-from ppl_vaebm.evaluation.metrics.features import FeatureNet, load_or_train, network_outputs
+from ppl_vaebm.evaluation.metrics.classifier import load_or_train
+from ppl_vaebm.evaluation.metrics.features_base import FeatureNet, network_outputs
+from ppl_vaebm.evaluation.metrics.frechet import frechet_distance
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.inference.sampling import decode_in_blocks

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ppl_vaebm.evaluation.kernel_files import Outcome, load_pictures
-from ppl_vaebm.evaluation.kernel_table import Row
-from ppl_vaebm.evaluation.kernel_text import TRUST, cost, reference_text, table_of
+from ppl_vaebm.evaluation.kernel_table import TRUST, Row, cost, reference_text, table_of
 from ppl_vaebm.evaluation.kernels import Budget, Reference
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS

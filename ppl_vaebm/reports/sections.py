@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ppl_vaebm.evaluation.base import Section
-from ppl_vaebm.evaluation.kernel_text import with_spread
-from ppl_vaebm.evaluation.store import SOURCES, load_arrays, read_sections, source_of
-from ppl_vaebm.evaluation.tables import tables
+from ppl_vaebm.evaluation.kernel_table import with_spread
+from ppl_vaebm.evaluation.sections import table_cells
+from ppl_vaebm.evaluation.store import StoredPart, load_arrays, read_parts
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
@@ -92,26 +91,24 @@ def samples_contents(run: Run) -> Contents | None:
 
 def evaluation_contents(run: Run) -> Contents | None:
     """Show the numbers and the pictures of ``evaluate``."""
-    sections = read_sections(run)
-    if not sections:
+    parts = read_parts(run)
+    if not parts:
         return None
-    shown = {title: section for title, section in sections.items() if title != SOURCES}
     pictures = []
     for part, draw in evaluation.PICTURES.items():
         arrays = load_arrays(run, part)
         pictures += draw(arrays) if arrays is not None else []
-    found = [
-        Table(t.title, ["", *t.columns] if t.columns else [], [[name, *texts] for name, texts in t.rows.items()])
-        for t in tables(shown, figures.value_text)
+    tables = [
+        Table(section.title, *table_cells(section, figures.value_text))
+        for part in parts.values()
+        for section in part.sections
     ]
-    return Contents(pictures, found, _origins(sections))
+    return Contents(pictures, tables, _origins(parts))
 
 
-def _origins(sections: dict[str, Section]) -> list[str]:
+def _origins(parts: dict[str, StoredPart]) -> list[str]:
     """Describe with which seed, and on which weights, each part was measured."""
-    sources = [source_of(sections, title) for title in sections]
-    found = dict.fromkeys((s["part"], s["seed"], s["weights"]) for s in sources if s is not None)
-    return [f"{part}: seed {seed}, weights {weights}" for part, seed, weights in found]
+    return [f"{name}: seed {part.seed}, weights {part.weights}" for name, part in parts.items() if part.weights]
 
 
 def chains_contents(run: Run) -> Contents | None:

@@ -27,7 +27,7 @@ from ppl_vaebm.config.kernel import kernel_names, missing_packages
 from ppl_vaebm.config.parsing import as_yaml, differences, from_dict, last_value, parse, to_dict, tokens
 from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
+from ppl_vaebm.evaluation.ood import SYNTHETIC
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName
 

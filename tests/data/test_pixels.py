@@ -11,7 +11,7 @@ from torch import Tensor
 from ppl_vaebm.data.pixels import check_images, quantised, quantised_as, to_bytes
 from ppl_vaebm.data.splits import Data, IntegerImages, Points, binarize, dequantize, image_data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classification import frechet_distance
+from ppl_vaebm.evaluation.metrics.frechet import frechet_distance
 from ppl_vaebm.rng import stream
 
 

@@ -25,7 +25,7 @@ from ppl_vaebm.data.splits import (
     without_noise,
 )
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import random_order
+from ppl_vaebm.evaluation.sections import random_order
 from ppl_vaebm.rng import stream
 from tests.pixels import noise, pixels, quantized
 

@@ -13,11 +13,10 @@ import torch
 from ppl_vaebm.config import Config, KernelConfig, ModelConfig, NvaeConfig, SamplingConfig
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import IntegerImages, Points, image_data
-from ppl_vaebm.evaluation import modes as evaluation_modes
-from ppl_vaebm.evaluation.base import random_order
-from ppl_vaebm.evaluation.evaluation import Effort, likelihood
-from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits, likelihood_terms
-from ppl_vaebm.evaluation.modes import modes
+from ppl_vaebm.evaluation import samples as evaluation_modes
+from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits, likelihood, likelihood_terms
+from ppl_vaebm.evaluation.samples import modes
+from ppl_vaebm.evaluation.sections import Effort, random_order
 from ppl_vaebm.inference.likelihood import exact_draws
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
@@ -25,6 +24,7 @@ from ppl_vaebm.models.vaebm import VAEBM, build_vaebm
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run
+from tests.judged import columns_of
 from tests.small_models import VARIANCE, QuadraticEnergy, linear_vae, log_normal
 
 CENTER, WIDTH = 0.6, 0.5
@@ -99,21 +99,21 @@ def test_few_effective_draws_are_not_certified(tmp_path: Path) -> None:
 
 
 def test_modes_are_those_of_the_draws(tmp_path: Path) -> None:
-    sections = modes(loaded_run(tmp_path), EFFORT, seed=0)
+    sections = modes(loaded_run(tmp_path), EFFORT, seed=0)[0].columns
     shares = {name: cell({**section}, "share within 3 std of a mode") for name, section in sections.items()}
     normal_share = math.erf(3 / math.sqrt(2))
-    for name in ("modes: VAEBM, exact draws", "modes: VAEBM, independence chains, 20 steps"):
+    for name in ("VAEBM, exact draws", "VAEBM, independence chains, 20 steps"):
         assert shares[name][0] == pytest.approx(normal_share, abs=4 * math.sqrt(normal_share * 0.0027 / 4_000))
     scale = math.sqrt(2 * VARIANCE)
     vae_share = 0.5 * (math.erf((MEAN + 3 * STD) / scale) - math.erf((MEAN - 3 * STD) / scale))
-    value, error = shares["modes: VAE"]
+    value, error = shares["VAE"]
     assert abs(value - vae_share) < 4 * error and vae_share < normal_share - 4 * error
 
 
 def test_where_rejection_gives_up_the_section_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluation_modes, "exact_draws", partial(exact_draws, max_proposals=1))
     sections = modes(loaded_run(tmp_path), EFFORT._replace(num_samples=20_000, steps=[]), seed=0)
-    assert "too far from the VAE" in str(sections["modes: VAEBM, exact draws"]["none"])
+    assert "too far from the VAE" in str(columns_of(sections, "modes of exact draws of the VAEBM")[""]["none"])
 
 
 # --- bits per dimension --------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ppl_vaebm.data.splits import Points
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernel_files as comparison_files
 from ppl_vaebm.evaluation import kernel_table as comparison_table
-from ppl_vaebm.evaluation import kernel_text as comparison_text
+from ppl_vaebm.evaluation import kernel_table as comparison_text
 from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.evaluation.kernel_files import Outcome
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,8 +23,8 @@ from ppl_vaebm.evaluation.log_z import (
     normaliser_sections,
     verdict,
 )
-from ppl_vaebm.evaluation.store import SOURCES
-from ppl_vaebm.evaluation.tables import lines
+from ppl_vaebm.evaluation.sections import Section, sections_text
+from ppl_vaebm.evaluation.store import read_parts
 from ppl_vaebm.inference import likelihood as likelihood_module
 from ppl_vaebm.inference import normalizing_constant as normaliser
 from ppl_vaebm.inference.likelihood import log_p
@@ -40,6 +39,7 @@ from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run
 from tests.evaluation.test_evaluation import CENTER, EFFORT, MEAN, STD, WIDTH, cell, image_set, loaded_run
+from tests.judged import columns_of
 from tests.small_models import (
     POSTERIOR_SLOPE,
     POSTERIOR_SPREAD,
@@ -86,7 +86,7 @@ def test_what_stands_behind_them_is_said(measured: tuple[LoadedRun, Terms, Norma
     assert section["particles without a finite weight"] == 0 and section["divergent moves, forward and reverse"] == 0
     assert str(section["levels of the ladder"]).startswith("0.000, ")
     assert len(str(section["swap rates of its neighbours"]).split(", ")) == 5
-    assert "nan" not in "\n".join(lines({"how": section}))
+    assert "nan" not in sections_text([Section("how", {"": section})])
 
 
 def test_log_h_is_bounded_from_below(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
@@ -297,7 +297,7 @@ def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Pat
     loaded = replace(loaded, vaebm=vaebm, potential=noise_potential(vaebm))
     few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200)
     sections = normaliser_sections(loaded, Effort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
-    section: dict[str, object] = {**sections["log Z by every way (nats)"]}
+    section: dict[str, object] = {**columns_of(sections, "log Z by every way (nats)")[""]}
     assert cell(section, UPPER) == cell(section, LOWER) == (0.0, 0.0)
     assert "draws of the VAE" in str(section["agree with the bounds"])
 
@@ -305,7 +305,7 @@ def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Pat
 def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
     loaded, terms, _ = measured
     sections = normaliser_sections(loaded, Effort(1), terms, seed=0)
-    assert "at least 2 particles" in str(sections["log Z by every way (nats)"]["none"])
+    assert "at least 2 particles" in str(columns_of(sections, "log Z by every way (nats)")[""]["none"])
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -327,17 +327,18 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
 ) -> None:
     run = fit_run(tmp_path)
     evaluate.main([str(run), *FEW])
-    plain = json.loads((run / "evaluate.json").read_text())
-    assert not any("log Z" in title for title in plain)
+    plain = read_parts(Run(run))
+    assert not any("log Z" in section.title for part in plain.values() for section in part.sections)
     options = ["--only", "likelihood", "--log-likelihood", "--num-particles", "16", "--num-temperatures", "3"]
     evaluate.main([str(run), *FEW, *options])
-    sections = json.loads((run / "evaluate.json").read_text())
-    sources = plain.pop(SOURCES)
-    assert {title: sections[title] for title in plain} == plain and len(sections) == len(plain) + 4
-    assert sources.items() < sections[SOURCES].items()
-    assert sections["how log Z was estimated"]["temperatures"] == 3
+    parts = read_parts(Run(run))
+    sections = parts.pop("normaliser").sections
+    assert parts == plain and len(sections) == 3
+    assert columns_of(sections, "how log Z was estimated")[""]["temperatures"] == 3
     assert "annealing, reverse: an upper bound" in capsys.readouterr().out
-    assert not any("bits" in name for name in sections["log h of test data, from bounds (nats per point)"])
+    assert not any(
+        "bits" in name for name in columns_of(sections, "log h of test data, from bounds (nats per point)")[""]
+    )
     with pytest.raises(SystemExit) as ended:
         evaluate.main([str(run), "--stage", "svi", "--log-likelihood"])
     assert ended.value.code == 2

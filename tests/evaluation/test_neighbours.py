@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from ppl_vaebm.data.pixels import quantised_as
-from ppl_vaebm.evaluation.base import Effort, Section
-from ppl_vaebm.evaluation.image_metrics import new_judge
-from ppl_vaebm.evaluation.neighbours import NUM_SHOWN, measure_neighbours, near_shares
+from ppl_vaebm.evaluation.image_metrics import NUM_SHOWN, measure_neighbours, near_shares, new_judge
+from ppl_vaebm.evaluation.sections import Effort, Rows
 from ppl_vaebm.rng import stream
 from tests.judged import PixelNet, image_levels, level_data
 
@@ -19,7 +18,7 @@ EFFORT = Effort(2, 2, 2, num_samples=40, steps=(2,), num_reference=1_000)
 DATA = level_data(image_levels(1_100), image_levels(300, name="test"))
 
 
-def number(section: Section, name: str) -> float:
+def number(section: Rows, name: str) -> float:
     cell = section[name]
     return cell["value"] if isinstance(cell, dict) else float(cell)
 
@@ -28,8 +27,8 @@ def test_copies_are_found_and_shown_beside_their_originals() -> None:
     judge = new_judge(PixelNet(), DATA, EFFORT, seed=3)
     copies = quantised_as(DATA.train.batch(torch.arange(100), stream(0, "copies")), DATA)
     sections, arrays = measure_neighbours(DATA, copies, judge, EFFORT, seed=3)
-    assert [title.partition(" [")[0] for title in sections] == ["in pixels", "in features of pixels"]
-    for section in sections.values():
+    assert list(sections[0].columns) == ["in pixels", "in features of pixels"]
+    for section in sections[0].columns.values():
         assert number(section, "median distance, samples") == number(section, "samples over test images") == 0
         assert number(section, "share of samples nearer than 1% of test images") > 0.85
     # About 9 of 10 training images are in the reference.
@@ -45,7 +44,7 @@ def test_draws_of_the_datas_law_are_no_copies() -> None:
         DATA,
     )
     sections, arrays = measure_neighbours(DATA, fresh, None, EFFORT, seed=0)
-    (section,) = sections.values()
+    (section,) = sections[0].columns.values()
     assert set(arrays) == {"samples", "pixels"}
     assert abs(number(section, "samples over test images") - 1) < 0.02
     assert number(section, "least distance, samples") > 0
@@ -100,7 +99,7 @@ def test_where_test_images_are_copies_of_training_images_the_table_says_so() -> 
         fresh = image_levels(100 - num_copies, name="test") if num_copies < 100 else train[:0]
         data = level_data(train, torch.cat([train[:num_copies], fresh]))
         samples = quantised_as(data.test.batch(torch.arange(100), stream(0, "samples")), data)
-        ((_, section),) = measure_neighbours(data, samples, None, EFFORT, seed=0).sections.items()
+        (section,) = measure_neighbours(data, samples, None, EFFORT, seed=0).sections[0].columns.values()
         assert section[SHARE] == f"none: {num_copies} of 100 test images are copies of training images"
         assert EXPECTED not in section
         ratio = section["samples over test images"]

@@ -16,10 +16,18 @@ from ppl_vaebm.config import Config, DataConfig
 from ppl_vaebm.data.load import load_data
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Effort, Section
-from ppl_vaebm.evaluation.ood import auroc_cell, measure_ood
-from ppl_vaebm.evaluation.ood_sets import SYNTHETIC, check_sets, images_of, levels_of, load_other, ood_sets
-from ppl_vaebm.evaluation.scores import Scores, score, score_data
+from ppl_vaebm.evaluation.likelihood import Scores, score, score_data
+from ppl_vaebm.evaluation.ood import (
+    SYNTHETIC,
+    auroc_value,
+    check_sets,
+    images_of,
+    levels_of,
+    load_other,
+    measure_ood,
+    ood_sets,
+)
+from ppl_vaebm.evaluation.sections import Effort, Rows
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
@@ -34,15 +42,15 @@ from tests.small_models import VARIANCE, linear_vae, log_normal
 EFFORT = Effort(2, 2, 2, 20, (2,), num_scored=60, num_score_draws=2)
 
 
-def areas(loaded: LoadedRun, *names: str) -> dict[str, Section]:
+def areas(loaded: LoadedRun, *names: str) -> dict[str, Rows]:
     """Return the areas of each score by its name."""
     inside = score_data(loaded, "test", EFFORT, seed=0)
     sets = ood_sets(loaded, names, EFFORT.num_scored, seed=0)
     sections = measure_ood(loaded, inside, sets, EFFORT, seed=0).sections
-    return {title.split(" [")[0].removeprefix("AUROC of "): section for title, section in sections.items()}
+    return {name.removeprefix("AUROC of "): rows for section in sections for name, rows in section.columns.items()}
 
 
-def area(section: Section, name: str) -> tuple[float, float]:
+def area(section: Rows, name: str) -> tuple[float, float]:
     cell = section[name]
     assert isinstance(cell, dict)
     return cell["value"], cell["error"]
@@ -69,10 +77,10 @@ def test_the_area_of_log_h_is_that_of_its_law(tmp_path: Path) -> None:
     inside = score_data(loaded, "test", EFFORT._replace(num_scored=num, num_score_draws=300), seed=0)
     x = MEAN + width * STD * torch.randn(num, 1, generator=stream(0, "others"))
     outside = score(loaded, x, num_draws=300, seed=1)
-    cell = auroc_cell(inside, outside, "log h")
+    cell = auroc_value(inside, outside, "log h")
     assert isinstance(cell, dict)
     assert abs(cell["value"] - 2 / math.pi * math.atan(width)) < 5 * cell["error"] < 0.1
-    wrong = auroc_cell(outside, inside, "log h")
+    wrong = auroc_value(outside, inside, "log h")
     assert isinstance(wrong, dict) and wrong["value"] == pytest.approx(1 - cell["value"])
 
 
@@ -93,13 +101,13 @@ def test_the_energy_alone_knows_what_it_was_made_to_know(tmp_path: Path) -> None
 def test_scores_that_are_not_finite_are_said(bad: float, is_flagged: bool) -> None:
     inside = Scores(torch.arange(4.0).double(), torch.zeros(4).double())
     outside = Scores(torch.tensor([bad, -1.0, -2.0]).double(), torch.zeros(3).double())
-    cell = auroc_cell(inside, outside, "log h")
+    cell = auroc_value(inside, outside, "log h")
     assert outside.num_not_finite == 1
     if is_flagged:
         assert isinstance(cell, str) and "0 test images and 1 of these" in cell
     else:
         assert isinstance(cell, dict) and cell["value"] == 1.0  # an impossible image ranks last
-    assert isinstance(auroc_cell(inside, outside, "-E"), dict)
+    assert isinstance(auroc_value(inside, outside, "-E"), dict)
 
 
 # --- sets ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import get_args
@@ -16,11 +15,13 @@ from ppl_vaebm.config.evaluation import PARTS, Part
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import evaluation
-from ppl_vaebm.evaluation import plan as evaluation_plan
-from ppl_vaebm.evaluation.evaluation import Effort, Evaluation, Plan
+from ppl_vaebm.evaluation import evaluation as evaluation_plan
+from ppl_vaebm.evaluation.evaluation import Evaluation, Plan
 from ppl_vaebm.evaluation.evaluation import evaluate as evaluate_parts
-from ppl_vaebm.evaluation.ood_sets import SYNTHETIC
-from ppl_vaebm.evaluation.store import SOURCES, store
+from ppl_vaebm.evaluation.likelihood import SCORES
+from ppl_vaebm.evaluation.ood import SYNTHETIC
+from ppl_vaebm.evaluation.sections import Effort
+from ppl_vaebm.evaluation.store import read_parts, store
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.reports import report
 from ppl_vaebm.reports.evaluation import PICTURES
@@ -28,7 +29,7 @@ from ppl_vaebm.reports.sections import evaluation_contents
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import Run
 from tests.evaluation.test_evaluation import loaded_run
-from tests.judged import LEVELS, Brightness, PixelNet, image_levels, image_run, level_data
+from tests.judged import LEVELS, Brightness, PixelNet, columns_of, image_levels, image_run, level_data
 from tests.tiny import IMAGES, fit_run, write_empty_report
 
 EFFORT = Effort(20, 2, 100, num_samples=30, steps=(1, 3), num_scored=20, num_score_draws=2)
@@ -51,7 +52,7 @@ def test_every_part_is_measured_and_pictured(tmp_path: Path, quick: None, monkey
     found = dict(evaluate_parts(loaded, plan))
     assert tuple(found) == WITHOUT_NORMALISER
     assert {part for part, measured in found.items() if measured.arrays} == set(PICTURES)
-    titles = [title for measured in found.values() for title in measured.sections]
+    titles = [section.title for measured in found.values() for section in measured.sections]
     assert len(titles) == len(set(titles))  # no part hides another's numbers
     for part, measured in found.items():
         store(loaded.run, part, measured, "ab", 0)
@@ -71,7 +72,7 @@ def test_neighbours_alone_take_the_first_samples_of_all(
     beside = Evaluation(loaded, Plan(EFFORT, ("samples", "neighbours"), features="classifier")).measure("neighbours")
     np.testing.assert_array_equal(alone.arrays["samples"], beside.arrays["samples"])
     # Without labels there is no network unless one is asked for.
-    assert all(len(measured.sections) == num for measured, num in ((alone, 1), (beside, 2)))
+    assert all(len(measured.sections[0].columns) == num for measured, num in ((alone, 1), (beside, 2)))
 
 
 @pytest.mark.parametrize(
@@ -152,14 +153,13 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_parts_can_be_measured_one_by_one(points: Path, quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate.main([str(points), *FEW, "--only", "histograms", "--num-ood", "10", "--num-ood-importance", "2"])
-    first = json.loads((points / "evaluate.json").read_text())
-    assert len(first) == 4 and "log h" in capsys.readouterr().out
+    first = read_parts(Run(points))
+    assert list(first["histograms"].sections[0].columns) == list(SCORES) and "log h" in capsys.readouterr().out
     evaluate.main([str(points), *FEW, "--only", "likelihood"])
-    both = json.loads((points / "evaluate.json").read_text())
-    assert {title for title, part in both[SOURCES].items() if part.startswith("likelihood,")} == set(both) - set(first)
-    assert all(both[title] == first[title] for title in first if title != SOURCES)
+    both = read_parts(Run(points))
+    assert set(both) == {"likelihood", "histograms"} and both["histograms"] == first["histograms"]
     evaluate.main([str(points), *FEW, "--stage", "svi", "--only", "samples"])
-    assert set(json.loads((points / "evaluate.json").read_text())) == {"modes: VAE", SOURCES}
+    assert list(read_parts(Run(points))) == ["samples"]
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,11 @@ def test_the_command_on_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
     run = fit_run(tmp_path, IMAGES)
     few = [*FEW, "--num-ood", "20", "--num-ood-importance", "2", "--ood", "noise,vae", "--steps", "1", "2"]
     evaluate.main([str(run), *few])
-    sections = json.loads((run / "evaluate.json").read_text())
-    assert list(sections["AUROC of log h [test data against others], 20 test images, 2 draws of z"]) == ["noise", "vae"]
-    assert "VAEBM, 2 mala steps" in sections["Frechet distance [cnn-digits], 30 samples"]
+    parts = read_parts(Run(run))
+    areas = columns_of(parts["ood"].sections, "test data against others, 20 test images, 2 draws of z")
+    assert list(areas["AUROC of log h"]) == ["noise", "vae"]
+    metrics = columns_of(parts["samples"].sections, "cnn-digits, 30 samples")
+    assert "VAEBM, 2 mala steps" in metrics["Frechet distance"]
     assert "30 samples are fewer than the 64 features" in capsys.readouterr().out
     assert (run / "report.html").read_text().count("<img") >= 6
-    assert set(get_args(Part)) - {"normaliser"} == {source.partition(",")[0] for source in sections[SOURCES].values()}
+    assert set(parts) == set(get_args(Part)) - {"normaliser"}

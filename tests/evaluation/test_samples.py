@@ -15,28 +15,28 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import quantised_as
 from ppl_vaebm.data.splits import IntegerImages, Smoothed, image_data
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.base import Effort, Section, random_order
 from ppl_vaebm.evaluation.image_metrics import (
     METRICS,
     NUM_STACKED,
     Judge,
-    class_sections,
+    class_columns,
     image_blocks,
     metric_arrays,
     metric_rows,
-    metric_sections,
+    metric_section,
     new_judge,
     remarks,
 )
-from ppl_vaebm.evaluation.metrics.classification import frechet_bias, frechet_distance
 from ppl_vaebm.evaluation.metrics.classifier import train_classifier
-from ppl_vaebm.evaluation.metrics.features import Outputs
+from ppl_vaebm.evaluation.metrics.features_base import Outputs
+from ppl_vaebm.evaluation.metrics.frechet import frechet_bias, frechet_distance
 from ppl_vaebm.evaluation.samples import Samples, draw_samples, measure_samples
+from ppl_vaebm.evaluation.sections import Effort, Rows, random_order
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
-from tests.judged import LEVELS, Brightness, PixelNet, image_levels, image_run, level_data
+from tests.judged import LEVELS, Brightness, PixelNet, columns_of, image_levels, image_run, level_data
 
 EFFORT = Effort(2, 2, 2, num_samples=60, steps=(2, 4), num_reference=200)
 
@@ -50,7 +50,7 @@ def images(num: int, high: int = LEVELS) -> Tensor:
     return (image_levels(num, high=high, name="drawn").float() + 0.3) * (2 / LEVELS) - 1
 
 
-def cells(section: Section) -> dict[str, float]:
+def cells(section: Rows) -> dict[str, float]:
     return {name: cell["value"] if isinstance(cell, dict) else float(cell) for name, cell in section.items()}
 
 
@@ -59,9 +59,9 @@ def cells(section: Section) -> dict[str, float]:
 
 def test_draws_of_the_datas_law_are_as_good_as_data_and_others_are_not(judge: Judge) -> None:
     sets = {"alike": judge.describe(images(60)), "dark": judge.describe(images(60, high=9))}
-    sections = metric_sections(judge, metric_rows(judge, sets, 60), 60)
-    assert list(sections) == [f"{metric} [pixels], 60 samples" for metric in METRICS]
-    found = {title.split(" [")[0]: cells(section) for title, section in sections.items()}
+    section = metric_section(judge, metric_rows(judge, sets, 60), 60, {})
+    assert section.title == "pixels, 60 samples" and list(section.columns) == list(METRICS)
+    found = {metric: cells(rows) for metric, rows in section.columns.items()}
     names = ["training data, 60 images against 140 others", "held-out data, 60 images", "alike", "dark"]
     assert all(list(section) == names for section in found.values())
     for metric in ("Frechet distance", "KID"):
@@ -133,7 +133,7 @@ def test_too_few_samples_are_refused_and_few_come_with_a_warning(judge: Judge) -
         new_judge(PixelNet(), judge.data, EFFORT._replace(num_samples=9), seed=0)
     wide = new_judge(PixelNet(20), judge.data, EFFORT, seed=0)
     for num, is_warned in ((19, True), (20, False)):
-        (section,) = remarks(wide, wide.held_out, num).values()
+        (section,) = remarks(wide, wide.held_out, num).columns.values()
         assert ("warning" in section) == is_warned
         if is_warned:
             found = frechet_bias(wide.reference.features, wide.held_out.features, stream(0, "bias"))
@@ -157,7 +157,7 @@ def test_the_accuracy_of_a_classifier_of_the_data_is_told(is_swapped: bool) -> N
     data = brightness_data(is_swapped=is_swapped)
     net = train_classifier(data, 0, steps=30, batch_size=40)
     found = new_judge(net, data, EFFORT._replace(num_samples=40), seed=0)  # some test images, in random order
-    (section,) = remarks(found, found.held_out, 100).values()
+    (section,) = remarks(found, found.held_out, 100).columns.values()
     assert section["accuracy on 40 test images"] == {"value": 0.0 if is_swapped else 1.0, "error": 0.0}
 
 
@@ -165,7 +165,7 @@ def test_other_networks_and_data_without_labels_have_no_accuracy(judge: Judge) -
     labelled, unlabelled = brightness_data(), brightness_data(has_labels=False)
     net = train_classifier(labelled, 0, steps=1)
     for found in (judge, new_judge(PixelNet(), labelled, EFFORT, 0), new_judge(net, unlabelled, EFFORT, 0)):
-        (section,) = remarks(found, found.held_out, 60).values()
+        (section,) = remarks(found, found.held_out, 60).columns.values()
         assert not any("accuracy" in name for name in section)
 
 
@@ -176,7 +176,7 @@ def test_classes_of_stacked_digits_are_counted(judge: Judge) -> None:
     stacked = Judge(
         judge.net, level_data(image_levels(9), image_levels(9), "stacked-mnist"), outputs, outputs, images(2), 0
     )
-    counted, divergence = class_sections(stacked, {"VAE": outputs}, 1_200).values()
+    counted, divergence = class_columns(stacked, {"VAE": outputs}, 1_200).values()
     assert counted["VAE"] == 600
     expected = 599 / 1_200 * math.log(1_000 / 1_200) + 601 / 1_200 * math.log(601_000 / 1_200)
     assert divergence["VAE"] == pytest.approx(expected)
@@ -187,7 +187,7 @@ def test_classes_of_stacked_digits_are_counted(judge: Judge) -> None:
     law = stats.binom.pmf(count, 1_200, 0.001)
     assert divergence[even] == pytest.approx(1_000 * float((law * count / 1_200 * np.log(count / 1.2)).sum()))
     assert divergence[even] == pytest.approx(0.482, abs=1e-3)
-    assert class_sections(judge, {"VAE": outputs}, 1_200) == {}
+    assert class_columns(judge, {"VAE": outputs}, 1_200) == {}
 
 
 # --- chains --------------------------------------------------------------------------------------
@@ -225,15 +225,16 @@ def test_samples_are_those_of_sample_by_chains(
 def test_every_length_stands_beside_the_vae(measured: tuple[LoadedRun, Samples], judge: Judge) -> None:
     loaded, samples = measured
     sections, arrays = measure_samples(loaded, judge, samples, EFFORT)
-    distances = cells(sections["Frechet distance [pixels], 60 samples"])
+    metrics = columns_of(sections, "pixels, 60 samples")
+    distances = cells(metrics["Frechet distance"])
     assert list(distances)[2:] == ["VAE", "VAEBM, 2 mala steps", "VAEBM, 4 mala steps"]
-    ratios = cells(sections["Frechet distance over the VAE's [pixels], 60 samples"])
+    ratios = cells(metrics["Frechet distance over the VAE's"])
     assert ratios == {
         name: pytest.approx(value / distances["VAE"]) for name, value in distances.items() if name != "VAE"
     }
     assert arrays["steps"].tolist() == [0, 2, 4] and arrays["value"].shape == arrays["error"].shape == (5, 7)
     assert arrays["value"][:, 0].tolist() == list(distances.values())
-    vae, short, long = (sections[f"{name} [chains of mala], 60 samples"] for name in ("VAE", "2 steps", "4 steps"))
+    vae, short, long = columns_of(sections, "chains of mala, 60 samples").values()
     assert "acceptance" not in vae and short["evaluations per image"] == 2 and long["evaluations per image"] == 4
     for section in (vae, short, long):
         mean_square = section["mean square of eps_x"]

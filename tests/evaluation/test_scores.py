@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from ppl_vaebm.config import Config, EnergyConfig
-from ppl_vaebm.evaluation.base import Effort
-from ppl_vaebm.evaluation.likelihood import data_energies
-from ppl_vaebm.evaluation.scores import SCORES, Scores, histograms, score_data
+from ppl_vaebm.evaluation.likelihood import SCORES, Scores, data_energies, histograms, score_data
+from ppl_vaebm.evaluation.sections import Effort
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
@@ -27,30 +26,27 @@ def normal_scores(num: int, shift: float, name: str) -> Scores:
 
 
 def test_scores_of_one_law_have_a_likely_distance_and_others_none() -> None:
-    alike = histograms(normal_scores(500, 0.0, "a"), normal_scores(400, 0.0, "b"), 7).sections
-    apart = histograms(normal_scores(500, 1.0, "a"), normal_scores(400, 0.0, "b"), 7).sections
-    assert (
-        [title.partition(" [")[0] for title in alike] == list(SCORES) == [title.partition(" [")[0] for title in apart]
-    )
+    alike = histograms(normal_scores(500, 0.0, "a"), normal_scores(400, 0.0, "b"), 7).sections[0].columns
+    apart = histograms(normal_scores(500, 1.0, "a"), normal_scores(400, 0.0, "b"), 7).sections[0].columns
+    assert list(alike) == list(SCORES) == list(apart)
     for name, is_shifted in zip(SCORES, (True, True, False), strict=True):
-        one, other = (
-            next(s for title, s in found.items() if title.startswith(f"{name} [")) for found in (alike, apart)
-        )
+        one, other = alike[name], apart[name]
         p, difference = (other["its p-value"], other["training less test (nats)"])
         assert isinstance(one["its p-value"], float) and one["its p-value"] > 1e-3
         assert isinstance(p, float) and isinstance(difference, dict)
         assert (p < 1e-6) == is_shifted
         assert abs(difference["value"] - (1.0 if is_shifted else 0.0)) < 5 * difference["error"]
     # Two Normals a standard deviation apart: the largest distance of their laws is at the middle.
-    log_p = next(s for title, s in apart.items() if title.startswith("log p ["))
-    statistic = log_p["Kolmogorov-Smirnov statistic"]
+    statistic = apart["log p"]["Kolmogorov-Smirnov statistic"]
     assert isinstance(statistic, float) and abs(statistic - math.erf(0.5 / math.sqrt(2))) < 0.1
 
 
 def test_scores_that_are_not_finite_are_counted() -> None:
     bad = Scores(torch.tensor([math.nan, 1.0, -math.inf]).double(), torch.zeros(3).double())
     sections, arrays = histograms(bad, normal_scores(9, 0.0, "b"), 2)
-    assert [section.get("none") for section in sections.values()] == ["2 of the scores are not finite"] * 2 + [None]
+    assert [section.get("none") for section in sections[0].columns.values()] == [
+        "2 of the scores are not finite"
+    ] * 2 + [None]
     assert set(arrays) == {f"{part} {name}" for part in ("train", "test") for name in SCORES}
 
 

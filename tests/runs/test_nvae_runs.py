@@ -14,7 +14,7 @@ from PIL import Image
 
 from ppl_vaebm import evaluate, fit, sample
 from ppl_vaebm.evaluation.metrics import features
-from ppl_vaebm.evaluation.metrics.features import load_or_train
+from ppl_vaebm.evaluation.metrics.classifier import load_or_train
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint

@@ -8,51 +8,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.frechet import FrechetBias, frechet_bias, frechet_distance, kernel_distance
 from ppl_vaebm.evaluation.metrics.inputs import Estimate, checked
-from ppl_vaebm.evaluation.metrics.modes import (
-    HIGH_QUALITY_NUM_STD,
-    ClassCoverage,
-    EvenDraws,
-    ModeStatistics,
-    class_coverage,
-    coverage_of_even_draws,
-    mode_statistics,
-)
-from ppl_vaebm.evaluation.metrics.neighbours import (
-    DensityCoverage,
-    Neighbours,
-    PrecisionRecall,
-    density_coverage,
-    nearest_neighbours,
-    precision_recall,
-    precision_recall_error,
-)
-
-__all__ = [
-    "HIGH_QUALITY_NUM_STD",
-    "ClassCoverage",
-    "DensityCoverage",
-    "Estimate",
-    "EvenDraws",
-    "FrechetBias",
-    "ModeStatistics",
-    "Neighbours",
-    "PrecisionRecall",
-    "auroc_estimate",
-    "class_coverage",
-    "coverage_of_even_draws",
-    "density_coverage",
-    "frechet_bias",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "mode_statistics",
-    "nearest_neighbours",
-    "precision_recall",
-    "precision_recall_error",
-]
-
 
 # --- one set of logits ---------------------------------------------------------------------------
 

@@ -11,27 +11,11 @@ from typing import Literal
 import torch
 
 from ppl_vaebm.data.load import Data
-from ppl_vaebm.data.pixels import check_images, quantised, quantised_as
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classifier import Classifier, load_or_train
-from ppl_vaebm.evaluation.metrics.digits import StackedDigits, load_or_train_digits
-from ppl_vaebm.evaluation.metrics.features_base import FeatureNet, Outputs, network_outputs
+from ppl_vaebm.evaluation.metrics.classifier import load_or_train
+from ppl_vaebm.evaluation.metrics.digits import load_or_train_digits
+from ppl_vaebm.evaluation.metrics.features_base import FeatureNet
 from ppl_vaebm.evaluation.metrics.inception import load_inception
-from ppl_vaebm.runs.run import FEATURES_FILE
-
-__all__ = [
-    "Classifier",
-    "FeatureChoice",
-    "FeatureNet",
-    "Outputs",
-    "StackedDigits",
-    "check_images",
-    "feature_net",
-    "load_or_train",
-    "network_outputs",
-    "quantised",
-    "quantised_as",
-]
 
 FeatureChoice = Literal["classifier", "inception"]
 
@@ -41,7 +25,7 @@ def feature_net(
     path: Path | None,
     data: Data,
     seed: int,
-    cache_folder: Path,
+    cache: Path,
     device: torch.device | str = "cpu",
 ) -> FeatureNet:
     """Get the network that the metrics of a run are taken from.
@@ -49,11 +33,11 @@ def feature_net(
     Args:
         choice: ``classifier``, trained on the run's own data (of StackedMNIST, on its single digits), or ``inception``,
             Inception-v3.
-        path: file of its weights, which must be there; ``None`` for ``features.safetensors`` in the cache folder, which
-            is written if it is not there, or for Inception-v3's in PyTorch's cache, which is fetched if it is not.
+        path: file of its weights, which must be there; ``None`` for the cache, or for Inception-v3's file in PyTorch's
+            cache, which is fetched if it is not there.
         data: the run's data.
         seed: the run's seed, of the classifier's training.
-        cache_folder: the run.
+        cache: file of the classifier, which is written if it is not there.
         device: where the network shall run.
 
     Returns:
@@ -70,7 +54,7 @@ def feature_net(
             f"expected the weights of a classifier in {path}, found no file; name another, or leave the option out to "
             "train one"
         )
-    path = path or cache_folder / FEATURES_FILE
+    path = path or cache
     if data.name == "stacked-mnist":
         return load_or_train_digits(path, data, seed).to(device)
     return load_or_train(path, data, seed).to(device)

@@ -15,9 +15,9 @@ from ppl_vaebm.data.load import Data, load_data
 from ppl_vaebm.data.pixels import quantised_as
 from ppl_vaebm.data.splits import IntegerImages
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classification import frechet_distance
 from ppl_vaebm.evaluation.metrics.classifier import Classifier, accuracy, load_or_train, shifted, train_classifier
 from ppl_vaebm.evaluation.metrics.features_base import network_outputs
+from ppl_vaebm.evaluation.metrics.frechet import frechet_distance
 from ppl_vaebm.rng import global_rng, stream
 
 

@@ -13,15 +13,10 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics import features
-from ppl_vaebm.evaluation.metrics.digits import load_or_train_digits
-from ppl_vaebm.evaluation.metrics.features import (
-    Classifier,
-    Outputs,
-    StackedDigits,
-    feature_net,
-    load_or_train,
-    network_outputs,
-)
+from ppl_vaebm.evaluation.metrics.classifier import Classifier, load_or_train
+from ppl_vaebm.evaluation.metrics.digits import StackedDigits, load_or_train_digits
+from ppl_vaebm.evaluation.metrics.features import feature_net
+from ppl_vaebm.evaluation.metrics.features_base import Outputs, network_outputs
 from ppl_vaebm.rng import stream
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classification import frechet_bias, frechet_distance, kernel_distance
+from ppl_vaebm.evaluation.metrics.frechet import frechet_bias, frechet_distance, kernel_distance
 from ppl_vaebm.rng import stream
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppl_vaebm.data.toys import gaussians25_modes
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.metrics.classification import class_coverage, coverage_of_even_draws, mode_statistics
+from ppl_vaebm.evaluation.metrics.modes import class_coverage, coverage_of_even_draws, mode_statistics
 from ppl_vaebm.rng import stream
 
 MODES = gaussians25_modes(1.0)

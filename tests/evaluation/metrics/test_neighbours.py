@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics import neighbours as metrics_neighbours
-from ppl_vaebm.evaluation.metrics.classification import (
+from ppl_vaebm.evaluation.metrics.neighbours import (
     PrecisionRecall,
     density_coverage,
     nearest_neighbours,
