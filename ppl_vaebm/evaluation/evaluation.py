@@ -32,10 +32,6 @@ from ppl_vaebm.runs.run import FEATURES_FILE, Run
 class Evaluation:
     """The parts of an evaluation, and what they share.
 
-    Args:
-        loaded: the fitted VAEBM.
-        plan: what to measure.
-
     Raises:
         InputError: a part does not go with the data, or a set of other images or the network of the metrics cannot be
             had.
@@ -119,10 +115,6 @@ def _check(data: Data, plan: Plan) -> None:
 def evaluate(loaded: LoadedRun, plan: Plan) -> Iterator[tuple[Part, Measured]]:
     """Measure parts one after another, so that each can be kept before the next begins.
 
-    Args:
-        loaded: the fitted VAEBM.
-        plan: what to measure.
-
     Yields:
         The name of each part, and what it found.
 
@@ -170,8 +162,6 @@ def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge 
 
     Args:
         run: where a classifier is kept, once trained.
-        data: of the run.
-        plan: what to measure.
         seed: the run's, of the classifier's training.
         device: where the network runs.
 

@@ -64,9 +64,6 @@ class Judge:
         Args:
             x: draws, ``(n, C, H, W)``, on any device.
 
-        Returns:
-            Features and logits.
-
         Raises:
             InputError: images of another size or range than the data's, or pixels that are not finite.
         """
@@ -79,8 +76,6 @@ def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[
     """Read images of the part train or test, rounded to their levels; neither is mirrored or cropped at random.
 
     Args:
-        data: the data set.
-        part: which part.
         indices: which images, ``(n,)``.
         seed: of the dequantisation, which the rounding undoes, and of binarised pixels.
 
@@ -97,9 +92,7 @@ def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
     """Refuse fewer samples or images than the metrics need.
 
     Args:
-        data: images.
         effort: training images to measure against, and samples.
-        parts: that need them.
 
     Raises:
         InputError: naming the numbers, and the parts to leave out.
@@ -118,13 +111,7 @@ def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
     """Describe the data that samples are to be measured against.
 
     Args:
-        net: the network.
-        data: images.
         effort: training images to measure against, and samples.
-        seed: of the choice of images.
-
-    Returns:
-        The judge.
 
     Raises:
         InputError: as :func:`check_sizes`.
@@ -156,11 +143,6 @@ class MetricRow(NamedTuple):
 
 def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[MetricRow]:
     """Measure sets of samples, and data as if they were samples.
-
-    Args:
-        judge: network and data.
-        sets: samples by name.
-        num: how many there are in each.
 
     Returns:
         A row for training images against other training images, which is what the metrics say of the data's own law at
@@ -208,9 +190,7 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
     """Say what stands behind the metrics, and what to beware of.
 
     Args:
-        judge: network and data.
         samples: some of those that were measured, for the bias of their distance.
-        num: samples in each set.
 
     Returns:
         One section, with the network's accuracy where it was trained on the data's labels; it has a warning where there
@@ -244,8 +224,6 @@ def class_columns(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[s
 
     Args:
         judge: network and data; its logits must be those of the classes, or nothing is counted.
-        sets: samples by name.
-        num: samples in each.
 
     Returns:
         Two columns beside the metrics, each with what independent draws of even classes have on average; none for
@@ -298,11 +276,8 @@ def measure_neighbours(data: Data, samples: Tensor, judge: Judge | None, effort:
     copies are found then.
 
     Args:
-        data: images.
         samples: rounded to levels, ``(n, C, H, W)``, on the CPU.
         judge: its network makes the features; ``None`` leaves these out.
-        effort: training images to look at.
-        seed: of their order.
 
     Returns:
         A section for pixels and one for features; the first samples and their neighbours as images.

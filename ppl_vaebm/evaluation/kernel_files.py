@@ -56,12 +56,6 @@ def identity(budget: Budget, fingerprint: str) -> dict[str, str | int | float]:
 def run_and_save(loaded: LoadedRun, kernel: str, seed: int, budget: Budget) -> Outcome:
     """Run one kernel with one seed, and write its chains, and of images those that a few chains pass through.
 
-    Args:
-        loaded: the run.
-        kernel: its name.
-        seed: of starts and chains.
-        budget: what it may spend.
-
     Returns:
         The outcome; a kernel that fails leaves no chains, and its older ones are gone.
     """
@@ -107,11 +101,7 @@ def kept_outcomes(
     """Read the kernels of an earlier comparison.
 
     Args:
-        run: the run.
         but: kernels that run anew, and are not read.
-        seeds: of this comparison.
-        budget: of this comparison.
-        fingerprint: of the density that this comparison samples.
 
     Returns:
         The outcomes of every kernel, in the order of the seeds.
@@ -179,11 +169,6 @@ def remove_others(run: Run, outcomes: Sequence[Outcome]) -> None:
 
 def load_pictures(run: Run, kernel: str, seed: int) -> tuple[NDArray[Any], int] | None:
     """Read the images that chains passed through.
-
-    Args:
-        run: the run.
-        kernel: whose chains.
-        seed: theirs.
 
     Returns:
         Images ``(chains, times, C, H, W)`` and the number of draws from one to the next; ``None`` where none were kept.

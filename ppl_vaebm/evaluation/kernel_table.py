@@ -95,12 +95,6 @@ _NAN = Measures(*[math.nan] * len(Measures._fields))
 def kernel_row(kernel: str, outcomes: Sequence[Outcome], budget: Budget, reference: Reference) -> Row:
     """Boil a kernel's seeds down to a line.
 
-    Args:
-        kernel: its name.
-        outcomes: of every seed.
-        budget: what each was given.
-        reference: what is known of the target.
-
     Returns:
         The line; what too few draws cannot tell is nan, and so are means over seeds of which one cannot tell.
     """
@@ -135,16 +129,7 @@ def kernel_row(kernel: str, outcomes: Sequence[Outcome], budget: Budget, referen
 
 
 def seed_row(idata: InferenceData, budget: Budget, reference: Reference) -> SeedRow:
-    """Measure one run of a kernel.
-
-    Args:
-        idata: its chains.
-        budget: what it was given.
-        reference: what is known of the target.
-
-    Returns:
-        The measures.
-    """
+    """Measure one run of a kernel."""
     kept = cut(idata, draws_within_evals(idata, budget.num_evals))
     attrs = kept["posterior"].attrs
     num_chains, num_draws = stat(kept, "lp").shape
@@ -372,9 +357,7 @@ def table_of(
     """Write lines as text.
 
     Args:
-        columns: of the table.
         rows: the lines; one of a kernel that never ran is left out.
-        reference: what is known of the target.
 
     Returns:
         The columns that are not empty, and the text of every line in them.

@@ -72,10 +72,7 @@ def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_sta
     """Draw where chains begin: fresh noise, the same for every kernel.
 
     Args:
-        potential: of the VAEBM.
         num_chains: C, a multiple of ``chains_per_start``.
-        seed: of the chains.
-        chains_per_start: neighbouring chains that begin at one place.
 
     Returns:
         ``(C, D)``.
@@ -100,11 +97,8 @@ def run_kernel(
 
     Args:
         name: of the kernel, one of :data:`KERNELS`.
-        potential: of the VAEBM.
         config: options; step size and target acceptance are used only by the kernel that the configuration names.
         start: ``(num_chains, D)``.
-        budget: what it may spend.
-        seed: of the chains.
         functionals: what to store of every draw; those of :func:`noise_functionals` if not given.
 
     Returns:
@@ -186,11 +180,6 @@ def _run_pyro(
 
 def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
     """Find out what can be known of the target without chains.
-
-    Args:
-        potential: of the VAEBM.
-        data: whose modes may be known.
-        seed: of the exact draws.
 
     Returns:
         The reference; nan, and no weights, where the energy is not finite or rejection from the VAE gives up.

@@ -45,12 +45,7 @@ def likelihood_terms(loaded: LoadedRun, effort: Effort, seed: int) -> Terms:
     """Evaluate test points under the VAE and the energy, and draws of the VAE under the energy.
 
     Args:
-        loaded: the fitted VAEBM.
-        effort: test points and draws.
         seed: of all draws, and of the choice of test points where there are more.
-
-    Returns:
-        The terms.
     """
     data, potential = loaded.data, loaded.potential
     test = random_subset(data.test, effort.num_test, stream(seed, "order", "test"))
@@ -68,9 +63,7 @@ def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
     from below on average, as far as the guide is the posterior.
 
     Args:
-        loaded: the fitted VAEBM.
         x: ``(n, *event_shape)``, on the model's device.
-        seed: of the draws of z.
 
     Returns:
         ``(n,)``, float64, nats.
@@ -88,9 +81,6 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
     """Estimate log p, log Z and log h on test data.
 
     Args:
-        loaded: the fitted VAEBM.
-        effort: test points and draws.
-        seed: of all draws.
         terms: of :func:`likelihood_terms`, where they are there already.
 
     Returns:
@@ -203,10 +193,8 @@ def score(loaded: LoadedRun, x: Tensor, num_draws: int, seed: int) -> Scores:
     """Score points.
 
     Args:
-        loaded: the fitted VAEBM.
         x: ``(n, *event_shape)``, with the dequantisation noise that the data have.
         num_draws: of the guide per point; the bound is the looser, and log p the lower, the fewer there are.
-        seed: of the draws.
 
     Returns:
         The scores, on the CPU.
@@ -221,13 +209,7 @@ def score_data(loaded: LoadedRun, part: str, effort: Effort, seed: int) -> Score
     """Score points of the part train or test, the first ones of a random order.
 
     Args:
-        loaded: the fitted VAEBM.
-        part: which part.
         effort: points, and draws of the guide.
-        seed: of the order and the draws.
-
-    Returns:
-        The scores.
     """
     split = {"train": loaded.data.train, "test": loaded.data.test}[part]
     indices = random_order(split, seed, part)[: effort.num_scored]
@@ -237,11 +219,6 @@ def score_data(loaded: LoadedRun, part: str, effort: Effort, seed: int) -> Score
 
 def histograms(train: Scores, test: Scores, num_draws: int) -> Measured:
     """Compare the scores of training and test data: apart, the model has learned the training data by heart.
-
-    Args:
-        train: of training data.
-        test: of test data.
-        num_draws: of the guide behind each.
 
     Returns:
         Means, their difference, and the two-sample Kolmogorov-Smirnov statistic with its p-value, for each score.

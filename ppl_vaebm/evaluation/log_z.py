@@ -40,10 +40,7 @@ def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: i
     """Estimate log Z in every way, and bound log h of the test data.
 
     Args:
-        loaded: the fitted VAEBM.
-        effort: how much to spend.
         terms: of the test data, and energies of draws of the VAE.
-        seed: of all draws.
 
     Returns:
         Three sections: the estimates, how they were made, and log h. Where annealing failed, one that says so.
@@ -124,9 +121,6 @@ def _listed(values: Tensor) -> str:
 def agreeing(found: Normaliser) -> list[str]:
     """Name the other estimates that lie between the bounds, or within their joint error of them.
 
-    Args:
-        found: the estimates.
-
     Returns:
         Names; those with too few effective draws are not asked, nor is one whose error reaches further than
         :data:`CERTIFIED_WIDTH_NATS`, which would agree with anything.
@@ -184,9 +178,6 @@ def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int)
     """Put log h of the test data together, every term's error beside it.
 
     Args:
-        loaded: the fitted VAEBM.
-        found: estimates of log Z.
-        terms: of the test data.
         seed: of the ELBO's draws, and of those behind the joint bound.
 
     Returns:
@@ -249,9 +240,7 @@ def joint_bound(vaebm: VAEBM, x: Tensor, seed: int, num_draws: int) -> LogLikeli
     number of draws.
 
     Args:
-        vaebm: the product density.
         x: ``(n, *event_shape)``, on the model's device.
-        seed: of the guide's draws.
         num_draws: per point, at least 2.
 
     Returns:

@@ -35,11 +35,7 @@ def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], e
     """Compare the scores of test data with those of other sets.
 
     Args:
-        loaded: the fitted VAEBM.
-        inside: scores of test data.
         sets: of :func:`~ppl_vaebm.evaluation_ood_sets.ood_sets`.
-        effort: draws of the guide.
-        seed: of these draws.
 
     Returns:
         A section for each score, of areas with the standard error of DeLong et al. 1988; and what the sets are.
@@ -65,8 +61,6 @@ def auroc_value(inside: Scores, outside: Scores, score_name: str) -> Value:
     """Measure how often a point of the distribution scores higher than one from outside.
 
     Args:
-        inside: scores of the distribution's points.
-        outside: of others.
         score_name: one of :data:`~ppl_vaebm.evaluation_scores.SCORES`.
 
     Returns:
@@ -195,8 +189,6 @@ def check_sets(names: Sequence[str], loaded: LoadedRun, root: str | None = None)
     """Refuse sets before anything slow is done.
 
     Args:
-        names: of the sets.
-        loaded: the fitted VAEBM.
         root: where the files of other data sets lie; where the run's own do, if not given.
 
     Raises:
@@ -239,8 +231,6 @@ def load_other(name: str, loaded: LoadedRun, root: str | None) -> tuple[Data, st
     """Load another data set at the shape of the run's images.
 
     Args:
-        name: of the data set.
-        loaded: the fitted VAEBM.
         root: where its files lie; where the run's own do, if not given.
 
     Returns:
@@ -309,13 +299,8 @@ def ood_sets(
 
     Args:
         loaded: the fitted VAEBM, of images.
-        names: of the sets.
         num: images of each, at most.
-        seed: of choices and draws.
         root: where the files of other data sets lie; where the run's own do, if not given.
-
-    Returns:
-        The sets by name.
 
     Raises:
         InputError: as :func:`check_sets` and :func:`load_other`, or a set has too few images.

@@ -75,12 +75,7 @@ def draw_samples(loaded: LoadedRun, judge: Judge | None, num: int, steps: Sequen
     Args:
         loaded: the fitted VAEBM, of images.
         judge: network and data; ``None`` where the first images are enough.
-        num: samples.
         steps: chain lengths; the VAE's own draws come on top.
-        seed: of the chains.
-
-    Returns:
-        The samples.
     """
     kernel, potential = loaded.config.sampling.kernel, loaded.potential
     lengths = sorted({VAE_STEPS, *steps})
@@ -134,12 +129,6 @@ def _joined(parts: list[Drawn]) -> Drawn:
 def measure_samples(loaded: LoadedRun, judge: Judge, samples: Samples, effort: Effort) -> Measured:
     """Measure samples at every chain length.
 
-    Args:
-        loaded: the fitted VAEBM.
-        judge: network and data.
-        samples: described by that judge.
-        effort: number of samples and chain lengths.
-
     Returns:
         A section for each metric, with rows for data, the VAE and the VAEBM; the Frechet distance over the VAE's own;
         classes of StackedMNIST; what the chains did.
@@ -176,10 +165,6 @@ def chain_section(samples: Samples, kernel: str) -> Section:
 
     Times are of this machine; they include the drawing of noise and the decoding of the last position, and neither the
     warm-up that tunes the step size nor the metrics.
-
-    Args:
-        samples: with their chains.
-        kernel: its name.
 
     Returns:
         For the VAE and for every length cost and speed, the mean square of every noise, which is 1 on average under the
@@ -219,8 +204,6 @@ def modes(loaded: LoadedRun, effort: Effort, seed: int) -> list[Section]:
 
     Args:
         loaded: the fitted VAEBM, on data with known modes.
-        effort: number of samples and chain lengths.
-        seed: of all draws.
 
     Returns:
         A section for each set of draws; where rejection gives up, that of the exact draws says so.
@@ -251,7 +234,6 @@ def mode_rows(loaded: LoadedRun, position: Tensor) -> Rows:
     """Describe one set of draws on data with known modes.
 
     Args:
-        loaded: the fitted VAEBM.
         position: noise, ``(num, D)``.
 
     Returns:
@@ -268,7 +250,6 @@ def data_mode_rows(x: Tensor, data: Data) -> Rows:
 
     Args:
         x: samples, ``(n, d)``.
-        data: what they should look like.
 
     Returns:
         Share of good points, modes found, evenness of the modes.

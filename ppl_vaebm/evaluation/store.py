@@ -79,11 +79,7 @@ def store(run: Run, part: str, measured: Measured, weights: str, seed: int) -> N
     """Replace a part's results, and drop all that are of other weights.
 
     Args:
-        run: the run.
         part: one of :data:`~ppl_vaebm.config.evaluation.PARTS`.
-        measured: its sections and arrays.
-        weights: fingerprint of what was measured.
-        seed: of the draws.
     """
     kept = {name: old for name, old in read_parts(run).items() if old.weights == weights and name != part}
     parts = kept | {part: StoredPart(weights, seed, measured.sections)}

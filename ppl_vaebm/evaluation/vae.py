@@ -37,7 +37,6 @@ def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured
     """Measure what can be measured of a VAE without an energy.
 
     Args:
-        fitted: the VAE.
         plan: what to measure; draws for log Z and lengths of chains are not used.
 
     Yields:

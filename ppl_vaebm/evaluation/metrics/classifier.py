@@ -43,7 +43,6 @@ class Classifier(nn.Module):
         Args:
             name: what results are named after, such as ``cnn-digits``.
             event_shape: ``(C, H, W)``, sides of at least 4.
-            num_classes: number of classes.
         """
         super().__init__()
         self.name = name
@@ -97,9 +96,6 @@ def train_classifier(
     """Train a classifier on the training split: AdamW, cosine decay, shifts by up to one pixel.
 
     Args:
-        data: labelled images.
-        seed: the run's seed.
-        steps: updates.
         batch_size: images per update; all of them if there are fewer.
         learning_rate: at the start; it falls to 0.
 
@@ -132,7 +128,6 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
     Args:
         x: images, ``(n, C, H, W)``.
-        generator: source of the moves.
 
     Returns:
         ``(n, C, H, W)``.
@@ -164,7 +159,6 @@ def load_or_train(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) 
 
     Args:
         path: the file, in safetensors format; it appears whole or not at all.
-        data: labelled images.
         seed: the run's seed; a file that is there already is used whatever its seed was.
         steps: updates, if it has to be trained.
 

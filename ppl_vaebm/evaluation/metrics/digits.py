@@ -64,8 +64,6 @@ def load_or_train_digits(path: Path, data: Data, seed: int, *, steps: int = NUM_
 
     Args:
         path: the file; see :func:`ppl_vaebm.evaluation.metrics.classifier.load_or_train`.
-        data: StackedMNIST.
-        seed: the run's seed.
         steps: updates, if it has to be trained.
 
     Returns:

@@ -35,7 +35,6 @@ def feature_net(
             Inception-v3.
         path: file of its weights, which must be there; ``None`` for the cache, or for Inception-v3's file in PyTorch's
             cache, which is fetched if it is not there.
-        data: the run's data.
         seed: the run's seed, of the classifier's training.
         cache: file of the classifier, which is written if it is not there.
         device: where the network shall run.

@@ -27,7 +27,6 @@ class Inception(nn.Module):
     """Inception-v3 of 2015-12-05, as Frechet distances, kernel distances and Inception Scores use it.
 
     Args:
-        name: what results are named after.
         extractor: torch-fidelity's network, giving ``2048`` and ``logits_unbiased``.
     """
 

@@ -23,7 +23,6 @@ def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
     Args:
         features: ``(n, d)``.
         metric: its name with the article, for the message.
-        at_least: rows that it needs.
 
     Returns:
         The features in float64.
@@ -47,7 +46,6 @@ def checked_pair(a: Tensor, b: Tensor, metric: str, at_least: int = 2) -> tuple[
         a: ``(n_a, d)``.
         b: ``(n_b, d)``.
         metric: its name with the article, for the message.
-        at_least: rows that it needs of each.
 
     Returns:
         Both in float64.

@@ -37,9 +37,6 @@ def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics
         modes: centres, ``(m, d)``.
         mode_std: standard deviation of each component, along every axis.
 
-    Returns:
-        The statistics.
-
     Raises:
         InputError: the shapes do not fit.
     """
@@ -81,10 +78,6 @@ def class_coverage(labels: Tensor, num_classes: int) -> ClassCoverage:
 
     Args:
         labels: the class of each sample, ``(n,)``, integers in {0, ..., num_classes - 1}, n >= 1.
-        num_classes: how many classes there are.
-
-    Returns:
-        The counts.
 
     Raises:
         InputError: there are no labels, or one is no such class.
@@ -115,9 +108,6 @@ def coverage_of_even_draws(num: int, num_classes: int) -> EvenDraws:
     Args:
         num: how many draws n, at least 1.
         num_classes: how many classes m, at least 1.
-
-    Returns:
-        The two means.
 
     Raises:
         InputError: there are no draws, or no classes.

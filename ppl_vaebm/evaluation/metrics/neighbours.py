@@ -42,10 +42,6 @@ def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -
     Args:
         real: features of data, ``(n, d)``.
         generated: features of as many samples, ``(n, d)``.
-        num_neighbours: k.
-
-    Returns:
-        Precision and recall.
 
     Raises:
         InputError: sets of different sizes, no more than k members, different widths, or numbers that are not finite.
@@ -74,11 +70,7 @@ def precision_recall_error(
     Args:
         real: features of data in random order, ``(n, d)``.
         generated: features of as many samples in random order, ``(n, d)``.
-        num_neighbours: k.
         num_groups: groups left out, one at a time (Shao and Wu 1989); more take longer, and even out the estimate.
-
-    Returns:
-        The standard errors.
 
     Raises:
         InputError: as :func:`precision_recall`; fewer than two groups; fewer members than groups, or no more than k
@@ -129,9 +121,6 @@ def density_coverage(real: Tensor, generated: Tensor, num_neighbours: int = 5) -
         generated: features of samples, ``(m, d)``, m >= 1.
         num_neighbours: k; 5 by custom.
 
-    Returns:
-        Density and coverage.
-
     Raises:
         InputError: no more than k data, no samples, different widths, or numbers that are not finite.
     """
@@ -162,9 +151,6 @@ def nearest_neighbours(x: Tensor, reference: Tensor, num_neighbours: int = 1) ->
         x: features or flattened pixels, ``(n, d)``, n >= 1.
         reference: where to look, ``(m, d)``.
         num_neighbours: how many to find for each, at most m.
-
-    Returns:
-        Their distances and positions.
 
     Raises:
         InputError: too few to find, different widths, or numbers that are not finite.

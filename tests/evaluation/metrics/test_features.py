@@ -38,10 +38,10 @@ def short_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_classifier_is_cached_in_the_run_and_taken_from_where_it_is_told(tmp_path: Path) -> None:
-    data, run, elsewhere = data_of("patterns", 1, 2), tmp_path / "run", tmp_path / "shared.safetensors"
+    data, run, elsewhere = data_of("patterns", 1, 2), tmp_path / "run.safetensors", tmp_path / "shared.safetensors"
     net = feature_net("classifier", None, data, 0, run)
     assert isinstance(net, Classifier) and net.name == "cnn-patterns"
-    assert [file.name for file in run.iterdir()] == ["features.safetensors"]
+    assert run.is_file()
     x = torch.zeros(1, 1, 8, 8)
     assert torch.equal(feature_net("classifier", None, data, 5, run).logits(x), net.logits(x))
     with pytest.raises(InputError, match="expected the weights of a classifier in .*shared.*, found no file"):
@@ -52,7 +52,7 @@ def test_classifier_is_cached_in_the_run_and_taken_from_where_it_is_told(tmp_pat
 
 
 def test_stacked_digits_have_a_classifier_of_digits(tmp_path: Path) -> None:
-    net = feature_net("classifier", None, data_of("stacked-mnist", 3, 1000), 0, tmp_path)
+    net = feature_net("classifier", None, data_of("stacked-mnist", 3, 1000), 0, tmp_path / "stacked")
     assert isinstance(net, StackedDigits)
     assert isinstance(feature_net("classifier", None, data_of("other", 3, 5), 0, tmp_path / "other"), Classifier)
 
