@@ -94,16 +94,13 @@ class Normaliser(NamedTuple):
 
 
 def estimate_normaliser(potential: NoisePotential, effort: Effort, reference_energy: Tensor, seed: int) -> Normaliser:
-    """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from draws of the VAE.
+    """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from VAE samples.
 
     Args:
         potential: of the VAEBM.
         effort: how much to spend.
-        reference_energy: E of draws of the VAE, ``(n,)``, nats; rejection may take as many again.
+        reference_energy: E of VAE samples, ``(n,)``, nats; rejection may take as many again.
         seed: of all draws.
-
-    Returns:
-        The estimates.
 
     Raises:
         InputError: annealing was not possible; the sentence says why.
@@ -167,17 +164,9 @@ def target_draws(
     ladder: Ladder,
     max_proposals: int,
 ) -> TargetDraws:
-    """Draw from h: exactly if rejection can, else by chains from where sequential samplers ended.
+    """Draw from h, as often as there are particles: exactly if rejection can within ``max_proposals`` VAE samples.
 
-    Args:
-        potential: of the VAEBM.
-        generator: source of the draws.
-        populations: at their end.
-        ladder: the last step size is that of the chains.
-        max_proposals: draws of the VAE that rejection may take.
-
-    Returns:
-        As many draws as the populations have particles.
+    Else chains run from the populations' ends, with the last step size of the ladder.
     """
     starts = torch.cat([smc.equal_draws(population, generator) for population in populations])
     try:
@@ -219,10 +208,6 @@ def _energy_and_square(state: KernelState) -> dict[str, Tensor]:
 
 def ladder_energies(potential: NoisePotential, generator: torch.Generator) -> tuple[Tensor, Tensor, Chains]:
     """Run tempered chains from fresh noise and store the energy at every level.
-
-    Args:
-        potential: of the VAEBM.
-        generator: source of the chains.
 
     Returns:
         Inverse temperatures ``(K + 1,)``; energies ``(C, N, K + 1)``, nats; the chains.

@@ -71,6 +71,7 @@ def test_chains_take_the_place_of_exact_draws_that_cannot_be_had(monkeypatch: py
     assert abs(float(x.mean()) - MEAN) < 5 * math.sqrt(PRODUCT_VARIANCE / len(x))
 
 
+@pytest.mark.usefixtures("short_ladders")
 def test_chains_that_stay_apart_have_a_large_r_hat(monkeypatch: pytest.MonkeyPatch) -> None:
     def gives_up(*args: object) -> None:
         raise RejectionError("too far")
@@ -99,6 +100,7 @@ def _frozen(potential: object) -> object:
     )
 
 
+@pytest.mark.usefixtures("short_ladders")
 def test_passes_within_the_memory_change_no_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     def gives_up(*args: object) -> None:
         raise RejectionError("too far")
@@ -123,6 +125,7 @@ def test_passes_within_the_memory_change_no_draw(monkeypatch: pytest.MonkeyPatch
     assert values[1] == pytest.approx(values[0], rel=1e-8)
 
 
+@pytest.mark.usefixtures("short_ladders")
 def test_without_an_energy_everything_is_zero() -> None:
     found = estimate(noise_potential(VAEBM(linear_vae(), ZeroEnergy())), num=2_000)
     for name, one in found.estimates.items():
@@ -130,6 +133,13 @@ def test_without_an_energy_everything_is_zero() -> None:
         assert one.value == pytest.approx(0, abs=1e-12) and one.error == pytest.approx(0, abs=1e-12), name
 
 
+@pytest.fixture
+def short_ladders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(normaliser, "NUM_LADDER_WARMUP", 10)
+    monkeypatch.setattr(normaliser, "NUM_LADDER_DRAWS", 10)
+
+
+@pytest.mark.usefixtures("short_ladders")
 def test_the_same_seed_gives_the_same_numbers() -> None:
     one, other, third = (
         estimate(linear_potential(), EFFORT._replace(num_particles=16, num_temperatures=4), 2_000, s) for s in (1, 1, 2)
@@ -149,6 +159,7 @@ def test_an_energy_that_is_no_number_ends_in_a_sentence() -> None:
         estimate(linear_potential(Overflowing()), num=2_000)
 
 
+@pytest.mark.usefixtures("short_ladders")
 def test_a_way_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object) -> None:
         raise InputError("no overlap")

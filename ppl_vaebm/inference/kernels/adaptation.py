@@ -49,15 +49,9 @@ def start_averaging(step_size: float) -> DualAveraging:
 
 
 def update_averaging(averaging: DualAveraging, acceptance_rate: float, target: float) -> DualAveraging:
-    """Take in one acceptance rate.
+    """Take in one acceptance rate, the mean over chains, with its target.
 
-    Args:
-        averaging: the state.
-        acceptance_rate: mean over chains, in [0, 1].
-        target: the rate aimed at, in (0, 1).
-
-    Returns:
-        The next state; both steps stay between :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
+    Both steps stay between :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
     """
     count = averaging.num_updates + 1
     weight = 1 / (count + STABILISATION)
@@ -77,14 +71,14 @@ def average_in(average: float, value: float, count: int) -> float:
 def warm_up(
     kernel: Kernel, generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
 ) -> tuple[KernelState, KernelParams, int]:
-    """Run a kernel while tuning its parameters: the step size, or what its own warm-up tunes.
+    """Run a kernel while tuning its step size, or what its own warm-up tunes; one without a target only runs.
 
     Args:
-        kernel: the transition; one with a warm-up of its own has that, one without ``target_acceptance`` only runs.
+        kernel: the transition.
         generator: source of its randomness.
         state: start.
         params: parameters to start from.
-        num_steps: warm-up steps; 0 changes nothing.
+        num_steps: 0 changes nothing.
 
     Returns:
         The state, the tuned parameters, and the evaluations spent over all chains.
@@ -116,30 +110,18 @@ def with_step_size(params: KernelParams, step_size: float) -> KernelParams:
 
 
 def follow_acceptance(params: KernelParams, acceptance_rate: float, target: float) -> KernelParams:
-    """Move the step size a little towards a target, for a density that changes under its chains.
+    """Move the step size a little towards a target acceptance, for a density that changes under its chains.
 
-    Args:
-        params: parameters.
-        acceptance_rate: mean over chains, in [0, 1].
-        target: the rate aimed at, in (0, 1).
-
-    Returns:
-        The parameters; the step stays between :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
+    The acceptance rate is the mean over chains; the step stays within :data:`MIN_STEP_SIZE` and :data:`MAX_STEP_SIZE`.
     """
     log_step = math.log(params.step_size) + STEP_SIZE_GAIN * (acceptance_rate - target)
     return with_step_size(params, max(MIN_STEP_SIZE, min(math.exp(log_step), MAX_STEP_SIZE)))
 
 
 def acceptance_note(kernel: Kernel, acceptance_rate: Tensor) -> str | None:
-    """Say that chains hardly accept, which a tuned step should not leave them to.
+    """Return a sentence if some chain hardly accepts, which a tuned step should not leave it to, else ``None``.
 
-    Args:
-        kernel: the transition.
-        acceptance_rate: of every draw, ``(C, N)``.
-
-    Returns:
-        A sentence if some chain's mean is below :data:`MIN_SHARE_OF_TARGET` of the kernel's target; ``None`` if none
-        is, and for a kernel without a target.
+    Of acceptance rates ``(C, N)`` a chain's mean is held against :data:`MIN_SHARE_OF_TARGET` of the kernel's target.
     """
     target = kernel.target_acceptance
     if target is None:

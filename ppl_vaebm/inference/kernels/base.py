@@ -168,18 +168,10 @@ class Kernel(NamedTuple):
 def run_steps(
     kernel: Kernel, generator: torch.Generator, state: KernelState, params: KernelParams, num_steps: int
 ) -> tuple[KernelState, list[KernelInfo]]:
-    """Run a chain of which only the last position is wanted.
+    """Run a chain of which only the last position is wanted; return its end and the report of every step.
 
-    Args:
-        kernel: the transition.
-        generator: source of its randomness.
-        state: start.
-        params: of every step.
-        num_steps: at least 1.
-
-    Returns:
-        The end and the report of every step. Of two steps or more the last is the kernel's ``last_step``, if it has
-        one: then K steps take K evaluations, that of ``init`` included.
+    Of two steps or more the last is the kernel's ``last_step``, if it has one: then K steps take K evaluations, that of
+    ``init`` included.
     """
     infos = []
     for count in range(1, num_steps + 1):
@@ -190,15 +182,9 @@ def run_steps(
 
 
 def init_params(position: Tensor, step_size: float, trajectory_length: float = torch.pi / 2) -> KernelParams:
-    """Make parameters like a position's dtype and device.
+    """Make parameters of unit mass like a position ``(C, D)``: the angle h, and the total angle of an HMC trajectory.
 
-    Args:
-        position: ``(C, D)``.
-        step_size: the angle h, positive.
-        trajectory_length: total angle of an HMC trajectory; a quarter turn forgets the start when Phi = 0.
-
-    Returns:
-        Parameters with unit mass.
+    A quarter turn forgets the start when Phi = 0.
     """
     return KernelParams(
         position.new_tensor(step_size),
@@ -208,14 +194,9 @@ def init_params(position: Tensor, step_size: float, trajectory_length: float = t
 
 
 def value_and_grad(potential: Potential, position: Tensor) -> tuple[Tensor, Tensor]:
-    """Evaluate Phi and its gradient for every chain, as many rows at a time as the potential's ``rows_per_pass``.
+    """Evaluate Phi ``(C,)`` and its gradient ``(C, D)`` for every chain, both detached.
 
-    Args:
-        potential: the target.
-        position: ``(C, D)``.
-
-    Returns:
-        Phi ``(C,)`` and its gradient ``(C, D)``, both detached.
+    Rows go in passes of at most the potential's ``rows_per_pass``.
 
     Raises:
         ValueError: the potential did not return one number per chain.
@@ -277,16 +258,10 @@ def log_density_energy(state: KernelState) -> Tensor:
 def metropolis(
     generator: torch.Generator, state: KernelState, proposal: KernelState, energy_change: Tensor
 ) -> tuple[KernelState, Tensor, Tensor, Tensor]:
-    """Accept or reject every chain's proposal on its own.
+    """Accept or reject every chain's proposal by its energy change, ``(C,)``, float64, nats.
 
-    A change of energy that is not a number rejects, and is flagged divergent; so does a proposal
-    whose gradient is not finite, since the next step could not start from it.
-
-    Args:
-        generator: source of one uniform per chain.
-        state: where the chains stand.
-        proposal: where they would go.
-        energy_change: energy of the proposal minus energy of the state, ``(C,)``, float64, nats.
+    A change that is not a number rejects, and is flagged divergent; so does a proposal whose gradient is not finite,
+    since the next step could not start from it.
 
     Returns:
         The new state, the acceptance probability ``(C,)``, whether it was accepted, whether it diverged.
@@ -298,14 +273,9 @@ def metropolis(
 
 
 def acceptance(proposal: KernelState, energy_change: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn energy changes into acceptance probabilities and divergence flags.
+    """Turn energy changes, ``(C,)``, nats, into acceptance probabilities and divergence flags, ``(C,)`` each.
 
-    Args:
-        proposal: the proposed state.
-        energy_change: ``(C,)``, nats.
-
-    Returns:
-        Acceptance probability ``(C,)`` in [0, 1], zero where anything is not finite; divergence ``(C,)``.
+    The probability is zero where the change, the proposal's position or its gradient is not finite.
     """
     # Sums are as finite as their terms, and cheaper to ask.
     total = energy_change + proposal.position.sum(-1)
@@ -319,15 +289,9 @@ def acceptance(proposal: KernelState, energy_change: Tensor) -> tuple[Tensor, Te
 
 
 def select(mask: Tensor, chosen: KernelState, other: KernelState) -> KernelState:
-    """Take rows of ``chosen`` where ``mask`` holds, of ``other`` elsewhere.
+    """Take rows of ``chosen`` where ``mask``, ``(C,)``, holds, of ``other`` elsewhere.
 
-    Args:
-        mask: ``(C,)``, boolean.
-        chosen: state for the rows where it is true.
-        other: state for the rest.
-
-    Returns:
-        A state; its gradient is ``None`` unless both have one.
+    The gradient is ``None`` unless both have one.
     """
     rows = mask.unsqueeze(-1)
     grad = None

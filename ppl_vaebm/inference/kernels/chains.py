@@ -68,17 +68,16 @@ def run_chains(
         position: starts, ``(C, D)``.
         params: parameters to start the warm-up from.
         num_draws: draws to store per chain, at least 1; with ``max_evals``, the most of them.
-        num_warmup: steps of dual averaging before them, not stored; 0 keeps ``params``.
+        num_warmup: steps of warm-up before them, not stored; 0 keeps ``params``.
         thin: steps per stored draw.
         functionals: what to store of each draw.
-        max_evals: stop after the draw with which the evaluations per chain, on average over chains and warm-up not
-            counted, reach this number.
-        min_seconds: draws go on beyond ``max_evals`` until so much time has passed; ``num_draws`` bounds both.
+        max_evals: stop after the draw at which the mean evaluations per chain, without warm-up, reach this number.
+        min_seconds: draws continue beyond ``max_evals`` until so much time has passed; ``num_draws`` bounds both.
 
     Returns:
-        The chains; ``n_steps`` of a draw counts the evaluations of all its ``thin`` steps, its
-        acceptance rate is their mean, and it is ``diverging`` if any of them was. ``attrs`` has what the kernel
-        reports of the run, and a ``note`` where chains hardly accept.
+        The chains. ``n_steps`` of a draw counts the evaluations of all its ``thin`` steps, its acceptance rate is their
+        mean, and it is ``diverging`` if any of them was. ``attrs`` has the kernel's report and a ``note`` where chains
+        hardly accept.
     """
     start = time.perf_counter()
     state, params, warmup_evals = warm_up(kernel, generator, kernel.init(position), params, num_warmup)

@@ -88,9 +88,9 @@ def build(
 ) -> Kernel:
     """Make the kernel.
 
-    Deviations from the paper: the share of a trajectory is a Halton sequence in warm-up only, and a uniform draw in the
-    sampling stage, where a step does not know how many came before it; and moves are measured in units of the fitted
-    Gaussian, so that wide coordinates do not hide the others.
+    Deviations from the paper: the fraction of a trajectory is a Halton sequence in warm-up only, and a uniform draw u
+    in the sampling stage, where a step does not know how many came before it; and moves are measured in units of the
+    fitted Gaussian, so that wide coordinates do not hide the others.
 
     Args:
         potential: Phi, relative to N(0, I).
@@ -101,7 +101,7 @@ def build(
         name: the kernel's name.
 
     Returns:
-        The kernel. A step takes ``ceil(u * trajectory_length / step_size)`` evaluations with gradient, u uniform.
+        The kernel. A step takes ``ceil(u * trajectory_length / step_size)`` evaluations with gradient.
 
     Raises:
         ValueError: a bound below 1.
@@ -164,15 +164,7 @@ def criterion_gradient(start: KernelState, trajectory: Trajectory, info: KernelI
 
     With positions in units of ``sqrt(inverse_mass)`` and their mean over chains taken off, it is the mean of
     ``(|q'|^2 - |q|^2) <q', p'>``, weighted by acceptance; p', the whitened momentum at the end, is the velocity there.
-
-    Args:
-        start: where the trajectories begin.
-        trajectory: where they end, accepted or not.
-        info: of that step.
-        params: of that step.
-
-    Returns:
-        The estimate; a proposal that is not finite has no weight, and without any weight it is 0.
+    A proposal that is not finite has no weight, and without any weight the estimate is 0.
     """
     weight = info.acceptance_rate.to(start.position)
     total = float(weight.sum())
@@ -190,15 +182,10 @@ def criterion_gradient(start: KernelState, trajectory: Trajectory, info: KernelI
 
 
 def fit_gaussian(moments: Moments, like: Tensor) -> DiagonalGaussian:
-    """Fit mean and scale of every coordinate that is not N(0, 1) to within the error of the chains.
+    """Fit mean and scale of every coordinate that is not N(0, 1) to within the error of two chains or more.
 
-    Args:
-        moments: of two chains or more.
-        like: for the dtype.
-
-    Returns:
-        The fit, shrunk towards N(0, 1): the mean, and the log of the variance, by ``C / (C + PRIOR_CHAINS)``. Chains
-        count, and not their draws, which may not be independent of each other. What is not finite stays N(0, 1).
+    The mean and the log of the variance are shrunk towards N(0, 1) by ``C / (C + PRIOR_CHAINS)``. Chains count, and not
+    their draws, which may not be independent. What is not finite stays N(0, 1).
     """
     num_chains = len(moments.total)
     means = moments.total / moments.num_draws
@@ -237,13 +224,9 @@ def _t_inside(angle: float, degrees: int) -> float:
 
 
 def harmonic_mean(info: KernelInfo) -> float:
-    """Average acceptance rates so that a chain that hardly moves counts most, as the paper does.
+    """Average acceptance rates over chains that did not diverge so that one that hardly moves counts most.
 
-    Args:
-        info: of a step; divergent chains are left out.
-
-    Returns:
-        The harmonic mean over chains; 0 where all of them diverged.
+    It is 0 where all of them diverged.
     """
     rates = info.acceptance_rate[~info.is_divergent]
     return float(1 / (1 / rates).mean()) if len(rates) else 0.0

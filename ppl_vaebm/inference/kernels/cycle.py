@@ -10,15 +10,10 @@ from ppl_vaebm.inference.kernels.base import Kernel, KernelInfo, KernelParams, K
 
 
 def build_mixture(members: Sequence[Kernel], *, name: str = "mixture") -> Kernel:
-    """Make the cycle of several kernels. Each leaves the target invariant, so the cycle does.
+    """Make the cycle of several kernels on one target; each leaves it invariant, so the cycle does.
 
-    Args:
-        members: kernels on one target, run in this order; at most one of them may have a step to tune.
-        name: the cycle's name.
-
-    Returns:
-        A kernel whose ``num_evals`` is the members' sum and whose acceptance rate and energy are those of the
-        tunable member (of the last one, if none is). It accepts if any member moved.
+    ``num_evals`` is the members' sum; acceptance rate and energy are those of the tunable member, or of the last one if
+    none is. The cycle accepts if any member moved.
 
     Raises:
         ValueError: no members, more than one tunable member (they would share one step size), or a member with a

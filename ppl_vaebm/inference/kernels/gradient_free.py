@@ -1,8 +1,10 @@
-"""Preconditioned Crank-Nicolson: gradient-free moves that keep N(0, I) by construction.
+"""Gradient-free kernels, which keep N(0, I) by construction: only Phi decides about a move.
 
-``q' = q cos h + n sin h`` leaves N(0, I) invariant at every angle h, so the Metropolis ratio holds Phi
-alone (Cotter, Roberts, Stuart and White 2013, "MCMC methods for functions"). At its full step, a quarter
-turn, it forgets q: independence Metropolis with the VAE itself as proposal.
+Crank-Nicolson (Cotter, Roberts, Stuart and White 2013, "MCMC methods for functions"): ``q' = q cos h + n sin h`` with
+n ~ N(0, I). At its full step, a quarter turn, it forgets q: independence Metropolis with the VAE as proposal.
+
+Elliptical slice sampling (Murray, Adams and MacKay 2010): the points ``q cos t + n sin t`` form an ellipse on which
+N(0, I) is constant; t is slice-sampled under exp(-Phi) with a bracket that shrinks towards t = 0.
 """
 
 from __future__ import annotations
@@ -40,16 +42,13 @@ def build_pcn(
     target_acceptance: float = PCN_TARGET_ACCEPTANCE,
     name: str = "pcn",
 ) -> Kernel:
-    """Make a Crank-Nicolson kernel.
+    """Make a Crank-Nicolson kernel: one evaluation without gradient per step.
 
     Args:
         potential: Phi, relative to N(0, I).
         step_size: a fixed angle in (0, pi/2]; ``None`` takes the parameters' step, which warm-up tunes.
         target_acceptance: what warm-up tunes the step to, where it is not fixed.
         name: the kernel's name.
-
-    Returns:
-        The kernel, one evaluation without gradient per step.
 
     Raises:
         ValueError: a step outside (0, pi/2].
@@ -74,28 +73,15 @@ def build_pcn(
 
 
 def build_independence(potential: Potential, *, name: str = "independence") -> Kernel:
-    """Make the kernel that proposes a fresh draw of the VAE: Crank-Nicolson at its full step.
-
-    Args:
-        potential: Phi, relative to N(0, I).
-        name: the kernel's name.
-
-    Returns:
-        The kernel, one evaluation without gradient per step, nothing to tune.
-    """
+    """Make the kernel that proposes a fresh VAE sample: Crank-Nicolson at its full step, nothing to tune."""
     return build_pcn(potential, step_size=FULL_STEP, name=name)
 
 
 def build_elliptical(potential: Potential, *, name: str = "elliptical") -> Kernel:
-    """Make an elliptical slice kernel.
+    """Make an elliptical slice kernel, with nothing to tune.
 
-    Args:
-        potential: Phi, relative to N(0, I).
-        name: the kernel's name.
-
-    Returns:
-        The kernel. ``num_evals`` is the number of points each chain tried; its acceptance rate is 1, unless
-        :data:`MAX_SHRINKS` points were refused: the chain then stays, rate 0, flagged divergent.
+    ``num_evals`` is the number of points each chain tried; its acceptance rate is 1, unless :data:`MAX_SHRINKS` points
+    were refused: the chain then stays, rate 0, flagged divergent.
     """
 
     def step(generator: torch.Generator, state: KernelState, params: KernelParams) -> tuple[KernelState, KernelInfo]:

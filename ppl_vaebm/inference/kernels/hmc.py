@@ -1,13 +1,4 @@
-"""Hamiltonian Monte Carlo on rows, by splitting against N(0, I) or by leapfrog.
-
-Splitting (Beskos, Pinski, Sanz-Serna and Stuart 2011, "Hybrid Monte Carlo on Hilbert spaces"): half a
-kick by grad Phi, the exact flow of ``|q|^2/2 + |p|^2/2``, which is a rotation of ``(q, p)``, half a
-kick. The Gaussian part costs no accuracy, so the step does not shrink with the dimension and Phi = 0 is
-sampled without error at any step. Leapfrog treats ``U = Phi + |q|^2/2`` as one potential.
-
-The momentum is kept in whitened coordinates, ``p ~ N(0, I)``: an inverse mass m_i then only rescales
-coordinate i's step to ``h * sqrt(m_i)``.
-"""
+"""Hamiltonian Monte Carlo on rows: fresh momentum, a trajectory of :mod:`integrators`, accept or reject."""
 
 from __future__ import annotations
 
@@ -50,17 +41,16 @@ def build(
     Args:
         potential: Phi, relative to N(0, I).
         integrator: ``splitting`` or ``leapfrog``.
-        num_steps: integration steps per trajectory; ``None`` takes
-            ``round(trajectory_length / step_size)`` of the parameters, between 1 and ``max_num_steps``.
-        max_num_steps: bound on the steps of one trajectory where ``num_steps`` is not given.
-        jitter: each trajectory's angle is multiplied by a uniform draw from ``[1 - jitter, 1 + jitter]``, one
-            draw for all chains, at an unchanged number of steps; 0 is a fixed trajectory.
+        num_steps: integration steps per trajectory; ``None`` takes ``round(trajectory_length / step_size)`` of the
+            parameters, between 1 and ``max_num_steps``.
+        max_num_steps: bound on them.
+        jitter: each trajectory's angle is multiplied by a uniform draw from ``[1 - jitter, 1 + jitter]``, one draw for
+            all chains, at an unchanged number of steps.
         target_acceptance: what warm-up tunes the step size to.
         name: the kernel's name.
 
     Returns:
-        The kernel; ``num_steps`` evaluations with gradient per step, and one more where the state came
-        from a gradient-free kernel.
+        The kernel; ``num_steps`` evaluations with gradient per step, one more after a gradient-free kernel.
 
     Raises:
         ValueError: an unknown integrator, a number of steps below 1, or jitter outside [0, 1).
@@ -101,7 +91,7 @@ def transition(
         momentum: whitened, ``(C, D)``.
         params: inverse mass, and the Gaussian that splitting splits off; its step and length are not read.
         step_size: angle h, ``()``.
-        num_steps: steps, at least 1.
+        num_steps: at least 1.
         integrator: ``splitting`` or ``leapfrog``.
 
     Returns:

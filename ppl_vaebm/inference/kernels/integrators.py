@@ -56,13 +56,14 @@ def follow(
     Args:
         potential: Phi.
         state: start, with its gradient.
-        momentum: whitened momentum, ``(C, D)``.
+        momentum: whitened, ``(C, D)``.
         step_sizes: of the kicks, ``(D,)`` or ``(C, 1)``.
-        num_steps: drifts, at least 1.
+        num_steps: at least 1.
         flow: how the Hamiltonian is divided between kick and drift.
 
     Returns:
-        The end and the change of the Hamiltonian.
+        The end and the change of the Hamiltonian. Splitting conserves the Gaussian part exactly, so that only kicks
+        and Phi enter the change: its rounding error does not grow with ``|q|^2``.
     """
     assert state.grad is not None
     half, whole = -0.5 * step_sizes, -step_sizes
@@ -82,13 +83,8 @@ def follow(
 def make_flow(integrator: Integrator, step_sizes: Tensor, reference: DiagonalGaussian | None = None) -> Flow:
     """Divide the Hamiltonian between kick and drift.
 
-    Args:
-        integrator: ``splitting`` or ``leapfrog``, which knows no reference.
-        step_sizes: per-coordinate step, ``(D,)``; coordinate i of a reference turns by ``step_sizes[i] / scale[i]``.
-        reference: what splitting splits off; ``None`` is N(0, I).
-
-    Returns:
-        The flow.
+    Coordinate i drifts by ``step_sizes[i]``, of shape ``(D,)``; where splitting splits off a reference, it turns by
+    ``step_sizes[i] / scale[i]``. Leapfrog knows no reference; ``None`` is N(0, I).
     """
     if integrator == "leapfrog":
         return Flow(

@@ -28,15 +28,10 @@ SPACING_GAIN = 0.02
 
 
 def start_ladder(num_levels: int, params: KernelParams, num_steps: int) -> Ladder:
-    """Make the ladder that a warm-up starts from.
+    """Make the ladder of K + 1 levels, at least 2, that a warm-up starts from.
 
-    Args:
-        num_levels: K + 1, at least 2.
-        params: their step size is that of all levels with b > 0.
-        num_steps: integration steps of a move; at b = 0 they add up to a quarter turn, which forgets the start.
-
-    Returns:
-        The ladder.
+    The parameters' step size is that of all levels with b > 0; at b = 0 the ``num_steps`` of a move add up to a quarter
+    turn, which forgets the start.
     """
     levels = torch.linspace(0, 1, num_levels, dtype=params.step_size.dtype, device=params.step_size.device)
     step_sizes = params.step_size.expand(num_levels).clone()
@@ -45,29 +40,12 @@ def start_ladder(num_levels: int, params: KernelParams, num_steps: int) -> Ladde
 
 
 def stored_ladder(state: Mapping[str, Any], like: Tensor) -> Ladder:
-    """Take a ladder from a checkpoint's state, where its fields stand by their names.
-
-    Args:
-        state: as ``Ladder._asdict`` gave it.
-        like: of the device and the type that the ladder is to have.
-
-    Returns:
-        The ladder.
-    """
+    """Read a ladder from a checkpoint, as ``Ladder._asdict`` gave it, with the type and device of ``like``."""
     return Ladder(*(state[name].to(like) for name in Ladder._fields))
 
 
 def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts:
-    """Begin to count: replicas are labelled by the level that they stand at.
-
-    Args:
-        num_chains: C.
-        num_levels: K + 1.
-        device: of the counts.
-
-    Returns:
-        Counts of nothing.
-    """
+    """Begin to count for C chains and K + 1 levels: replicas are labelled by the level that they stand at."""
     label = torch.arange(num_levels, device=device).expand(num_chains, -1)
     return Counts(
         num_sweeps=0,
@@ -82,16 +60,13 @@ def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts
 
 
 def add_swaps(counts: Counts, lower: Tensor, rate: Tensor, order: Tensor) -> Counts:
-    """Take in the swaps of one sweep.
+    """Add the swaps of one sweep.
 
     Args:
         counts: before.
         lower: the hotter level of each pair that was proposed, ``(P,)``.
         rate: acceptance probabilities, ``(C, P)``.
         order: which level each level's new replica came from, ``(C, K + 1)``.
-
-    Returns:
-        Counts after.
     """
     sums, num_swaps = counts.swap_rate_sums.clone(), counts.num_swaps.clone()
     sums[:, lower] += rate
@@ -118,15 +93,10 @@ def swap_rates(counts: Counts) -> Tensor:
 
 
 def respace(ladder: Ladder, rates: Tensor) -> Ladder:
-    """Move the levels so that all neighbours would reject equally often, as the paper does.
+    """Move the levels so that all neighbors, of acceptance ``rates`` ``(K,)``, would reject equally often.
 
-    Args:
-        ladder: the present one.
-        rates: acceptance of each pair of neighbours, ``(K,)``.
-
-    Returns:
-        As many levels, by :func:`space_evenly`. Between levels the barrier is taken to rise linearly, where the paper
-        has a monotone cubic: rounds of adaptation repeat the move, and the fixed point is the same.
+    Between levels the barrier is taken to rise linearly, where the paper has a monotone cubic: rounds of adaptation
+    repeat the move, and the fixed point is the same.
     """
     rejections = (1 - rates).clamp(min=MIN_REJECTION)
     return space_evenly(ladder, torch.cat([rejections.new_zeros(1), rejections.cumsum(0)]), len(rates) + 1)
@@ -135,13 +105,8 @@ def respace(ladder: Ladder, rates: Tensor) -> Ladder:
 def space_evenly(ladder: Ladder, barrier: Tensor, num_levels: int) -> Ladder:
     """Place levels at equal distances of a barrier.
 
-    Args:
-        ladder: levels at which the barrier is known.
-        barrier: there, increasing from 0, ``(K + 1,)``; linear between them.
-        num_levels: of the new ladder, at least 2.
-
-    Returns:
-        Levels from b = 0 to b = 1; the logs of their step sizes are interpolated over b between those of ``ladder``.
+    The barrier, ``(K + 1,)``, is known at the levels of a ladder, increases from 0, and is linear between them. The
+    logs of the new levels' step sizes are interpolated over b.
     """
     levels, knots = ladder.inverse_temperatures.tolist(), barrier.tolist()
     places = [knots[-1] * k / (num_levels - 1) for k in range(1, num_levels - 1)]
@@ -156,13 +121,8 @@ def space_evenly(ladder: Ladder, barrier: Tensor, num_levels: int) -> Ladder:
 def follow_rates(ladder: Ladder, counts: Counts, target_acceptance: float) -> Ladder:
     """Move a ladder a little towards what its last sweeps ask for, for a density that changes under its chains.
 
-    Args:
-        ladder: the present one.
-        counts: of the last sweeps, two at least, so that every pair was proposed.
-        target_acceptance: of every level's moves but those at b = 0, which are always accepted.
-
-    Returns:
-        Levels that have gone a share of the way of :func:`respace`, and steps that follow their acceptance.
+    Levels go :data:`SPACING_GAIN` of the way of :func:`respace`; the steps of all levels but b = 0, whose moves are
+    always accepted, follow their acceptance. The counts are of two sweeps at least, so that every pair was proposed.
     """
     errors = counts.move_rate_sums / max(1, counts.num_sweeps) - target_acceptance
     steps = (ladder.step_sizes.log() + STEP_SIZE_GAIN * errors.to(ladder.step_sizes)).exp()
@@ -173,14 +133,10 @@ def follow_rates(ladder: Ladder, counts: Counts, target_acceptance: float) -> La
 
 
 def report(counts: Counts, ladder: Ladder) -> dict[str, float | list[float]]:
-    """Say how well the ladder carries replicas.
-
-    Args:
-        counts: of a run.
-        ladder: of the run.
+    """Report how well the ladder carries replicas over a run.
 
     Returns:
-        ``inverse_temperatures``; ``swap_rates`` of neighbours; ``communication_barrier``, the sum of their rejection
+        ``inverse_temperatures``; ``swap_rates`` of neighbors; ``communication_barrier``, the sum of their rejection
         rates, of which about ``2 barrier + 1`` levels are best; ``num_round_trips`` over all chains; and
         ``round_trips_per_1000_sweeps``, of one chain on average.
     """

@@ -36,15 +36,9 @@ MALA_TARGET_ACCEPTANCE = 0.65
 def build_langevin(potential: Potential, *, name: str = "langevin") -> Kernel:
     """Make the unadjusted kernel: the paper's Euler step (Xiao et al. 2021, equation 8), always taken.
 
-    It is biased at every step size: on N(0, 1) its stationary variance is ``1 / (1 - h^2/4)``.
-
-    Args:
-        potential: Phi, relative to N(0, I).
-        name: the kernel's name.
-
-    Returns:
-        The kernel, one evaluation with gradient per step. ``acceptance_rate`` is the Metropolis probability that
-        the step would have had. A proposal that is not finite is not taken, and flagged divergent.
+    It is biased at every step size: on N(0, 1) its stationary variance is ``1 / (1 - h^2/4)``. One evaluation with
+    gradient per step; ``acceptance_rate`` is the Metropolis probability that the step would have had. A proposal that
+    is not finite is not taken, and flagged divergent.
     """
 
     def move(
@@ -80,15 +74,8 @@ def build_mala(
     target_acceptance: float = MALA_TARGET_ACCEPTANCE,
     name: str = "mala",
 ) -> Kernel:
-    """Make the Metropolis-adjusted kernel: HMC with one step.
+    """Make the Metropolis-adjusted kernel: HMC with one step, one evaluation with gradient.
 
-    Args:
-        potential: Phi, relative to N(0, I).
-        integrator: ``splitting`` (infinity-MALA, Cotter, Roberts, Stuart and White 2013) or ``leapfrog`` (plain MALA).
-        target_acceptance: what warm-up tunes the step size to.
-        name: the kernel's name.
-
-    Returns:
-        The kernel, one evaluation with gradient per step.
+    ``splitting`` is infinity-MALA (Cotter, Roberts, Stuart and White 2013), ``leapfrog`` plain MALA.
     """
     return hmc.build(potential, integrator=integrator, num_steps=1, target_acceptance=target_acceptance, name=name)

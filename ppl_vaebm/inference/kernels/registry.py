@@ -25,14 +25,7 @@ DEFAULT_STEP_SIZES = {
 
 
 def build_kernel(config: KernelConfig, potential: Potential) -> Kernel:
-    """Make the kernel that a configuration names.
-
-    Args:
-        config: name and options.
-        potential: Phi, relative to N(0, I).
-
-    Returns:
-        The kernel.
+    """Make the kernel that a configuration names, on Phi relative to N(0, I).
 
     Raises:
         ValueError: a mixture of several kernels with a step to tune.
@@ -84,15 +77,10 @@ def _build_one(name: KernelName, config: KernelConfig, potential: Potential) -> 
 
 
 def start_params(config: KernelConfig, position: Tensor) -> KernelParams:
-    """Make the parameters that a configuration's kernel starts from.
+    """Make the parameters that a configuration's kernel starts from, like a position ``(C, D)``.
 
-    Args:
-        config: name and options.
-        position: ``(C, D)``, for the dtype and the device.
-
-    Returns:
-        The parameters; a step that is not given is the kernel's default, and the ladder of a tempered kernel is the
-        one that its warm-up starts from.
+    A step that is not given is the kernel's default, and the ladder of a tempered kernel is the one that its warm-up
+    starts from.
     """
     step_size = config.step_size
     if step_size is None:

@@ -1,4 +1,4 @@
-"""Targets with known moments, normaliser and exact draws: for tests, documentation and benchmarks alike."""
+"""Targets with known moments, log Z and exact draws, for tests, documentation and benchmarks."""
 
 from __future__ import annotations
 
@@ -51,15 +51,7 @@ class Target(NamedTuple):
 
 
 def reference(dim: int, dtype: torch.dtype = torch.float64) -> Target:
-    """N(0, I) itself: Phi = 0.
-
-    Args:
-        dim: D.
-        dtype: of positions.
-
-    Returns:
-        The target; log Z = 0.
-    """
+    """N(0, I) itself in ``dim`` dimensions: Phi = 0, log Z = 0."""
     return Target(
         "reference",
         lambda position: torch.zeros_like(position[:, 0]),
@@ -71,16 +63,9 @@ def reference(dim: int, dtype: torch.dtype = torch.float64) -> Target:
 
 
 def gaussian(mean: Tensor, scale: Tensor) -> Target:
-    """N(mean, diag(scale^2)).
+    """N(mean, diag(scale^2)), both ``(D,)``.
 
     ``Phi = sum_i ((q_i - mean_i)^2 / scale_i^2 - q_i^2) / 2``, so ``log Z = sum_i log scale_i``.
-
-    Args:
-        mean: ``(D,)``.
-        scale: ``(D,)``, positive.
-
-    Returns:
-        The target.
     """
 
     def potential(position: Tensor) -> Tensor:
@@ -97,17 +82,9 @@ def conditioned_gaussian(
 ) -> Target:
     """A Gaussian with mean zero and variances from ``1 / condition_number`` to 1, evenly spaced in their logarithm.
 
-    No direction is wider than the reference, as where an energy only narrows what the VAE draws. Kernels with unit
-    mass do not notice a rotation; those that scale single coordinates cannot undo one.
-
-    Args:
-        dim: D, at least 2.
-        condition_number: largest variance over the smallest, at least 1.
-        dtype: of positions.
-        is_rotated: turn the axes by one fixed random rotation; else coordinate i has the i-th smallest variance.
-
-    Returns:
-        The target; ``log Z = sum_i log sd_i``.
+    No direction is wider than the reference, as where an energy only narrows the VAE. With ``is_rotated`` the axes are
+    turned by one fixed random rotation: kernels with unit mass do not notice it, those that scale single coordinates
+    cannot undo it. ``log Z = sum_i log sd_i``.
     """
     variances = torch.logspace(-math.log10(condition_number), 0, dim, dtype=dtype)
     if not is_rotated:
@@ -132,16 +109,9 @@ def ar1_gaussian(
     *,
     scales: Tensor | None = None,
 ) -> Target:
-    """A Gaussian with mean zero and correlation ``correlation^|i - j|``.
+    """A Gaussian with mean zero, correlation ``correlation^|i - j|`` and standard deviations ``scales``.
 
-    Args:
-        dim: D.
-        correlation: of neighbours, in (-1, 1).
-        dtype: of positions.
-        scales: standard deviations, ``(D,)``, positive; all 1 if not given.
-
-    Returns:
-        The target; ``log Z = (D - 1) log(1 - correlation^2) / 2 + sum_i log scale_i``.
+    ``log Z = (D - 1) log(1 - correlation^2) / 2 + sum_i log scale_i``.
     """
     innovation = math.sqrt(1 - correlation**2)
     scale = torch.ones(dim, dtype=dtype) if scales is None else scales.to(dtype)
@@ -165,16 +135,8 @@ def ar1_gaussian(
 def two_modes(distance: float = 2.0, scale: float = 0.2, dtype: torch.dtype = torch.float64) -> Target:
     """Half of N(-distance, scale^2) and half of N(+distance, scale^2) in one dimension.
 
-    The modes are ``distance / scale`` standard deviations from the middle: local kernels do not cross, moves
-    through N(0, I) do.
-
-    Args:
-        distance: of a mode from 0.
-        scale: standard deviation of a mode.
-        dtype: of positions.
-
-    Returns:
-        The target; Phi is normalised against Lebesgue measure, so ``log Z = -log(2 pi) / 2``.
+    The modes are ``distance / scale`` standard deviations from the middle: local kernels do not cross it, moves through
+    N(0, I) do. Phi is normalized against Lebesgue measure, so ``log Z = -log(2 pi) / 2``.
     """
     log_scale = math.log(scale)
 
@@ -199,16 +161,8 @@ def banana(
 ) -> Target:
     """A Gaussian bent along a parabola (Haario, Saksman and Tamminen 1999), in two dimensions.
 
-    ``q_0 = scale u_0`` and ``q_1 = width u_1 + curvature (q_0^2 - scale^2)`` of two standard normals u.
-
-    Args:
-        scale: standard deviation along the parabola's axis, positive.
-        width: standard deviation across the parabola, positive.
-        curvature: of the parabola; 0 leaves a Gaussian.
-        dtype: of positions.
-
-    Returns:
-        The target; the map from u has Jacobian ``scale width``, so ``log Z = log(scale width)``.
+    ``q_0 = scale u_0`` and ``q_1 = width u_1 + curvature (q_0^2 - scale^2)`` of two standard normals u. The map from u
+    has Jacobian ``scale width``, so ``log Z = log(scale width)``.
     """
 
     def potential(position: Tensor) -> Tensor:
@@ -225,20 +179,12 @@ def banana(
 
 
 def funnel(observations: Tensor, noise_scale: float = 1.0) -> Target:
-    """Neal's funnel written in noise, with every branch observed.
+    """Neal's funnel written in noise, with every branch observed: ``y_i``, ``(D - 1,)``, is ``x_i`` with normal noise.
 
-    ``v = 3 eps_0`` and ``x_i = exp(v / 2) eps_i``, and ``y_i`` is seen of ``x_i`` with normal noise. Without the
-    observations the noise is N(0, I) exactly, which is why one samples it there and not in ``(v, x)``; they couple
-    ``eps_0`` to all others. Given ``eps_0`` the others are independent normals, so everything follows from
-    quadrature over ``eps_0``.
-
-    Args:
-        observations: ``y``, ``(D - 1,)``; their dtype is that of the target.
-        noise_scale: standard deviation of the observations, positive.
-
-    Returns:
-        The target, ``Phi = sum_i (y_i - x_i)^2 / (2 noise_scale^2)``; exact draws of ``eps_0`` are as exact as the
-        linear interpolation of its distribution function between 20,001 points, an error below 1e-6 in probability.
+    ``v = 3 eps_0``, ``x_i = exp(v / 2) eps_i`` and ``Phi = sum_i (y_i - x_i)^2 / (2 noise_scale^2)``. Without
+    observations the noise is N(0, I) exactly; they couple ``eps_0`` to all others. Given ``eps_0`` the others are
+    independent normals, so everything follows from quadrature over ``eps_0``. Exact draws interpolate its distribution
+    function between 20,001 points, with an error below 1e-6 in probability.
     """
 
     def potential(position: Tensor) -> Tensor:
@@ -265,7 +211,7 @@ def funnel(observations: Tensor, noise_scale: float = 1.0) -> Target:
 
 
 def _branches(first: Tensor, y: Tensor, noise_scale: float) -> tuple[Tensor, Tensor]:
-    """Give the law of the others given ``eps_0``: means ``(n, D - 1)`` and the variance that all share, ``(n,)``."""
+    """Return means ``(n, D - 1)`` and common variance ``(n,)`` of the others given ``eps_0``."""
     slope = (0.5 * FUNNEL_SCALE * first).exp()
     variance = 1 / (1 + (slope / noise_scale).square())
     return (variance * slope / noise_scale**2).unsqueeze(1) * y, variance
@@ -282,16 +228,10 @@ def _funnel_quadrature(y: Tensor, noise_scale: float) -> tuple[Tensor, Tensor, f
 
 
 def logistic_regression(features: Tensor, labels: Tensor) -> Potential:
-    """The posterior of a logistic regression whose coefficients are N(0, I) a priori: Phi is minus its log likelihood.
+    """The posterior of a logistic regression with coefficients N(0, I) a priori: Phi is minus its log likelihood.
 
-    Nothing of it is known in closed form; ``tests/inference/reference_moments.json`` has the moments on one data set.
-
-    Args:
-        features: ``(n, D)``, with a column of ones where an intercept is wanted.
-        labels: 0 or 1, ``(n,)``.
-
-    Returns:
-        Phi.
+    Features are ``(n, D)``, with a column of ones for an intercept, labels 0 or 1, ``(n,)``. Nothing is known in closed
+    form; ``tests/inference/reference_moments.json`` has the moments on one data set.
     """
     signs = 2 * labels.to(features) - 1
     signed = (signs.unsqueeze(1) * features).mT
@@ -299,13 +239,9 @@ def logistic_regression(features: Tensor, labels: Tensor) -> Potential:
 
 
 def staircase(noise: Tensor) -> Tensor:
-    """Map noise to data, each coordinate on its own: monotone, onto, smooth.
+    """Map noise to data coordinate by coordinate, of any shape: monotone, onto, smooth.
 
-    Args:
-        noise: any shape.
-
-    Returns:
-        ``slope e + height sum_j Ncdf((e - c_j) / width) - 2 height``: odd, and ``k`` on the middle of landing k.
+    ``slope e + height sum_j Ncdf((e - c_j) / width) - 2 height``: odd, and ``k`` on the middle of landing k.
     """
     centres = _centres(noise)
     steps = torch.special.ndtr((noise.unsqueeze(-1) - centres) / STEP_WIDTH).sum(-1)
@@ -321,14 +257,7 @@ def log_slope(noise: Tensor) -> Tensor:
 
 
 def inverse_staircase(x: Tensor) -> Tensor:
-    """Invert :func:`staircase` by bisection, without a gradient.
-
-    Args:
-        x: any shape, within 10 of zero.
-
-    Returns:
-        The noise.
-    """
+    """Invert :func:`staircase` by bisection, without a gradient, for x of any shape within 10 of zero."""
     low, high = torch.full_like(x, -BRACKET), torch.full_like(x, BRACKET)
     for _ in range(NUM_BISECTIONS):
         middle = 0.5 * (low + high)
@@ -338,16 +267,13 @@ def inverse_staircase(x: Tensor) -> Tensor:
 
 
 def grid_modes(dtype: torch.dtype = torch.float64) -> Target:
-    """25 modes N(m, 0.05^2 I), m on a 5 x 5 grid of spacing 1 around zero, as a target in noise space.
+    """25 modes N(m, 0.05^2 I), m on a 5 x 5 grid of spacing 1 around zero, as a target in noise space, D = 2.
 
-    ``E(x) = log p(x) - log h(x)``, where p is what the staircase makes of N(0, I); so ``log Z = 0``, h is what
-    E makes of p, and Phi(eps) = E(x(eps)).
-
-    Args:
-        dtype: of positions.
-
-    Returns:
-        The target, D = 2; the index of a mode is ``5 i + j``, counted from the one at ``(-2, -2)``.
+    They lie behind a map from noise as those of a VAE that has found the modes: a staircase with a landing for each
+    mode and a steep step between neighbors. It covers the modes but joins them by bridges, and its landings are several
+    times as wide as a mode; the energy takes both away. ``E(x) = log p(x) - log h(x)`` with p what the staircase makes
+    of N(0, I) and h the modes, and ``Phi(eps) = E(x(eps))``, so ``log Z = 0``. Mode ``5 i + j`` is i rows and j columns
+    from ``(-2, -2)``.
     """
 
     def potential(position: Tensor) -> Tensor:

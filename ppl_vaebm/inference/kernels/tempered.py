@@ -55,8 +55,8 @@ def build(
     """Make the kernel.
 
     ``init`` knows the target's positions only, and puts all replicas of a chain there; they forget it within a few
-    round trips. Chains that start as exact draws of the target therefore stay exact only if every replica is replaced
-    by an exact draw of its own level, with :func:`with_replicas`.
+    round trips. Chains that start as exact draws of the target stay exact only if every replica is replaced by an exact
+    draw of its own level, with :func:`with_replicas`.
 
     Args:
         potential: Phi, relative to N(0, I).
@@ -66,10 +66,9 @@ def build(
         name: the kernel's name.
 
     Returns:
-        The kernel. A step, a sweep, is ``num_steps`` calls of the potential with ``C * num_levels`` rows, and so many
-        evaluations with gradient. Acceptance rate and energy are those of the move at b = 1; a divergence is that of
-        any level. A replica moves only where Phi and its gradient are finite, at b = 0 too: no level has mass where
-        the target has none, so what is not finite reaches no level.
+        The kernel. A step, a sweep, evaluates ``C * num_levels`` rows ``num_steps`` times. Acceptance rate and energy
+        are those of the move at b = 1; a divergence is that of any level. A replica moves only where Phi and its
+        gradient are finite, at b = 0 too: no level has mass where the target has none.
 
     Raises:
         ValueError: fewer than two levels, or a number of steps below 1.
@@ -111,16 +110,7 @@ def build(
 
 
 def with_replicas(potential: Potential, state: KernelState, position: Tensor) -> KernelState:
-    """Put a state's replicas somewhere else.
-
-    Args:
-        potential: Phi.
-        state: of a tempered kernel.
-        position: ``(C, K, D)``, hottest first.
-
-    Returns:
-        The state with those replicas, and with its counts at zero.
-    """
+    """Move a state's replicas to positions ``(C, K, D)``, hottest first, and set its counts to zero."""
     value, grad = value_and_grad(potential, position.flatten(0, 1))
     counts = new_counts(len(position), position.shape[1] + 1, position.device)
     replicas = Replicas(position, value.reshape(position.shape[:2]), grad.reshape(position.shape), counts)
@@ -227,7 +217,7 @@ def _swap(
 
 
 def swap_probability(energies: Tensor, b: Tensor, lower: Tensor) -> Tensor:
-    """Return the probability with which neighbours swap: ``min(1, exp((b_i - b_j)(E_i - E_j)))``.
+    """Compute the swap probabilities of neighbors, ``min(1, exp((b_i - b_j)(E_i - E_j)))``.
 
     Args:
         energies: Phi at every level, ``(C, K + 1)``.
@@ -235,8 +225,8 @@ def swap_probability(energies: Tensor, b: Tensor, lower: Tensor) -> Tensor:
         lower: the hotter level of each pair, ``(P,)``.
 
     Returns:
-        ``(C, P)``, float64; 0 where what would come to the colder level is not finite, or what would leave it is no
-        number. Only a chain's start can be either, and an infinite energy leaves it by a swap.
+        ``(C, P)``, float64; 0 where the energy that would come to the colder level is not finite, or the one that would
+        leave it is nan. Only a chain's start can be either, and an infinite energy leaves it by a swap.
     """
     hot, cold = energies[:, lower].double(), energies[:, lower + 1].double()
     rate = ((b[lower] - b[lower + 1]) * (hot - cold)).exp().clamp(max=1.0)

@@ -63,17 +63,10 @@ def forward(
     *,
     build: BuildKernel = default_kernel,
 ) -> AnnealedWeights:
-    """Anneal draws of N(0, I) towards the target.
+    """Anneal independent draws of N(0, I), ``(N, D)``, towards the target.
 
-    Args:
-        potential: Phi.
-        generator: source of the moves.
-        position: independent draws of N(0, I), ``(N, D)``.
-        ladder: K + 1 levels and their step sizes, not chosen by these particles.
-        build: makes the kernels.
-
-    Returns:
-        The weights: with these, where the particles ended, at level ``b_(K-1)``, is a sample of the target.
+    The K + 1 levels and their step sizes must not be chosen by these particles. With the weights, where the particles
+    ended, at level ``b_(K-1)``, is a sample of the target.
 
     Raises:
         InputError: fewer than two particles, or a ladder that does not rise from 0 to 1.
@@ -89,21 +82,9 @@ def reverse(
     *,
     build: BuildKernel = default_kernel,
 ) -> AnnealedWeights:
-    """Anneal draws of the target towards N(0, I).
+    """Anneal independent draws of the target, ``(N, D)``, towards N(0, I); the rest as :func:`forward`.
 
-    Args:
-        potential: Phi.
-        generator: source of the moves.
-        position: independent draws of the target, ``(N, D)``; from chains that have not converged the bound is as good
-            as they are.
-        ladder: as in :func:`forward`.
-        build: makes the kernels.
-
-    Returns:
-        The weights, with the sign that they have in :func:`forward`.
-
-    Raises:
-        InputError: as in :func:`forward`.
+    From chains that have not converged the bound is as good as they are. The weights have the sign of :func:`forward`.
     """
     return _anneal(potential, generator, position, ladder, build, "reverse")
 
@@ -143,15 +124,9 @@ def _anneal(
 
 
 def estimate(log_weights: Tensor, generator: torch.Generator, direction: Direction) -> AnnealedEstimate:
-    """Estimate log Z from annealed weights.
+    """Estimate log Z from annealed weights, ``(N,)``: both bounds of one direction.
 
-    Args:
-        log_weights: of :class:`AnnealedWeights`, ``(N,)``.
-        generator: source of the bootstrap.
-        direction: that they were made in.
-
-    Returns:
-        Both bounds of this direction; effective sizes are those of the weights, or of the inverse weights if reverse.
+    Effective sizes are those of the weights, or of the inverse weights if reverse; ``generator`` draws the bootstrap.
 
     Raises:
         InputError: fewer than two weights.

@@ -76,7 +76,7 @@ def move(
         step_size: angle of the move.
 
     Returns:
-        The new state, of Phi; and what the kernel says of its step.
+        The new state, of Phi; and the kernel's report of its step.
     """
     kernel = kernel_at(potential, inverse_temperature, build)
     params = init_params(state.position, step_size)
@@ -118,12 +118,7 @@ def check_particles(position: Tensor) -> None:
 def resample(log_weights: Tensor, generator: torch.Generator) -> Tensor:
     """Choose particles in proportion to their weights by systematic resampling (Carpenter, Clifford, Fearnhead 1999).
 
-    Args:
-        log_weights: ``(N,)``, nats, finite or minus infinity.
-        generator: source of one uniform.
-
-    Returns:
-        Indices ``(N,)``; particle i occurs ``floor(N W_i)`` times or once more.
+    Of log weights ``(N,)``, finite or minus infinity, particle i occurs ``floor(N W_i)`` times or once more.
     """
     n = len(log_weights)
     shares = log_weights.double().softmax(0).cumsum(0)

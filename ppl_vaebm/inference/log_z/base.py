@@ -42,13 +42,9 @@ def weights_ess(log_weights: Tensor) -> float:
 
 
 def log_mean_exp(log_weights: Tensor) -> LogZ:
-    """Estimate the log of a mean of independent weights.
+    """Estimate the log of a mean of independent weights, ``(n,)``, given by their logs in nats.
 
-    Args:
-        log_weights: ``(n,)``, nats.
-
-    Returns:
-        The estimate; its error is that of the weights' mean over that mean, by the delta method.
+    The error is that of the weights' mean over that mean, by the delta method.
     """
     log_weights = log_weights.double()
     n = len(log_weights)
@@ -58,17 +54,10 @@ def log_mean_exp(log_weights: Tensor) -> LogZ:
 
 
 def bootstrap_error(log_weights: Tensor, generator: torch.Generator, num: int = NUM_BOOTSTRAP) -> float:
-    """Estimate the standard error of the log of a mean of weights by resampling them (Efron 1979).
+    """Estimate the standard error of the log of a mean of independent weights by resampling them (Efron 1979).
 
-    Where few weights carry the mean it is larger, and more honest, than the delta method's.
-
-    Args:
-        log_weights: ``(n,)``, nats, independent.
-        generator: source of the resamples, on the weights' device.
-        num: resamples.
-
-    Returns:
-        The standard deviation over resamples, nats; nan where a weight is.
+    Nats; nan where a weight is. Where few weights carry the mean it is larger, and more honest, than the delta
+    method's.
     """
     log_weights, n = log_weights.double(), len(log_weights)
     # Every resample has the same n, so the log of it drops out. One at a time, for n may be large.
@@ -80,16 +69,10 @@ def bootstrap_error(log_weights: Tensor, generator: torch.Generator, num: int = 
 
 
 def chain_mean(draws: Tensor) -> ChainMean:
-    """Average draws of several chains, with the error that the spread of the chains' own means gives.
+    """Average draws of several chains, ``(C, N, ...)``, with the error that the spread of the chains' means gives.
 
     It asks for no autocorrelation time, and a chain that is stuck makes it larger and not smaller. With C chains the
-    error is known to within ``1 / sqrt(2 (C - 1))``: 18 % for 16 of them.
-
-    Args:
-        draws: ``(C, N, ...)``; independent draws are chains of one draw.
-
-    Returns:
-        Mean, error and effective sizes, float64.
+    error is known to within ``1 / sqrt(2 (C - 1))``: 18 % for 16 of them. Independent draws are chains of one draw.
 
     Raises:
         InputError: fewer than two chains.

@@ -241,24 +241,16 @@ def _resample_groups(log_weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def combine(populations: Sequence[Population]) -> LogZ:
-    """Estimate log Z from independent populations of one group.
+    """Estimate log Z from two or more independent populations of one group.
 
-    Args:
-        populations: at least two.
-
-    Returns:
-        The log of the mean of their estimates of Z, with the error that their spread gives; the effective size counts
-        populations.
+    It is the log of the mean of their estimates of Z, with the error that their spread gives; the effective size counts
+    populations.
     """
     return log_mean_exp(torch.cat([population.log_z for population in populations]))
 
 
 def equal_draws(population: Population, generator: torch.Generator) -> Tensor:
     """Resample a population once more, so that its particles count alike.
-
-    Args:
-        population: at its end.
-        generator: source of one uniform a group.
 
     Returns:
         Positions, ``(N, D)``, some of them more than once.
@@ -268,14 +260,11 @@ def equal_draws(population: Population, generator: torch.Generator) -> Tensor:
 
 
 def spaced_ladder(pilot: Population, num_temperatures: int) -> Ladder:
-    """Space temperatures evenly in the barrier (Syed, Bouchard-Cote, Deligiannidis and Doucet 2021).
+    """Space K temperatures evenly in the barrier (Syed, Bouchard-Cote, Deligiannidis and Doucet 2021).
 
     Args:
         pilot: a population that chose its own levels.
         num_temperatures: K, steps from b = 0 to b = 1.
-
-    Returns:
-        The ladder, K + 1 levels; step sizes are interpolated in log scale between the pilot's.
 
     Raises:
         InputError: fewer than one step, or a particle of the pilot without a finite Phi.

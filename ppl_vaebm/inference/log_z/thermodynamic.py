@@ -64,18 +64,10 @@ def integrate(inverse_temperatures: Tensor, energy: Tensor) -> Integral:
 
 
 def ladder_bridge(inverse_temperatures: Tensor, energy: Tensor) -> LogZ:
-    """Add up the bridges between neighbours of a ladder (Bennett 1976), which no discretisation error spoils.
+    """Add up the bridges between neighbors of a ladder (Bennett 1976), which no discretisation error spoils.
 
-    Args:
-        inverse_temperatures: as in :func:`integrate`.
-        energy: as in :func:`integrate`.
-
-    Returns:
-        The estimate; the chains' spread gives its error, correlations between levels included. Its effective size is
-        the smallest of those behind the bridges.
-
-    Raises:
-        InputError: as in :func:`integrate`.
+    Arguments and errors as in :func:`integrate`. The chains' spread gives the error, correlations between levels
+    included; the effective size is the smallest of those behind the bridges.
     """
     levels = inverse_temperatures.double()
     _check(levels, energy)

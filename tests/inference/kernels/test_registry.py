@@ -264,7 +264,7 @@ def test_an_adjusted_kernel_started_exact_stays_exact(name: str, target: str) ->
 
 
 @pytest.mark.parametrize("name", ADJUSTED)
-def test_it_stays_exact_in_float32_under_unequal_masses(name: str) -> None:
+def test_an_adjusted_kernel_stays_exact_in_float32_under_unequal_masses(name: str) -> None:
     known = known_targets(torch.float32)["gaussian"]
     kernel = CASES[name].build(known.target.potential)
     params = init_params(known.target.mean[None], known.step_size)
@@ -291,15 +291,15 @@ def test_a_kernel_without_its_rejections_fails_what_it_passes(name: str, monkeyp
 def test_an_adjusted_kernel_converges_from_elsewhere(name: str) -> None:
     mean, scale = torch.tensor([0.5, -0.5], dtype=torch.float64), torch.tensor([0.6, 0.9], dtype=torch.float64)
     target = targets.gaussian(mean, scale)
-    start = torch.full((32, 2), 3.0, dtype=torch.float64)
-    kernel, params = CASES[name].build(target.potential), init_params(start, 0.5)
-    burnt_in, _ = run(kernel, start, params, 100)
+    start = torch.full((64, 2), 3.0, dtype=torch.float64)
+    kernel, params = CASES[name].build(target.potential), init_params(start, 0.8)
+    burnt_in, _ = run(kernel, start, params, 60)
     chains = run_chains(
         kernel,
         stream(4, "elsewhere"),
         burnt_in.position,
         params,
-        num_draws=600,
+        num_draws=250,
         functionals=lambda state: {"q": state.position, "square": state.position.square()},
     )
     truth = torch.cat([mean, scale.square() + mean.square()]).tolist()
@@ -313,8 +313,8 @@ def test_an_adjusted_kernel_converges_from_elsewhere(name: str) -> None:
 @pytest.mark.parametrize("name", sorted({*ADJUSTED, *SPLITTING}))
 def test_the_reference_is_kept_at_any_step(name: str, step_size: float) -> None:
     target = targets.reference(50)
-    start = target.exact(stream(5, "reference"), 100)
-    state, infos = run(CASES[name].build(target.potential), start, init_params(start, step_size), 200)
+    start = target.exact(stream(5, "reference"), 200)
+    state, infos = run(CASES[name].build(target.potential), start, init_params(start, step_size), 60)
     standard_error = math.sqrt(2 / state.position.numel())
     assert abs(float(state.position.square().mean()) - 1) < 4 * standard_error
     if CASES[name].is_splitting:
@@ -348,7 +348,7 @@ def test_the_start_of_chain_0_does_not_change_chain_1(name: str, other: float) -
         assert torch.equal(info.num_evals[1:], other_info.num_evals[1:])
 
 
-def test_chains_accepted_all_together_fail_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chains_accepted_all_together_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_together(
         generator: torch.Generator, state: KernelState, proposal: KernelState, energy_change: Tensor
     ) -> tuple[KernelState, Tensor, Tensor, Tensor]:
@@ -423,7 +423,7 @@ def test_a_potential_that_is_not_finite_is_refused_flagged_and_stays_in_its_chai
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("name", [name for name in WITH_GRAD if name != "mixture"])
-def test_so_is_a_gradient_that_is_not_finite(name: str, bad: float) -> None:
+def test_a_gradient_that_is_not_finite_is_refused_flagged_and_stays_in_its_chain(name: str, bad: float) -> None:
     clean = TARGETS["gaussian"].target.potential
     check_broken(CASES[name], clean, bad_gradient_beyond_limit(clean, bad))
 
