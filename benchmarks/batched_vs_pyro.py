@@ -1,12 +1,12 @@
-"""Our batched HMC against Pyro's HMC on the same chains one after another, and our kernels against the bare gradient.
+"""The batched HMC against Pyro's HMC on the same chains one after another, and the kernels against the bare gradient.
 
 Rates are per second of processor time, which other programs on the machine disturb less than the clock.
-Limit: no kernel makes more evaluations per second than the batched gradient alone, so every rate stands
-beside it. Pyro's limit is the gradient of a single chain. Pyro is timed on one chain, and its rate taken for any
-number of them: it runs chains in sequence, so the total rate does not depend on how many there are.
+Limit: no kernel makes more evaluations per second than the batched gradient alone, and Pyro no more than the gradient
+of a single chain; both are printed. Pyro is timed on one chain: it runs chains in sequence, so its total rate does not
+depend on their number.
 
 The same HMC inside ``pyro.infer.MCMC``, and the gradient as JAX's samplers call it, one call at a time and in a
-compiled loop, say what those bridges cost. JAX computes with one thread here, as torch does.
+compiled loop, measure the cost of those bridges. JAX computes with one thread here, as torch does.
 
 Run with ``OMP_NUM_THREADS=1 python -m benchmarks.batched_vs_pyro``.
 """
@@ -28,7 +28,7 @@ import torch
 from pyro.infer import HMC, MCMC
 from torch import Tensor, nn
 
-from benchmarks.common import rates, ratio, write
+from benchmarks.common import parser_of, rates, ratio, write
 from ppl_vaebm.inference.bridges.jax_potential import JaxPotential, jax_precision
 from ppl_vaebm.inference.bridges.pyro_mcmc import BatchedMCMC, PyroKernel
 from ppl_vaebm.inference.bridges.pyro_samplers import SitePotential
@@ -36,6 +36,7 @@ from ppl_vaebm.inference.kernels import hmc, langevin
 from ppl_vaebm.inference.kernels.base import Kernel, init_params, value_and_grad
 from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.rng import global_rng, stream
+from ppl_vaebm.tables import text_table
 
 GROUP_DIM, X_DIM, WIDTH, X_SCALE = 2, 2, 256, 0.1
 ENERGY_SD_NATS = 2.5
@@ -186,30 +187,32 @@ def _measure(num_groups: int) -> dict[str, dict[str, Any]]:
         tasks["hmc splitting in Pyro's MCMC" + suffix] = _batched_in_pyro(kernels["hmc splitting"][0], rows, NUM_STEPS)
         tasks["gradient by calls of JAX" + suffix] = _jax_calls(potential, rows)
         tasks["gradient in a loop of JAX" + suffix] = _jax_loop(potential, rows)
-    found = rates(tasks, NUM_ROUNDS)
-    return _report(num_groups, potential.packing.dim, found)
+    return _report(num_groups, potential.packing.dim, rates(tasks, NUM_ROUNDS))
 
 
-def _report(num_groups: int, dim: int, found: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def _report(num_groups: int, dim: int, rounds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
     print(f"\n{num_groups} groups, D = {dim}: evaluations per second over all chains, median of {NUM_ROUNDS} rounds")
-    print(f"{'':42}{'per s':>10}{'over pyro, named':>18}{'over pyro, flat':>17}{'over bare gradient':>20}")
     results: dict[str, dict[str, Any]] = {}
-    for name, rate in found.items():
-        bare = found["gradient," + (name.rsplit(",", 1)[1] if "chain" in name else " 1 chain")]
+    lines = []
+    for name, rate in rounds.items():
+        bare = rounds["gradient," + (name.rsplit(",", 1)[1] if "chain" in name else " 1 chain")]
         row = {
             "evals_per_second": float(torch.tensor(rate).median()),
-            "over_pyro_named": ratio(rate, found["pyro hmc, named sites"]),
-            "over_pyro_flat": ratio(rate, found["pyro hmc, one flat site"]),
+            "over_pyro_named": ratio(rate, rounds["pyro hmc, named sites"]),
+            "over_pyro_flat": ratio(rate, rounds["pyro hmc, one flat site"]),
             "overhead": ratio(bare, rate) - 1,
         }
-        cells = f"{row['over_pyro_named']:17.1f}x{row['over_pyro_flat']:16.1f}x{row['overhead']:+20.0%}"
-        print(f"{name:42}{row['evals_per_second']:10,.0f}{cells}")
+        ratios = [f"{row['over_pyro_named']:.1f}x", f"{row['over_pyro_flat']:.1f}x", f"{row['overhead']:+.0%}"]
+        lines.append([name, f"{row['evals_per_second']:,.0f}", *ratios])
         results[name] = {**row, "rounds": rate}
+    headers = ["", "per s", "over pyro, named", "over pyro, flat", "over bare gradient"]
+    print(text_table(lines, headers, numbers=range(1, len(headers))))
     return results
 
 
 def main() -> None:
     """Print the tables and write ``results/batched_vs_pyro.json``."""
+    parser_of(__doc__).parse_args()
     print(
         f"goals: hmc at {NUM_CHAINS[-1]} chains {GOAL_RATIO}x pyro's with named sites; overhead of kernels at most "
         f"{GOAL_OVERHEAD:.0%}, of the bridge to JAX at {NUM_CHAINS[0]} chains {GOAL_BRIDGE_OVERHEAD:.0%}"

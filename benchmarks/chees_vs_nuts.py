@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import ratio, write
+from benchmarks.common import parser_of, ratio, write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
@@ -114,9 +114,10 @@ def _bare_rate(num_chains: int) -> float:
 
 def main() -> None:
     """Print the table and write ``results/chees_vs_nuts.json``."""
+    parser_of(__doc__).parse_args()
     kernels = {"chees": _chees, "pyro-nuts": _nuts}
     chains = {"chees": CHEES_CHAINS, "pyro-nuts": NUTS_CHAINS}
-    print(f"worst of {2 * DIM} functionals; chees {CHEES_CHAINS} chains, pyro-nuts {NUTS_CHAINS}; processor seconds")
+    print(f"worst of {2 * DIM} quantities; chees {CHEES_CHAINS} chains, pyro-nuts {NUTS_CHAINS}; processor seconds")
     print("kernel      seed  ESS/1000 grads   ESS/s  with warm-up   R-hat  worst z  grads/draw  grads/s  of the bare")
     rows = []
     for seed in SEEDS:
@@ -130,9 +131,9 @@ def main() -> None:
             print(f"{row['of_the_bare_rate']:13.0%}")
     speed = {}
     for key in ("ess_per_second", "ess_per_second_with_warmup", "ess_per_1000_gradients"):
-        ours, theirs = ([row[key] for row in rows if row["kernel"] == name] for name in kernels)
-        speed[key] = ratio(ours, theirs)
-        spread = ", ".join(f"{one / other:.1f}" for one, other in zip(ours, theirs, strict=True))
+        chees, nuts = ([row[key] for row in rows if row["kernel"] == name] for name in kernels)
+        speed[key] = ratio(chees, nuts)
+        spread = ", ".join(f"{one / other:.1f}" for one, other in zip(chees, nuts, strict=True))
         print(f"chees over pyro-nuts in {key}: {speed[key]:.1f}x (seeds {spread})")
     print(f"goals: {GOALS}; limit 1000 effective draws per 1000 gradients")
     write("chees_vs_nuts", {"goals": GOALS, "rows": rows, "chees_over_nuts": speed})

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, and results with the machine that made them."""
+"""Shared code of the benchmarks: arguments, interleaved timing, and results with the machine that made them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -16,35 +17,40 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def parser_of(doc: str | None) -> ArgumentParser:
+    """Make the parser of a benchmark, whose description is the script's docstring."""
+    return ArgumentParser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+
+
 def rates(tasks: Mapping[str, Callable[[], int]], num_rounds: int) -> dict[str, list[float]]:
-    """Time tasks in turn, so that whatever else the machine does falls on all of them alike.
+    """Time tasks in turn, so that other load on the machine affects all of them alike.
 
     Args:
-        tasks: functions that do work and return how many evaluations it took.
-        num_rounds: times that each one runs, after one run that is not timed.
+        tasks: functions that return their number of evaluations.
+        num_rounds: timed runs of each task, after one that is not timed.
 
     Returns:
         Evaluations per second of processor time in every round, by task. Compare within a round, with :func:`ratio`,
-        and use one thread, for processor time adds up over threads.
+        and use one thread, because processor time adds up over threads.
     """
     for task in tasks.values():
         task()
-    found: dict[str, list[float]] = {name: [] for name in tasks}
+    rounds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(num_rounds):
         for name, task in tasks.items():
             start = time.process_time()
             count = task()
-            found[name].append(count / (time.process_time() - start))
-    return found
+            rounds[name].append(count / (time.process_time() - start))
+    return rounds
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:
-    """Take the median over rounds of the ratio within each round."""
+    """Return the median over rounds of the ratio within each round."""
     return float((torch.tensor(numerator) / torch.tensor(denominator)).median())
 
 
 def machine() -> dict[str, Any]:
-    """Describe what a benchmark ran on."""
+    """Describe the machine and the versions of a benchmark."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -60,7 +66,7 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, results: Mapping[str, Any]) -> None:
-    """Save results to ``benchmarks/results/<name>.json`` and say so."""
+    """Save results to ``benchmarks/results/<name>.json`` and print the path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **results}, indent=2) + "\n")

@@ -12,7 +12,6 @@ the ones with ties repeat a third of their draws as a Metropolis test does. Thre
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import resource
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.common import write
+from benchmarks.common import parser_of, write
 from ppl_vaebm.inference.diagnostics import convergence
 from ppl_vaebm.inference.diagnostics.arviz_io import arviz
 from ppl_vaebm.inference.diagnostics.convergence import TAIL_PROBABILITIES, Convergence, diagnose_columns
@@ -49,7 +48,7 @@ def chains(num_columns: int, has_ties: bool, seed: int = 0) -> NDArray[np.float3
 
 
 def by_arviz(draws: NDArray[np.float32]) -> Convergence:
-    """Ask ArviZ for one column after another."""
+    """Compute the diagnostics of one column after another with ArviZ."""
     columns = draws.astype(np.float64).transpose(2, 0, 1)
     az = arviz()
     return Convergence(
@@ -68,7 +67,7 @@ def milliseconds(judge: Callable[[NDArray[np.float32]], Convergence], draws: NDA
 
 
 def against_arviz(has_ties: bool) -> dict[str, Any]:
-    """Time both in turn, and compare what they say."""
+    """Time both in turn, and compare their values."""
     draws = chains(NUM_OURS, has_ties)
     few = draws[:, :, :NUM_ARVIZ]
     by_arviz(few[:, :, :2])
@@ -98,7 +97,7 @@ def by_block() -> dict[str, float]:
 
 
 def large() -> dict[str, float]:
-    """Judge 150,000 coordinates, and report seconds and memory of this process."""
+    """Diagnose 150,000 coordinates, and report seconds and memory of this process."""
     draws = chains(LARGE_DIM, has_ties=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, processor = time.perf_counter(), time.process_time()
@@ -117,7 +116,7 @@ def large() -> dict[str, float]:
 
 def main() -> None:
     """Print the tables and write them to ``results/convergence.json``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--large-only", action="store_true", help="the last table alone, as JSON")
     if parser.parse_args().large_only:
         print(json.dumps(large()))

@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.common import write
+from benchmarks.common import parser_of, write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import summarize
@@ -206,6 +206,7 @@ def _curves(axes: Axes, results: list[dict[str, Any]], key: str, names: tuple[st
 
 def main() -> None:
     """Print the tables, write ``results/growth_with_dimension.json``, and draw the figure."""
+    parser_of(__doc__).parse_args()
     results = []
     for side in SIDES:
         row = _measure(_of_side(side))

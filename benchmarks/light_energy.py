@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.common import machine, rates, ratio, write
+from benchmarks.common import machine, parser_of, rates, ratio, write
 from ppl_vaebm.config import EnergyConfig
 from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.energy import Energy, build_energy
@@ -79,6 +79,7 @@ def task(energy: Energy, x: Tensor, num_calls: int, context: Callable[[], Any] |
 
 def main() -> None:
     """Run the benchmark."""
+    parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
     print(f"{machine()['processor']}, one thread; median of {NUM_ROUNDS} rounds of processor time")

@@ -1,12 +1,12 @@
-"""log Z by annealing both ways, by sequential samplers, from ladders and by a bridge, against draws of the VAE.
+"""log Z by annealing both ways, by sequential samplers, from ladders and by a bridge, against VAE samples.
 
-The models are a random one, made here, whose energy has a standard deviation of 2.5 nats under N(0, I); and fitted runs
-given on the command line. On all of them draws of the VAE still have effective samples left, so that a great many of
-them are the truth to within their error. Where x has two values, the density exp(log p - E - log Z) is summed over a
-fine grid of the plane as well; and on every model annealing by the default kernel, a cycle of independence Metropolis
-and HMC, is held against HMC alone at equal evaluations.
+The models are a random one, whose energy has a standard deviation of 2.5 nats under N(0, I), and fitted runs of the
+command line. Their importance weights have a large effective sample size, so that log Z from millions of VAE samples is
+the reference. Where x has two values, the density exp(log p - E - log Z) is also summed over a fine grid of the plane.
+On every model annealing by the default kernel, a cycle of independence Metropolis and HMC, is compared with HMC alone at
+equal evaluations.
 
-Limit: the error of the draws of the VAE.
+Limit: the error of the VAE samples.
 
 Run with ``OMP_NUM_THREADS=1 python -m benchmarks.log_z [RUN ...]``.
 """
@@ -14,7 +14,6 @@ Run with ``OMP_NUM_THREADS=1 python -m benchmarks.log_z [RUN ...]``.
 from __future__ import annotations
 
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import write
+from benchmarks.common import parser_of, write
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.inference.kernels import hmc
 from ppl_vaebm.inference.likelihood import log_p, reference_energies
@@ -79,12 +78,12 @@ def random_potential() -> NoisePotential:
 
 
 def measure(potential: NoisePotential, seed: int) -> dict[str, Any]:
-    """Estimate one model's log Z in every way, against draws of the VAE."""
+    """Estimate one model's log Z by every method, against VAE samples."""
     num_draws, num_particles = MANY if potential.packing.dim <= MAX_CHEAP_DIM else FEW
     start = time.process_time()
     energy = reference_energies(potential, stream(seed, "truth"), num_draws)
     truth = log_mean_exp(-energy)
-    print(f"  {num_draws} draws of the VAE: {truth.value:.4f} +- {truth.error:.4f}, ", end="")
+    print(f"  {num_draws} VAE samples: {truth.value:.4f} +- {truth.error:.4f}, ", end="")
     print(f"{truth.ess:.0f} effective, sd of E {energy.std():.2f}, {time.process_time() - start:.0f} s")
     start = time.process_time()
     found = estimate_normaliser(potential, Effort(num_particles), energy[:200_000], seed)
@@ -170,8 +169,11 @@ def mass_on_the_plane(potential: NoisePotential, log_z: float) -> dict[str, floa
 
 def main() -> None:
     """Measure every model."""
+    parser = parser_of(__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a fitted run")
+    runs = parser.parse_args().runs
     results: dict[str, Any] = {}
-    models = {"random": random_potential(), **{Path(run).name: load_run(run).potential for run in sys.argv[1:]}}
+    models = {"random": random_potential(), **{run.name: load_run(run).potential for run in runs}}
     for name, potential in models.items():
         print(f"\n{name}, D = {potential.packing.dim}")
         results[name] = measure(potential, 0)

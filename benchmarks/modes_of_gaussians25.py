@@ -13,7 +13,6 @@ Run with ``OMP_NUM_THREADS=1 python -m benchmarks.modes_of_gaussians25 --run run
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import write
+from benchmarks.common import parser_of, write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
@@ -152,7 +151,7 @@ def _print(row: dict[str, Any]) -> None:
 
 def main() -> None:
     """Print the table and write ``results/modes_of_gaussians25.json``."""
-    parser = ArgumentParser(description="Which kernels join the 25 modes.")
+    parser = parser_of(__doc__)
     parser.add_argument("--run", type=Path, help="folder of a fitted run of gaussians25; a known target if not given")
     folder = parser.parse_args().run
     target = _fitted(folder) if folder else _known()

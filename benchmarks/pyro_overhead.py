@@ -21,7 +21,7 @@ import torch
 from pyro.infer import TraceMeanField_ELBO
 from torch import Tensor
 
-from benchmarks.common import machine, rates, ratio, write
+from benchmarks.common import machine, parser_of, rates, ratio, write
 from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.config.recipes import load_yaml, recipe_path
 from ppl_vaebm.inference.elbo import BalancedELBO
@@ -87,6 +87,7 @@ def contiguous(loss: Callable[[], Any]) -> Callable[[], Any]:
 
 def main() -> None:
     """Run the benchmark."""
+    parser_of(__doc__).parse_args()
     torch.set_num_threads(1)
     config = from_dict(load_yaml(recipe_path("cifar10-small")), "cifar10-small").model
     with global_rng(0):

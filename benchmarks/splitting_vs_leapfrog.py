@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.common import write
+from benchmarks.common import parser_of, write
 from benchmarks.random_vaebm import RandomVAEBM, Sizes, random_vaebm
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import summarize
@@ -153,6 +153,7 @@ def _measure(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Print the tables and write ``results/splitting_vs_leapfrog.json``."""
+    parser_of(__doc__).parse_args()
     write("splitting_vs_leapfrog", {name: _measure(name) for name in MODELS})
 
 
