@@ -3,8 +3,8 @@
 The models are a random one, whose energy has a standard deviation of 2.5 nats under N(0, I), and fitted runs of the
 command line. Their importance weights have a large effective sample size, so that log Z from millions of VAE samples is
 the reference. Where x has two values, the density exp(log p - E - log Z) is also summed over a fine grid of the plane.
-On every model annealing by the default kernel, a cycle of independence Metropolis and HMC, is compared with HMC alone at
-equal evaluations.
+On every model, annealing by the default kernel (a cycle of independence Metropolis and HMC) is compared with HMC alone
+at equal evaluations.
 
 Limit: the error of the VAE samples.
 
