@@ -1,1 +1,1 @@
-"""With which numbers: the built-in recipes, one YAML file each."""
+"""Recipes, one YAML file each, the studies that compare settings, and their results."""
