@@ -247,6 +247,15 @@ def test_bars_are_the_groups_in_order() -> None:
     assert "4.5" in ax.get_title()
 
 
+@pytest.mark.parametrize("event", [(2,), (1, 4, 4)])
+def test_a_posterior_of_points_and_of_images_can_be_drawn(event: tuple[int, ...]) -> None:
+    mask = np.zeros(event, dtype=bool)
+    mask[..., :1] = True
+    arrays = {"x": normals(50, *event), "mean": normals(*event), "sd": np.where(mask, 0.0, 1.0), "mask": mask}
+    arrays |= {"given": np.where(mask, 0.5, np.nan), "r_hat": np.where(mask, np.nan, 1.0)}
+    assert pixels_of(figures_samples.conditional_png(arrays)).ndim == 3
+
+
 # --- evaluation ----------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
-from ppl_vaebm.reports import report
+from ppl_vaebm.reports import figures, report
 from ppl_vaebm.reports import sections as report_sections
 from ppl_vaebm.runs.run import GROUP_KL, PRIOR, RECONSTRUCTIONS, TRAVERSAL, Run
 
@@ -117,10 +117,17 @@ ADD: dict[str, Callable[[Run], None]] = {
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def drawn_run(tmp_path: Path) -> Run:
     run = Run.create(tmp_path / "a-run")
     run.config_file.write_text("seed: 17\n")
     return run
+
+
+@pytest.fixture
+def run(drawn_run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Make a run whose figures are not rendered, which takes most of the time."""
+    monkeypatch.setattr(figures, "png_of", lambda figure: b"no picture")
+    return drawn_run
 
 
 def page_of(run: Run) -> str:
@@ -154,10 +161,10 @@ def test_a_section_appears_with_its_file_and_only_with_it(run: Run, name: str) -
     assert f"<h2>{part.title}</h2>" in page
 
 
-def test_a_full_report_is_one_file_without_scripts_or_links_to_elsewhere(run: Run) -> None:
+def test_a_full_report_is_one_file_without_scripts_or_links_to_elsewhere(drawn_run: Run) -> None:
     for add in ADD.values():
-        add(run)
-    page = page_of(run)
+        add(drawn_run)
+    page = page_of(drawn_run)
     assert sections_of(page) == list(ADD)
     assert "Not in this run yet" not in page
     sources = re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page)

@@ -20,7 +20,7 @@ from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run
-from tests.tiny import fit_run, write_empty_report, write_recipe
+from tests.tiny import IMAGES, copy_run, fit_run, write_empty_report
 
 MIXTURE = """
 threads: 1
@@ -39,6 +39,9 @@ kernel: {name: mala}
 sampling: {kernel: {name: mala}, num_steps: 3}
 """
 NVAE = ["--model.kind", "nvae", "--model.nvae.channels", "2", "--model.nvae.groups-per-scale", "1"]
+
+
+pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,11 +94,10 @@ def test_stage_two_takes_the_batch_statistics_that_it_is_told_to(
     fit.main(["--stage", "ebm", "--run", str(run), "--overwrite", "--ebm.prior-statistics"])
     assert agree(statistics(run), saved.weights["prior_statistics"])
     assert not agree(statistics(run), of_training)
-    # A run whose stage svi took none has none to offer.
-    other = tmp_path / "other"
-    options = ["--model.nvae.channels", "2", "--svi.steps", "2", "--svi.batch-size", "8"]
-    fit.main(["--data", "digits", *NVAE, *options, "--run", str(other)])
-    error = refusal(["--stage", "ebm", "--run", str(other), "--ebm.prior-statistics"], capsys)
+    without = tmp_path / "without"
+    without.mkdir()
+    other = str(fit_run(without, IMAGES))
+    error = refusal(["--stage", "ebm", "--run", other, "--overwrite", "--ebm.prior-statistics"], capsys)
     assert "batch statistics of prior draws" in error and "--svi.norm-temperature" in error
 
 
@@ -115,12 +117,10 @@ def test_it_is_sampled_and_evaluated(
 
 
 def test_a_killed_stage_goes_on_to_the_same_end(mixture: Path, tmp_path: Path) -> None:
-    recipe, again = write_recipe(tmp_path, MIXTURE), tmp_path / "again"
-    fit.main(["--recipe", str(recipe), "--run", str(again)])
+    again = copy_run(mixture, tmp_path)
     last = again / "checkpoints" / "svi" / "step-00000004"
-    for file in last.iterdir():
-        file.unlink()
-    last.rmdir()
+    shutil.rmtree(last)
+    shutil.rmtree(again / "checkpoints" / "ebm")
     fit.main(["--run", str(again), "--resume"])
     for name in ("weights.safetensors", "state.pt"):
         assert (last / name).read_bytes() == (mixture / "checkpoints/svi/step-00000004" / name).read_bytes()
@@ -149,7 +149,7 @@ def test_a_bernoulli_decoder_has_no_stage_ebm(tmp_path: Path, capsys: pytest.Cap
         (["--model.nvae.decoder", "bernoulli"], "decoder bernoulli does not fit images that are not binarised"),
         (["--data.binarize"], "binarize"),
         (["--svi.batch-size", "2000"], "a step needs batch size x processes = 2000 x 1"),
-        (["--model.nvae.channels", "0"], "model.nvae.channels must be positive, got 0"),
+        (["--model.nvae.channels", "0"], "model.nvae.channels must be at least 2, got 0"),
         (["--svi.spectral-penalty-start", "1"], "svi.spectral-penalty must be positive"),
         (["--svi.kl-warmup-share", "1.5"], "svi.kl-warmup-share must be in [0, 1], got 1.5"),
     ],
