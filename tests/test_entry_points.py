@@ -356,7 +356,6 @@ def test_options_that_an_objective_ignores_are_named(points: Path, capsys: pytes
         (["--objective", "ratio"], "kernel, ebm.negatives and ebm.replay-* are not used"),
         (["--objective", "mle", "--negatives", "importance"], "kernel and ebm.replay-* are not used"),
         (["--objective", "mle"], ""),
-        (["--objective", "ladder", "--negatives", "importance"], ""),
     ):
         fit.main([*command, *options])
         out = capsys.readouterr().out

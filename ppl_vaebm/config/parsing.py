@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, get_args, get_or
 
 import yaml
 
+from ppl_vaebm.config import retired
 from ppl_vaebm.config.config import Config
 from ppl_vaebm.config.kernel import KernelConfig
 from ppl_vaebm.config.options import FLAT, POSITIONAL, Alias, OnlyFor, hints_of
@@ -24,33 +25,6 @@ from ppl_vaebm.errors import InputError, did_you_mean, shown
 Parsed = TypeVar("Parsed")
 HELP = ("-h", "--help")
 MAX_CHOICES = 4  # that stand behind a flag in --help; the texts of options with more list them
-
-RETIRED: dict[str, object] = {
-    "ebm.rung-steps": 500,
-    "ebm.guard-patience": 20,
-    "ebm.max-energy-sd": 1_000.0,
-    "ebm.max-grad-norm": 1e6,
-    "ebm.max-saturation": 0.9,
-    "ebm.min-exchange": 0.1,
-    "ebm.tune-rejection": 0.25,
-    "ebm.tune-steps": 500,
-    "ebm.latent.batch-size": 512,
-    "ebm.latent.num-chains": 128,
-    "ebm.latent.store-size": 256,
-    "ebm.latent.num-sweeps": 4,
-    "ebm.latent.learning-rate": 2e-3,
-    "ebm.latent.energy-l2": 1e-5,
-    "energy.kind": "auto",
-    "kernel.fit-reference": True,
-    "model.num-fourier": 0,
-    "sampling.kernel.fit-reference": True,
-}
-"""Options of earlier versions and the constants that replaced them. A stored configuration or a command line may still
-set an option to its constant."""
-RETIRED_VALUES: dict[tuple[str, str], str] = {
-    ("ebm.objective", "ladder"): "use --objective mle with an adjusted kernel, such as mala",
-}
-"""Values that an option had in earlier versions, with what to use instead."""
 
 
 class Option(NamedTuple):
@@ -140,8 +114,8 @@ def _values(options: Sequence[Option], prog: str, argv: Sequence[str]) -> dict[s
         flags = [known for option in options for known in option.flags]
         raise InputError(f"{prog}: unknown {kind} {flag}{did_you_mean(flag, flags)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(given).items()}
-    for name in RETIRED.keys() & values.keys():
-        _check_retired(prog, name, values.pop(name))
+    for name in retired.RETIRED.keys() & values.keys():
+        retired.check(prog, name, values.pop(name))
     return values
 
 
@@ -186,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
             text = "" if values is None else _help_text(option, section, values)
             self._add(leading if option.name in rank else groups[section], option, text)
         sections = {option.name.partition(".")[0] for option in options if "." in option.name}
-        for name in (name for name in RETIRED if name.partition(".")[0] in sections):
+        for name in (name for name in retired.RETIRED if name.partition(".")[0] in sections):
             self.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
             flag = _negated(name)
             self.add_argument(flag, dest=name, action="store_const", const=["False"], help=argparse.SUPPRESS)
@@ -236,8 +210,8 @@ def _read(option: Option, text: str) -> Any:
     """Read a value of an option, or of an element of its tuple."""
     if text == "None" and type(None) in option.kinds:
         return None
-    if (option.name, text) in RETIRED_VALUES:
-        raise argparse.ArgumentTypeError(f"{text} was removed; {RETIRED_VALUES[option.name, text]}")
+    if (option.name, text) in retired.RETIRED_VALUES:
+        raise argparse.ArgumentTypeError(f"{text} was removed; {retired.RETIRED_VALUES[option.name, text]}")
     numbers = {int: "a whole number", float: "a number"}
     kind = next((kind for kind in numbers if kind in option.kinds), str)
     expected = numbers.get(kind, f"one of {', '.join(option.choices)}")
@@ -248,25 +222,6 @@ def _read(option: Option, text: str) -> Any:
     except ValueError:
         found = f"{shown(text)}{did_you_mean(text, option.choices)}"
         raise argparse.ArgumentTypeError(f"expected {expected}, found {found}") from None
-
-
-def _check_retired(prog: str, name: str, texts: Sequence[str]) -> None:
-    """Refuse a retired option unless it has the value of its constant."""
-    constant = RETIRED[name]
-    wanted = constant if isinstance(constant, tuple) else (constant,)
-    if [*map(_plain, texts or ["True"])] != [*map(_plain, wanted)]:
-        raise InputError(
-            f"{prog}: option {name} was removed and is always {constant}, found {' '.join(texts) or True}: leave it "
-            "out, or use the version of ppl_vaebm that the options are from"
-        )
-
-
-def _plain(value: object) -> object:
-    """Make values comparable: ``1``, ``1.0`` and ``"1e0"`` are one number."""
-    try:
-        return float(str(value))
-    except ValueError:
-        return str(value)
 
 
 # --- help ------------------------------------------------------------------------------------------

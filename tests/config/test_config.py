@@ -19,7 +19,7 @@ from ppl_vaebm.config import (
     LatentTermConfig,
     ModelConfig,
     SviConfig,
-    parsing,
+    retired,
 )
 from ppl_vaebm.config import kernel as kernel_config
 from ppl_vaebm.config.evaluation import SYNTHETIC_SETS
@@ -381,7 +381,7 @@ def test_a_written_configuration_leaves_out_what_its_kernels_do_not_have() -> No
 
 
 @pytest.fixture
-def retired(monkeypatch: pytest.MonkeyPatch) -> None:
+def retired_options(monkeypatch: pytest.MonkeyPatch) -> None:
     constants = {
         "svi.gone": 0.2,
         "svi.flag": False,
@@ -389,8 +389,8 @@ def retired(monkeypatch: pytest.MonkeyPatch) -> None:
         "svi.pair": (0.9, 1),
         "sampling.kernel.gone": "x",
     }
-    monkeypatch.setattr(parsing, "RETIRED", constants)
-    monkeypatch.setattr(parsing, "RETIRED_VALUES", {("ebm.objective", "adder"): "set --ebm.objective mle"})
+    monkeypatch.setattr(retired, "RETIRED", constants)
+    monkeypatch.setattr(retired, "RETIRED_VALUES", {("ebm.objective", "adder"): "set --ebm.objective mle"})
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def retired(monkeypatch: pytest.MonkeyPatch) -> None:
         "sampling: {kernel: {gone: x}}",
     ],
 )
-@pytest.mark.usefixtures("retired")
+@pytest.mark.usefixtures("retired_options")
 def test_a_retired_option_may_have_the_value_of_its_constant(text: str) -> None:
     assert parsed(text) == Config()
 
@@ -429,7 +429,7 @@ def test_a_configuration_of_an_earlier_version_is_read() -> None:
         ("ebm: {objective: adder}", "--ebm.objective: adder was removed; set --ebm.objective mle"),
     ],
 )
-@pytest.mark.usefixtures("retired")
+@pytest.mark.usefixtures("retired_options")
 def test_another_value_of_a_retired_option_is_refused(text: str, message: str) -> None:
     with pytest.raises(InputError, match=f"^recipe.yaml: .*{message}"):
         parsed(text)
@@ -453,4 +453,4 @@ def test_retired_options_are_always_the_constants_that_replaced_them() -> None:
         "ebm.latent.learning-rate": latent_term.TERM_RATE,
         "ebm.latent.energy-l2": latent_term.TERM_L2,
     }
-    assert constants.items() <= parsing.RETIRED.items()
+    assert constants.items() <= retired.RETIRED.items()
