@@ -603,3 +603,26 @@ def test_the_configuration_knows_which_kernels_are_tuned() -> None:
     names = [name for name in get_args(KernelName) if name != "mixture"]
     tuned = [name for name in names if named(name)(targets.reference(1).potential).target_acceptance is not None]
     assert tuned == list(TUNABLE_KERNELS)
+
+
+class InPasses:
+    """A potential that remembers its largest pass."""
+
+    def __init__(self, potential: Potential, rows_per_pass: int) -> None:
+        self.potential, self.rows_per_pass, self.most = potential, rows_per_pass, 0
+
+    def __call__(self, position: Tensor) -> Tensor:
+        self.most = max(self.most, len(position))
+        return self.potential(position)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_passes_of_a_potential_that_bounds_its_rows_change_no_draw(name: str) -> None:
+    target = TARGETS["ar1"].target
+    start, bounded = target.exact(stream(30, "start"), 7), InPasses(target.potential, 3)
+    params = init_params(start, 0.4)
+    state, infos = run(CASES[name].build(bounded), start, params, 3)
+    expected, expected_infos = run(CASES[name].build(target.potential), start, params, 3)
+    assert bounded.most == 3
+    assert_same_state(state, expected)
+    assert torch.equal(infos[-1].num_evals, expected_infos[-1].num_evals)
