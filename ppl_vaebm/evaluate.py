@@ -161,7 +161,7 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
     """Turn the options into a plan; --log-likelihood adds its part to those of --only or to the default ones."""
     from ppl_vaebm.evaluation.evaluation import Plan
     from ppl_vaebm.evaluation.sections import Effort
-    from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
+    from ppl_vaebm.inference.normalizing_constant import LogZEffort
 
     asked = default if options.only is None else split_names(options.only, PARTS, "part")
     chosen = tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
@@ -189,7 +189,7 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
         feature_weights=None if options.feature_weights is None else Path(options.feature_weights),
         ood=ood if options.ood is None else split_names(options.ood, OOD_SETS, "set"),
         ood_root=options.ood_root,
-        normaliser=NormaliserEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
+        normaliser=LogZEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
     )
 
 

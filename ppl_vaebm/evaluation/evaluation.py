@@ -24,7 +24,7 @@ from ppl_vaebm.evaluation.metrics.features import FeatureChoice, feature_net
 from ppl_vaebm.evaluation.ood import measure_ood, ood_sets
 from ppl_vaebm.evaluation.samples import NUM_KEPT, Samples, draw_samples, measure_samples, modes
 from ppl_vaebm.evaluation.sections import Effort, Measured, Section
-from ppl_vaebm.inference.normalizing_constant import Effort as NormaliserEffort
+from ppl_vaebm.inference.normalizing_constant import LogZEffort
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import FEATURES_FILE, Run
 
@@ -151,7 +151,7 @@ class Plan:
     """Sets of images of other distributions."""
     ood_root: str | None = None
     """Where the files of these lie; where the run's own do, if not given."""
-    normaliser: NormaliserEffort | None = None
+    normaliser: LogZEffort | None = None
     """How much to spend on log Z."""
 
 

@@ -20,7 +20,7 @@ from ppl_vaebm.evaluation.sections import Rows, Section, mean_value
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
 from ppl_vaebm.inference.likelihood import BATCH, CERTIFIED_ESS, LogLikelihood, elbo_rows
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
+from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEffort, LogZEstimates, estimate_log_z
 from ppl_vaebm.models.vae import OnePass
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for
@@ -36,7 +36,7 @@ NUM_JOINT_DRAWS = 100
 one. Chosen by us: each takes a pass of the energy too, so they are fewer than those for log p."""
 
 
-def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: int) -> list[Section]:
+def normaliser_sections(loaded: LoadedRun, effort: LogZEffort, terms: Terms, seed: int) -> list[Section]:
     """Estimate log Z in every way, and bound log h of the test data.
 
     Args:
@@ -46,7 +46,7 @@ def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: i
         Three sections: the estimates, how they were made, and log h. Where annealing failed, one that says so.
     """
     try:
-        found = estimate_normaliser(loaded.potential, effort, terms.reference_energy, seed)
+        found = estimate_log_z(loaded.potential, effort, terms.reference_energy, seed)
     except InputError as error:
         return [Section("log Z by every way (nats)", {"": {"none": str(error)}})]
     return [
@@ -56,7 +56,7 @@ def normaliser_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: i
     ]
 
 
-def estimate_section(found: Normaliser) -> Rows:
+def estimate_section(found: LogZEstimates) -> Rows:
     """List every estimate of log Z with its error, the gap of the bounds, and the verdict."""
     section: Rows = {}
     for name, estimate in found.estimates.items():
@@ -77,7 +77,7 @@ def _cell(estimate: LogZ) -> dict[str, float]:
     return {"value": estimate.value, "error": estimate.error}
 
 
-def how_section(found: Normaliser) -> Rows:
+def how_section(found: LogZEstimates) -> Rows:
     """Say what stands behind the estimates."""
     down, up = found.down, found.up
     ladder = found.ladder_report
@@ -118,7 +118,7 @@ def _listed(values: Tensor) -> str:
     return ", ".join(f"{value:.3g}" for value in values.tolist())
 
 
-def agreeing(found: Normaliser) -> list[str]:
+def agreeing(found: LogZEstimates) -> list[str]:
     """Name the other estimates that lie between the bounds, or within their joint error of them.
 
     Returns:
@@ -128,7 +128,7 @@ def agreeing(found: Normaliser) -> list[str]:
     return [name for name, estimate in _asked(found).items() if _agrees(estimate, found)]
 
 
-def _asked(found: Normaliser) -> dict[str, LogZ]:
+def _asked(found: LogZEstimates) -> dict[str, LogZ]:
     asked = {}
     for name, estimate in found.estimates.items():
         if name in (LOWER, UPPER) or isinstance(estimate, str):
@@ -143,7 +143,7 @@ def _asked(found: Normaliser) -> dict[str, LogZ]:
     return asked
 
 
-def _agrees(estimate: LogZ, found: Normaliser) -> bool:
+def _agrees(estimate: LogZ, found: LogZEstimates) -> bool:
     low, high = sorted((found.lower.log_z, found.upper.log_z), key=lambda bound: bound.value)
     # Products, for the errors may be 0: that of an energy which does not vary.
     is_above_low = low.value - estimate.value <= MAX_ERRORS * math.hypot(low.error, estimate.error)
@@ -151,7 +151,7 @@ def _agrees(estimate: LogZ, found: Normaliser) -> bool:
     return is_above_low and is_below_high
 
 
-def verdict(found: Normaliser) -> str:
+def verdict(found: LogZEstimates) -> str:
     """Say whether log Z is known, and by what it would be wrong if not."""
     low, high = found.lower.log_z, found.upper.log_z
     num_bad = found.lower.num_not_finite + found.upper.num_not_finite
@@ -174,7 +174,7 @@ def verdict(found: Normaliser) -> str:
     return f"yes: the bounds and {len(agree)} of {len(found.estimates) - 2} other estimates agree{given}"
 
 
-def bound_section(loaded: LoadedRun, found: Normaliser, terms: Terms, seed: int) -> Rows:
+def bound_section(loaded: LoadedRun, found: LogZEstimates, terms: Terms, seed: int) -> Rows:
     """Put log h of the test data together, every term's error beside it.
 
     Args:

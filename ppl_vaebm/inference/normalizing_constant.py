@@ -44,7 +44,7 @@ IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES = 0.1, 50, 1_000
 LOWER, UPPER = "annealing, forward: a lower bound", "annealing, reverse: an upper bound"
 
 
-class Effort(NamedTuple):
+class LogZEffort(NamedTuple):
     """How much to spend on log Z."""
 
     num_particles: int
@@ -66,7 +66,7 @@ class TargetDraws(NamedTuple):
     """Of the chains, nested, each population's a group; the worse of E and |eps|^2 / D. ``None`` for exact draws."""
 
 
-class Normaliser(NamedTuple):
+class LogZEstimates(NamedTuple):
     """The estimates and how they were made."""
 
     estimates: dict[str, LogZ | str]
@@ -93,7 +93,7 @@ class Normaliser(NamedTuple):
         return LogZ(0.5 * (low.value + high.value), error, min(low.ess, high.ess))
 
 
-def estimate_normaliser(potential: NoisePotential, effort: Effort, reference_energy: Tensor, seed: int) -> Normaliser:
+def estimate_log_z(potential: NoisePotential, effort: LogZEffort, reference_energy: Tensor, seed: int) -> LogZEstimates:
     """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from VAE samples.
 
     Args:
@@ -135,7 +135,7 @@ def estimate_normaliser(potential: NoisePotential, effort: Effort, reference_ene
         "draws of the VAE": log_mean_exp(-reference_energy),
     }
     report = {name: value for name, value in chains.attrs.items() if isinstance(value, (float, int, list))}
-    return Normaliser(
+    return LogZEstimates(
         estimates, lower, upper, integral, _worst_r_hat(energy), report, pilot, down, up, populations, target
     )
 

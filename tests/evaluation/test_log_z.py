@@ -29,7 +29,7 @@ from ppl_vaebm.inference import likelihood as likelihood_module
 from ppl_vaebm.inference import normalizing_constant as normaliser
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, Effort, Normaliser, estimate_normaliser
+from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEffort, LogZEstimates, estimate_log_z
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.models.energy import Energy
@@ -57,13 +57,13 @@ LOG_Z = 0.5 * math.log(2 * math.pi * WIDTH**2) + float(
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRun, Terms, Normaliser]:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRun, Terms, LogZEstimates]:
     loaded = loaded_run(tmp_path_factory.mktemp("run"))
     terms = likelihood_terms(loaded, EFFORT, seed=0)
-    return loaded, terms, estimate_normaliser(loaded.potential, Effort(256), terms.reference_energy, seed=0)
+    return loaded, terms, estimate_log_z(loaded.potential, LogZEffort(256), terms.reference_energy, seed=0)
 
 
-def test_the_estimates_are_listed_with_their_errors(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_the_estimates_are_listed_with_their_errors(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     section: dict[str, object] = {**estimate_section(measured[2])}
     for name in (*measured[2].estimates, "middle of the bounds"):
         value, error = cell(section, name)
@@ -79,7 +79,7 @@ def test_the_estimates_are_listed_with_their_errors(measured: tuple[LoadedRun, T
     assert section["log Z certified"] == "yes: the bounds and 5 of 5 other estimates agree"
 
 
-def test_what_stands_behind_them_is_said(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_what_stands_behind_them_is_said(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     section = how_section(measured[2])
     assert str(section["reverse starts"]).startswith("exact draws")
     assert section["R-hat of these"] == "none: they are independent"
@@ -89,7 +89,7 @@ def test_what_stands_behind_them_is_said(measured: tuple[LoadedRun, Terms, Norma
     assert "nan" not in sections_text([Section("how", {"": section})])
 
 
-def test_log_h_is_bounded_from_below(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_log_h_is_bounded_from_below(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     loaded, terms, found = measured
     section: dict[str, object] = {**bound_section(loaded, found, terms, seed=0)}
     truth = float(log_normal(terms.x, MEAN, STD**2).mean())
@@ -109,7 +109,7 @@ def test_log_h_is_bounded_from_below(measured: tuple[LoadedRun, Terms, Normalise
     assert upper == pytest.approx(value - energy - found.upper.log_z.value)
 
 
-def test_terms_given_are_not_computed_anew(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_terms_given_are_not_computed_anew(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     loaded, terms, _ = measured
     assert likelihood(loaded, EFFORT, 0, terms) == likelihood(loaded, EFFORT, 0)
     shifted = terms._replace(energy=terms.energy + 1)
@@ -186,14 +186,14 @@ def joint_run(folder: Path, vae: HierarchicalVAE) -> LoadedRun:
     return replace(loaded, config=config, vaebm=vaebm, potential=noise_potential(vaebm))
 
 
-def known(found: Normaliser, log_z: float) -> Normaliser:
+def known(found: LogZEstimates, log_z: float) -> LogZEstimates:
     """Put a log Z that is known in the place of the bounds."""
     exact = LogZ(log_z, 0.0, 200.0)
     return found._replace(lower=found.lower._replace(log_z=exact), upper=found.upper._replace(log_z=exact))
 
 
 def test_with_a_wrong_guide_the_joint_rows_bound_log_h_and_log_p_less_e_does_not(
-    tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]
+    tmp_path: Path, measured: tuple[LoadedRun, Terms, LogZEstimates]
 ) -> None:
     # This guide knows nothing of x and lies where the energy is low.
     loaded = joint_run(tmp_path, linear_vae(0.0, 0.4))
@@ -219,27 +219,27 @@ def test_with_a_wrong_guide_the_joint_rows_bound_log_h_and_log_p_less_e_does_not
 # --- the verdict ---------------------------------------------------------------------------------
 
 
-def bounds(found: Normaliser, low: float, high: float, error: float = 0.01) -> Normaliser:
+def bounds(found: LogZEstimates, low: float, high: float, error: float = 0.01) -> LogZEstimates:
     """Put other bounds in place of the found ones, given relative to log Z."""
     lower = found.lower._replace(log_z=LogZ(LOG_Z + low, error, 200.0))
     upper = found.upper._replace(log_z=LogZ(LOG_Z + high, error, 200.0))
     return found._replace(lower=lower, upper=upper)
 
 
-def others(found: Normaliser, values: dict[str, LogZ | str]) -> Normaliser:
+def others(found: LogZEstimates, values: dict[str, LogZ | str]) -> LogZEstimates:
     """Put other estimates in place of the found ones."""
     return found._replace(estimates={**found.estimates, **values})
 
 
-def wrong(found: Normaliser) -> Normaliser:
+def wrong(found: LogZEstimates) -> LogZEstimates:
     return others(found, {"sequential samplers": LogZ(LOG_Z + 1, 0.02, 8.0)})
 
 
-def alone(found: Normaliser) -> Normaliser:
+def alone(found: LogZEstimates) -> LogZEstimates:
     return found._replace(estimates={name: found.estimates[name] for name in (LOWER, UPPER)})
 
 
-def of_chains(found: Normaliser, r_hat: float) -> Normaliser:
+def of_chains(found: LogZEstimates, r_hat: float) -> LogZEstimates:
     return found._replace(target=found.target._replace(r_hat=r_hat))
 
 
@@ -263,12 +263,12 @@ def of_chains(found: Normaliser, r_hat: float) -> Normaliser:
     ],
 )
 def test_the_verdict(
-    change: Callable[[Normaliser], Normaliser], said: str, measured: tuple[LoadedRun, Terms, Normaliser]
+    change: Callable[[LogZEstimates], LogZEstimates], said: str, measured: tuple[LoadedRun, Terms, LogZEstimates]
 ) -> None:
     assert said in verdict(change(measured[2]))
 
 
-def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     found = measured[2]
     assert len(agreeing(found)) == 5
     vague = others(
@@ -285,7 +285,7 @@ def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, No
 
 @pytest.mark.parametrize(("outside", "agrees"), [(0.0, True), (1e-6, False), (-1e-6, False)])
 def test_bounds_without_an_error_are_taken_at_their_word(
-    outside: float, agrees: bool, measured: tuple[LoadedRun, Terms, Normaliser]
+    outside: float, agrees: bool, measured: tuple[LoadedRun, Terms, LogZEstimates]
 ) -> None:
     found = others(bounds(measured[2], 0.0, 0.0, error=0.0), {"draws of the VAE": LogZ(LOG_Z + outside, 0.0, 5_000.0)})
     assert ("draws of the VAE" in agreeing(found)) is agrees
@@ -296,15 +296,15 @@ def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Pat
     vaebm = VAEBM(linear_vae(), ZeroEnergy())
     loaded = replace(loaded, vaebm=vaebm, potential=noise_potential(vaebm))
     few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200)
-    sections = normaliser_sections(loaded, Effort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
+    sections = normaliser_sections(loaded, LogZEffort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
     section: dict[str, object] = {**columns_of(sections, "log Z by every way (nats)")[""]}
     assert cell(section, UPPER) == cell(section, LOWER) == (0.0, 0.0)
     assert "draws of the VAE" in str(section["agree with the bounds"])
 
 
-def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, Normaliser]) -> None:
+def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     loaded, terms, _ = measured
-    sections = normaliser_sections(loaded, Effort(1), terms, seed=0)
+    sections = normaliser_sections(loaded, LogZEffort(1), terms, seed=0)
     assert "at least 2 particles" in str(columns_of(sections, "log Z by every way (nats)")[""]["none"])
 
 
@@ -347,7 +347,7 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
 
 @pytest.mark.parametrize(("inputs", "name"), [("x", "IWAE - E"), ("x-and-z", "joint IWAE")])
 def test_images_have_their_bounds_in_bits_too(
-    inputs: str, name: str, tmp_path: Path, measured: tuple[LoadedRun, Terms, Normaliser]
+    inputs: str, name: str, tmp_path: Path, measured: tuple[LoadedRun, Terms, LogZEstimates]
 ) -> None:
     config, data = Config(energy=EnergyConfig(inputs=inputs)), image_set(17)  # type: ignore[arg-type]
     vaebm = build_vaebm(config, new_vae(config, data).eval())

@@ -15,7 +15,7 @@ from ppl_vaebm.inference.kernels import gradient_free
 from ppl_vaebm.inference.likelihood import RejectionError, reference_energies
 from ppl_vaebm.inference.log_z import smc
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import Effort, Normaliser, estimate_normaliser
+from ppl_vaebm.inference.normalizing_constant import LogZEffort, LogZEstimates, estimate_log_z
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
@@ -23,12 +23,12 @@ from ppl_vaebm.rng import stream
 from tests.inference.test_likelihood import CENTER, LOG_Z, MEAN, PRODUCT_VARIANCE, WIDTH, linear_potential
 from tests.small_models import QuadraticEnergy, ZeroEnergy, linear_vae
 
-EFFORT = Effort(num_particles=256)
+EFFORT = LogZEffort(num_particles=256)
 
 
-def estimate(potential: NoisePotential, effort: Effort = EFFORT, num: int = 20_000, seed: int = 0) -> Normaliser:
+def estimate(potential: NoisePotential, effort: LogZEffort = EFFORT, num: int = 20_000, seed: int = 0) -> LogZEstimates:
     energy = reference_energies(potential, stream(seed, "reference"), num)
-    return estimate_normaliser(potential, effort, energy, seed)
+    return estimate_log_z(potential, effort, energy, seed)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def less_effort(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(normaliser, "NUM_LADDER_DRAWS", 80)
 
 
-def assert_all_near(found: Normaliser, log_z: float) -> None:
+def assert_all_near(found: LogZEstimates, log_z: float) -> None:
     for name, one in found.estimates.items():
         assert isinstance(one, LogZ), f"{name}: {one}"
         error = one.error + (found.integral.discretisation if name == "thermodynamic integration" else 0.0)
@@ -117,7 +117,7 @@ def test_passes_within_the_memory_change_no_draw(monkeypatch: pytest.MonkeyPatch
     values, most = [], []
     for rows_per_pass in (10_000, 100):
         potential.rows_per_pass = rows_per_pass
-        found = estimate_normaliser(potential, Effort(num_particles=160, num_temperatures=4), energy, 0)
+        found = estimate_log_z(potential, LogZEffort(num_particles=160, num_temperatures=4), energy, 0)
         values.append({name: one.value for name, one in found.estimates.items() if isinstance(one, LogZ)})
         most.append(max(num_rows))
         num_rows.clear()

@@ -24,8 +24,8 @@ MIN_STEP_SIZE = 1e-6
 # Robbins-Monro gain on log h per training update; the target moves slowly, so the gain is constant. Chosen by us.
 STEP_SIZE_GAIN = 0.05
 
-# A chain below this share of the target has not found its step, or stands where none will do. Chosen by us.
-MIN_SHARE_OF_TARGET = 0.1
+# A chain below this fraction of the target has not found its step, or stands where none will do. Chosen by us.
+MIN_FRACTION_OF_TARGET = 0.1
 
 
 class DualAveraging(NamedTuple):
@@ -121,17 +121,17 @@ def follow_acceptance(params: KernelParams, acceptance_rate: float, target: floa
 def acceptance_note(kernel: Kernel, acceptance_rate: Tensor) -> str | None:
     """Return a sentence if some chain hardly accepts, which a tuned step should not leave it to, else ``None``.
 
-    Of acceptance rates ``(C, N)`` a chain's mean is held against :data:`MIN_SHARE_OF_TARGET` of the kernel's target.
+    Of acceptance rates ``(C, N)`` a chain's mean is held against :data:`MIN_FRACTION_OF_TARGET` of the kernel's target.
     """
     target = kernel.target_acceptance
     if target is None:
         return None
     means = acceptance_rate.mean(1)
-    num_stuck = int((~(means >= MIN_SHARE_OF_TARGET * target)).sum())
+    num_stuck = int((~(means >= MIN_FRACTION_OF_TARGET * target)).sum())
     if not num_stuck:
         return None
     return (
-        f"{num_stuck} of {len(means)} chains accept less than {MIN_SHARE_OF_TARGET * target:.2g} of their proposals, "
-        f"where {kernel.name} is tuned to {target:.2g}: their draws repeat few positions; warm up for longer, or set "
-        "a smaller step size"
+        f"{num_stuck} of {len(means)} chains accept less than {MIN_FRACTION_OF_TARGET * target:.2g} of their "
+        f"proposals, where {kernel.name} is tuned to {target:.2g}: their draws repeat few positions; warm up for "
+        "longer, or set a smaller step size"
     )

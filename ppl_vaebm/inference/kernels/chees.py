@@ -1,8 +1,8 @@
 """HMC whose trajectories are tuned across chains by the ChEES criterion.
 
 Hoffman, Radul and Sountsov 2021, "An adaptive-MCMC scheme for setting trajectory lengths in Hamiltonian Monte
-Carlo". Each trajectory goes a uniform share of the longest one, the same for all chains, which keeps them in step; the
-longest one, an angle, climbs the criterion by Adam while dual averaging tunes the step. Warm-up also fits a Gaussian
+Carlo". Each trajectory goes a uniform fraction of the longest one, the same for all chains. The longest one, an angle,
+climbs the criterion by Adam while dual averaging tunes the step. Warm-up also fits a Gaussian
 with independent coordinates to the chains: the inverse mass of leapfrog, and what splitting splits off.
 """
 
@@ -42,7 +42,7 @@ LEARNING_RATE, SQUARE_DECAY = 0.025, 0.95
 CHEES_MAX_NUM_STEPS = 1000
 # One chain has no spread to measure.
 MIN_CHAINS = 2
-# Shares of the warm-up after which the Gaussian is fitted anew, to the draws since the last fit; what is left is for
+# Fractions of the warm-up after which the Gaussian is fitted anew, to the draws since the last fit; what is left is for
 # the step and the length that suit the last fit. Chosen by us.
 FIT_AFTER = (0.1, 0.3, 0.6)
 # A mean must differ from 0, or a variance from 1, as significantly as a normal variable at so many standard deviations,
@@ -110,16 +110,16 @@ def build(
         raise ValueError(f"max_num_steps must be at least 1, got {max_num_steps}")
 
     def move(
-        generator: torch.Generator, state: KernelState, params: KernelParams, share: float
+        generator: torch.Generator, state: KernelState, params: KernelParams, fraction: float
     ) -> tuple[KernelState, KernelInfo, Trajectory]:
         momentum = draw_normal(generator, state.position)
-        ratio = share * float(params.trajectory_length) / float(params.step_size)
+        ratio = fraction * float(params.trajectory_length) / float(params.step_size)
         steps = max(1, math.ceil(min(ratio, max_num_steps)))
         return hmc.transition(potential, generator, state, momentum, params, params.step_size, steps, integrator)
 
     def step(generator: torch.Generator, state: KernelState, params: KernelParams) -> tuple[KernelState, KernelInfo]:
-        share = torch.rand((), generator=generator, dtype=torch.float64, device=state.position.device)
-        new, info, _ = move(generator, state, params, float(share))
+        fraction = torch.rand((), generator=generator, dtype=torch.float64, device=state.position.device)
+        new, info, _ = move(generator, state, params, float(fraction))
         return new, info
 
     def warm_up(
@@ -127,13 +127,13 @@ def build(
     ) -> tuple[KernelState, KernelParams, int]:
         if len(state.position) < MIN_CHAINS:
             raise InputError(f"{name} tunes across chains: expected {MIN_CHAINS} or more, found 1; run more chains")
-        fits = [round(share * num_steps) for share in FIT_AFTER] if fits_reference else [0]
+        fits = [round(fraction * num_steps) for fraction in FIT_AFTER] if fits_reference else [0]
         tuning, moments, num_evals = _start(params), _no_moments(state.position), 0
         for index in range(1, num_steps + 1):
-            share = halton(index)
-            new, info, trajectory = move(generator, state, params, share)
-            angle = share * float(params.trajectory_length)
-            # By the log of the longest trajectory, of which this one's angle is a fixed share.
+            fraction = halton(index)
+            new, info, trajectory = move(generator, state, params, fraction)
+            angle = fraction * float(params.trajectory_length)
+            # By the log of the longest trajectory, of which this one's angle is a fixed fraction.
             gradient = angle * criterion_gradient(state, trajectory, info, params)
             state, num_evals = new, num_evals + int(info.num_evals.sum())
             tuning = _update(tuning, info, gradient, target_acceptance, max_num_steps)

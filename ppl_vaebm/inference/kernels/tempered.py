@@ -36,11 +36,11 @@ from ppl_vaebm.inference.kernels.ladder import add_swaps, new_counts, report, re
 # Moves are MALA's by default, and so is their target.
 TEMPERED_TARGET_ACCEPTANCE = 0.65
 NUM_MOVE_STEPS = 1
-# Chosen by us: K rejections share the barrier, and below a half each it is at most 2.5. That of gaussians25 is 0.7, and
-# 1.3 that of 25 modes under a mean energy of 23 nats (targets.grid_modes).
+# Chosen by us: K rejections add up to the barrier, and below a half each it is at most 2.5. That of gaussians25 is
+# 0.7, and 1.3 that of 25 modes under a mean energy of 23 nats (targets.grid_modes).
 NUM_LEVELS = 6
-# Shares of the warm-up after which the levels are spaced anew by the swaps since the last time: rounds that double, as
-# in the paper. The last half is for the steps that suit the last levels.
+# Fractions of the warm-up after which the levels are spaced anew by the swaps since the last time: rounds that double,
+# as in the paper. The last half is for the steps that suit the last levels.
 RESPACE_AFTER = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 
 
@@ -103,10 +103,10 @@ def build(
         state, ladder, num_evals = _tune(sweep, state, ladder_of(params), num_sweeps, target_acceptance)
         return state, params._replace(step_size=ladder.step_sizes[-1], ladder=ladder), num_evals
 
-    def tell(state: KernelState, params: KernelParams) -> dict[str, float | list[float]]:
+    def report_run(state: KernelState, params: KernelParams) -> dict[str, float | list[float]]:
         return report(_counts(state), ladder_of(params))
 
-    return Kernel(name, init, step, target_acceptance, warm_up, tell)
+    return Kernel(name, init, step, target_acceptance, warm_up, report_run)
 
 
 def with_replicas(potential: Potential, state: KernelState, position: Tensor) -> KernelState:
@@ -241,7 +241,7 @@ def _tune(
     target_acceptance: float,
 ) -> tuple[KernelState, Ladder, int]:
     """Tune every level's step by dual averaging, and space the levels at the end of every round."""
-    round_ends, num_evals = {round(share * num_sweeps) for share in RESPACE_AFTER}, 0
+    round_ends, num_evals = {round(fraction * num_sweeps) for fraction in RESPACE_AFTER}, 0
     averagings = [start_averaging(float(h)) for h in ladder.step_sizes[1:]]
     for index in range(1, num_sweeps + 1):
         state, info, rates = sweep(state, ladder)

@@ -29,7 +29,7 @@ Direction = Literal["forward", "reverse"]
 
 
 class AnnealedWeights(NamedTuple):
-    """What annealing brought, by particle and by temperature."""
+    """Result of annealing, by particle and by temperature."""
 
     log_weights: Tensor
     """``sum_k -(b_k - b_(k-1)) Phi(q)``, each Phi where the particle stood between the two levels; ``(N,)``, float64,
@@ -52,7 +52,7 @@ class AnnealedEstimate(NamedTuple):
     mean_log_weight: LogZ
     """The mean of the log weights, a wider bound of the same kind; its error is that of a mean."""
     num_not_finite: int
-    """Particles whose log weight is not finite. Nothing is mended: a nan makes the estimates nan."""
+    """Particles whose log weight is not finite. They are not replaced: a nan makes the estimates nan."""
 
 
 def forward(
@@ -135,10 +135,10 @@ def estimate(log_weights: Tensor, generator: torch.Generator, direction: Directi
     sign = 1 if direction == "forward" else -1
     log_weights = log_weights.double()
     signed = sign * log_weights
-    found = log_mean_exp(signed)
+    mean_weight = log_mean_exp(signed)
     mean_error = float(log_weights.std()) / math.sqrt(len(log_weights))
     return AnnealedEstimate(
-        LogZ(sign * found.value, bootstrap_error(signed, generator), found.ess),
-        LogZ(float(log_weights.mean()), mean_error, found.ess),
+        LogZ(sign * mean_weight.value, bootstrap_error(signed, generator), mean_weight.ess),
+        LogZ(float(log_weights.mean()), mean_error, mean_weight.ess),
         int((~log_weights.isfinite()).sum()),
     )

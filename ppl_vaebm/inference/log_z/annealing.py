@@ -121,11 +121,11 @@ def resample(log_weights: Tensor, generator: torch.Generator) -> Tensor:
     Of log weights ``(N,)``, finite or minus infinity, particle i occurs ``floor(N W_i)`` times or once more.
     """
     n = len(log_weights)
-    shares = log_weights.double().softmax(0).cumsum(0)
+    cumulative = log_weights.double().softmax(0).cumsum(0)
     uniform = torch.rand((), generator=generator, dtype=torch.float64, device=log_weights.device)
     points = (torch.arange(n, dtype=torch.float64, device=log_weights.device) + uniform) / n
-    # The last share may be 1 - 1e-16, and a point behind it would have no particle.
-    return torch.searchsorted(shares / shares[-1], points, right=True).clamp(max=n - 1)
+    # The last one may be 1 - 1e-16, and a point behind it would have no particle.
+    return torch.searchsorted(cumulative / cumulative[-1], points, right=True).clamp(max=n - 1)
 
 
 def take(state: KernelState, index: Tensor) -> KernelState:

@@ -1,4 +1,4 @@
-"""Estimates of a log normaliser and their errors, whatever made the weights."""
+"""Estimates of a log normalizing constant and their errors from weights or chains."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_BOOTSTRAP = 1_000
 
 
 class LogZ(NamedTuple):
-    """An estimate of the log normaliser."""
+    """An estimate of the log normalizing constant."""
 
     value: float
     """Nats."""

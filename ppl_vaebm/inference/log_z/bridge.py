@@ -1,11 +1,11 @@
-"""Bridge sampling (Meng and Wong 1996): a ratio of normalisers from draws of both densities.
+"""Bridge sampling (Meng and Wong 1996): a ratio of normalizing constants from draws of both densities.
 
-With ``l`` the unnormalised density of the target over that of the reference, the ratio r of their normalisers is the
+With ``l`` the unnormalised density of the target over that of the reference, the ratio r of their constants is the
 fixed point of Bennett's (1976) iteration
 
     r = E_reference[l / (s1 l + s0 r)] / E_target[1 / (s1 l + s0 r)]
 
-with s0 and s1 the shares of effective draws. Among all bridges between the two it has the least error.
+with s0 and s1 the fractions of effective draws. Among all bridges between the two it has the least error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_ITERATIONS = 10_000
 
 
 class Bridge(NamedTuple):
-    """The log of a ratio of normalisers."""
+    """The log of a ratio of normalizing constants."""
 
     log_z: LogZ
     """Target over reference; its effective size is the smaller of those of both means."""
@@ -45,7 +45,7 @@ def bridge(log_ratio_reference: Tensor, log_ratio_target: Tensor) -> Bridge:
 
     Returns:
         The estimate. Its error is the relative one of the two means (Fruehwirth-Schnatter 2004), each from the spread
-        of its chains, so autocorrelation counts; the shares s0 and s1 count effective draws too. Where the two
+        of its chains, so autocorrelation counts; the fractions s0 and s1 count effective draws too. Where the two
         densities hardly overlap it is too small, and the effective size says so.
 
     Raises:
