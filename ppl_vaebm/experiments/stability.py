@@ -158,14 +158,7 @@ def distances(
 
 
 def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float | None, limit: float) -> dict[str, Any]:
-    """Summarise an attempt in plain numbers.
-
-    Args:
-        result: the attempt.
-        measured: its checkpoints.
-        end: Frechet distance of its final weights; ``None`` if an error ended it.
-        limit: of the energy gap.
-    """
+    """Summarise an attempt with its measured checkpoints and the Frechet distance of its end, in plain numbers."""
     steps = [record for record in result.records if "energy_gap" in record]
     gaps = [float(record["energy_gap"]) for record in steps]
     beyond = [r["step"] for r, gap in zip(steps, gaps, strict=True) if not abs(gap) <= limit]

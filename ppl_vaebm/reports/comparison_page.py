@@ -31,15 +31,7 @@ TABLE_LEAD = (
 def write_comparison(
     run: Run, rows: Sequence[Row], outcomes: Mapping[str, Sequence[Outcome]], budget: Budget, reference: Reference
 ) -> Path:
-    """Write the page, and return its path.
-
-    Args:
-        run: the run's folder.
-        rows: one for each kernel.
-        outcomes: of every kernel, seed by seed.
-        budget: of each seed.
-        reference: what is known of the target.
-    """
+    """Write the page of all kernels with their outcomes, seed by seed, and return its path."""
     runs = {name: next((one for one in part if one.idata is not None), None) for name, part in outcomes.items()}
     shown = {name: figures.shown_of(one.idata, budget.num_evals) for name, one in runs.items() if one is not None}
     shown = {name: one for name, one in shown.items() if one.within["posterior"].sizes["draw"] >= MIN_DRAWS}

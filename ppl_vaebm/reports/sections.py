@@ -41,11 +41,8 @@ COMPARED = {
 def svi_contents(run: Run) -> Contents | None:
     """Show the curves of stage 1, and reconstructions and samples of its VAE."""
     records = run.metrics("svi")
-    pictures = (
-        [figures.curves_picture("curves of stage 1 over optimiser steps", records, figures.SVI_PANELS)]
-        if records
-        else []
-    )
+    title = "curves of stage 1 over optimiser steps"
+    pictures = [figures.curves_picture(title, records, figures.SVI_PANELS)] if records else []
     for name in gallery.GALLERY:
         if (file := run.samples_dir / f"{name}.npz").exists():
             pictures += gallery.gallery_pictures(name, _arrays(file))

@@ -77,17 +77,7 @@ def sample_posterior(
     num_draws: int,
     seed: int,
 ) -> Posterior:
-    """Sample a posterior from tempered starts.
-
-    Args:
-        potential: of the posterior given one observation.
-        config: kernel.
-        num: draws of x to return.
-        num_chains: chains.
-        num_warmup: steps of warm-up.
-        num_draws: draws per chain.
-        seed: of starts and chains.
-    """
+    """Sample a posterior given one observation from tempered starts; ``num`` draws of x are returned."""
     device = next(potential.vaebm.parameters()).device
     starts, particles = annealed_starts(potential, stream(seed, "starts", device=device), num_chains)
     size = max(potential.packing.dim, potential.vaebm.vae.model.event_shape.numel())
@@ -166,17 +156,9 @@ def open_run(path: str, stage: Stage) -> LoadedRun:
 
 
 def sample_given(loaded: LoadedRun, options: GivenOptions, config: KernelConfig, *, num: int, seed: int) -> Written:
-    """Condition on the observation of the user, sample, and write the files.
+    """Condition on the observation of the user, sample, write the files, and store ``num`` draws of x.
 
-    Args:
-        loaded: the fitted run.
-        options: observation and chains.
-        config: kernel.
-        num: draws of x to store.
-        seed: of everything.
-
-    Returns:
-        The file of arrays, and as lines the table of the chains, whether they agree, and the files.
+    The lines are the table of the chains, whether they agree, and the files.
 
     Raises:
         InputError: an observation that does not fit; nothing was written.

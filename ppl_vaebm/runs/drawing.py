@@ -30,7 +30,7 @@ class Written(NamedTuple):
 
 
 def draw_vae(fitted: FittedVAE, choices: Choices, num: int, seed: int) -> Written:
-    """Write ``num`` draws of a VAE, data beside them, and the arrays of stage 1's pictures.
+    """Write ``num`` VAE samples, data beside them, and the arrays of stage 1's pictures.
 
     Raises:
         InputError: a latent group that the model does not have; nothing was written.
@@ -43,15 +43,7 @@ def draw_vae(fitted: FittedVAE, choices: Choices, num: int, seed: int) -> Writte
 
 
 def draw_vaebm(loaded: LoadedRun, kernel: KernelConfig, *, num: int, num_steps: int, seed: int) -> Written:
-    """Write ``num`` draws of a VAEBM, as many of its VAE, and data beside them.
-
-    Args:
-        loaded: the fitted run.
-        kernel: of the chains.
-        num: draws of each.
-        num_steps: steps from fresh noise to a draw.
-        seed: of the chains.
-    """
+    """Write ``num`` samples of a VAEBM, ``num_steps`` from N(0, I), as many of its VAE, and data beside them."""
     latent_steps = loaded.config.sampling.latent_steps
     chains = sample_by_chains(
         loaded.potential, kernel, num=num, steps=[0, num_steps], seed=seed, latent_steps=latent_steps

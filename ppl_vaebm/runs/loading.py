@@ -273,13 +273,7 @@ def clear(run: Run, stage: Stage) -> None:
 
 
 def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:
-    """Refuse options of some sections that differ from those of a checkpoint.
-
-    Args:
-        saved: the checkpoint's configuration.
-        config: the one asked for.
-        sections: the sections that must agree.
-        what: names the checkpoint in the message.
+    """Refuse options in ``sections`` that differ from those of a checkpoint, which the message calls ``what``.
 
     Raises:
         InputError: naming every option that differs.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.runs.run import NON_FINITE, Run
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 
 def check_installed() -> None:
@@ -27,63 +30,6 @@ def check_installed() -> None:
         )
 
 
-class Board:
-    """Event files in one folder; a context manager that closes them.
-
-    Args:
-        folder: of the event files; made if missing.
-        first_step: steps already done. TensorBoard ignores later ones in the folder, so that a resumed stage leaves no
-            duplicates; 0 makes it ignore all.
-
-    Raises:
-        InputError: the package tensorboard is missing.
-    """
-
-    def __init__(self, folder: Path, first_step: int = 0) -> None:
-        check_installed()
-        self.folder = folder
-        self._open(first_step)
-
-    def _open(self, first_step: int) -> None:
-        # Imported here, because the package is optional and slow to import.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._writer = SummaryWriter(str(self.folder), purge_step=first_step + 1 if first_step else 0)
-
-    def rewind(self, step: int) -> None:
-        """Remove all that is later than a step; 0 or less removes all."""
-        self.close()
-        self._open(max(0, step))
-
-    def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Write the numbers of one record of metrics as scalars."""
-        step = int(record.get("step", 0))
-        for name, value in record.items():
-            number = NON_FINITE.get(value) if isinstance(value, str) else value
-            if name != "step" and number is not None:
-                self._writer.add_scalar(name, number, step)
-        # A checkpoint may follow, and its records must survive a killed process.
-        self._writer.flush()
-
-    def images(self, grids: Mapping[str, NDArray[np.uint8]], step: int) -> None:
-        """Write RGB pictures ``(height, width, 3)`` by their names."""
-        for name, grid in grids.items():
-            self._writer.add_image(name, grid, step, dataformats="HWC")
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Close the files."""
-        self._writer.close()
-
-    def __enter__(self) -> Board:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
 class StageBoards:
     """Event files of a stage and of its parts, each in a folder of its own, because the steps of each begin at 0.
 
@@ -92,32 +38,51 @@ class StageBoards:
     Args:
         run: the run.
         stage: its stage.
-        first_step: steps of the stage that are done.
+        first_step: steps of the stage that are done. TensorBoard ignores later ones in the folder, so that a resumed
+            stage leaves no duplicates; 0 makes it ignore all.
 
     Raises:
         InputError: the package tensorboard is missing.
     """
 
     def __init__(self, run: Run, stage: str, first_step: int = 0) -> None:
+        check_installed()
         self.run, self.stage = run, stage
-        self._boards = {stage: Board(run.tensorboard_dir / stage, first_step)}
+        self._writers: dict[str, SummaryWriter] = {}
+        self._open(stage, first_step)
+
+    def _open(self, stage: str, first_step: int = 0) -> None:
+        # Imported here, because the package is optional and slow to import.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        purge_step = first_step + 1 if first_step else 0
+        self._writers[stage] = SummaryWriter(str(self.run.tensorboard_dir / stage), purge_step=purge_step)
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
-        """Write one record of metrics to the files of its stage; records of other stages are ignored."""
-        stage = str(record.get("stage"))
-        if stage.startswith(f"{self.stage}-") and stage not in self._boards:
-            self._boards[stage] = Board(self.run.tensorboard_dir / stage)
-        if stage in self._boards:
-            self._boards[stage].log(record)
+        """Write the numbers of one record of metrics; records of other stages are ignored."""
+        stage, step = str(record.get("stage")), int(record.get("step", 0))
+        if stage.startswith(f"{self.stage}-") and stage not in self._writers:
+            self._open(stage)
+        if stage not in self._writers:
+            return
+        for name, value in record.items():
+            number = NON_FINITE.get(value) if isinstance(value, str) else value
+            if name != "step" and number is not None:
+                self._writers[stage].add_scalar(name, number, step)
+        # A checkpoint may follow, and its records must survive a killed process.
+        self._writers[stage].flush()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Remove a stage's records after a step."""
-        if stage in self._boards:
-            self._boards[stage].rewind(step)
+        """Remove a stage's records after a step; 0 or less removes all."""
+        if stage in self._writers:
+            self._writers[stage].close()
+            self._open(stage, max(0, step))
 
     def images(self, grids: Mapping[str, NDArray[np.uint8]], step: int) -> None:
-        """Write pictures of the stage, as :meth:`Board.images` does."""
-        self._boards[self.stage].images(grids, step)
+        """Write RGB pictures ``(height, width, 3)`` of the stage by their names."""
+        for name, grid in grids.items():
+            self._writers[self.stage].add_image(name, grid, step, dataformats="HWC")
+        self._writers[self.stage].flush()
 
     def __enter__(self) -> StageBoards:
         return self
@@ -125,8 +90,8 @@ class StageBoards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for board in self._boards.values():
-            board.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 def open_board(run: Run, stage: str, first_step: int = 0) -> StageBoards:

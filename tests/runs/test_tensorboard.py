@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, Event
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.runs.run import Run
-from ppl_vaebm.runs.tensorboard import Board, check_installed, open_board
+from ppl_vaebm.runs.tensorboard import StageBoards, check_installed, open_board
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -69,9 +69,9 @@ def test_a_resumed_stage_leaves_no_duplicates(tmp_path: Path) -> None:
 def test_without_the_purge_there_would_be_duplicates(tmp_path: Path) -> None:
     """The comparison above can fail."""
     for scale in (1.0, -1.0):
-        with Board(tmp_path, 100) as board:
-            board.log({"step": 4, "loss": scale})
-    assert scalars(tmp_path)["loss"] == [(4, 1.0), (4, -1.0)]
+        with StageBoards(Run(tmp_path), "svi", 100) as board:
+            board.log({"stage": "svi", "step": 4, "loss": scale})
+    assert scalars(tmp_path / "tensorboard" / "svi")["loss"] == [(4, 1.0), (4, -1.0)]
 
 
 def test_a_stage_that_starts_again_forgets_the_old_one(tmp_path: Path) -> None:
@@ -124,16 +124,15 @@ def test_what_the_run_takes_back_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_has_written_what_it_logged(tmp_path: Path) -> None:
-    board = Board(tmp_path)
-    board.log({"step": 1, "loss": 2.0})
-    assert scalars(tmp_path) == {"loss": [(1, 2.0)]}
-    board.close()
+    with StageBoards(Run(tmp_path), "svi") as board:
+        board.log({"stage": "svi", "step": 1, "loss": 2.0})
+        assert scalars(tmp_path / "tensorboard" / "svi") == {"loss": [(1, 2.0)]}
 
 
 def test_pictures_come_back_with_their_size(tmp_path: Path) -> None:
-    with Board(tmp_path) as board:
+    with StageBoards(Run(tmp_path), "svi") as board:
         board.images({"prior t=0.7": np.full((6, 4, 3), 200, np.uint8)}, 5)
-    events = read(tmp_path)
+    events = read(tmp_path / "tensorboard" / "svi")
     (tag,) = events.Tags()["images"]
     (event,) = events.Images(tag)
     assert tag == "prior t=0.7" and (event.step, event.height, event.width) == (5, 6, 4)
@@ -144,6 +143,6 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(
 ) -> None:
     check_installed()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"ppl_vaebm\[log\]"):
+    with pytest.raises(InputError, match=r"pip install -e '.\[log\]'"):
         open_board(Run.create(tmp_path), "svi")
     assert list(tmp_path.iterdir()) == []
