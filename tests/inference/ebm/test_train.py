@@ -13,7 +13,7 @@ import yaml
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.data.load import load_data
-from ppl_vaebm.inference.ebm import train
+from ppl_vaebm.inference.ebm import losses, train
 from ppl_vaebm.inference.ebm.state import Training
 from ppl_vaebm.inference.ebm.train import WEIGHT_ESS_EVERY, fit_ebm, monitors_of, negatives_at
 from ppl_vaebm.inference.svi.svi import new_vae
@@ -123,3 +123,17 @@ def test_the_energy_is_initialised_from_data_before_it_is_averaged() -> None:
     for name, parameter in energy.named_parameters():
         assert torch.equal(parameter, one.average.module.get_parameter(name))
     assert not torch.equal(energy.get_parameter("stem.weight"), fresh.vaebm.energy.get_parameter("stem.weight"))
+
+
+def test_losses_are_computed_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast the product of weights and energies would be rounded to bfloat16."""
+    seen: list[tuple[bool, bool]] = []
+
+    def recorded(energy_data: torch.Tensor, energy_draws: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.is_autocast_enabled("cpu"), energy_data.dtype == energy_draws.dtype))
+        return losses.importance_weighted(energy_data, energy_draws)
+
+    monkeypatch.setitem(train.OBJECTIVES, "importance", recorded)
+    ebm = {"objective": "mle", "negatives": "importance", "steps": 1, "bf16": True}
+    fit(tmp_path, config_of(POINTS, ebm=ebm))
+    assert seen == [(False, True)]
