@@ -140,12 +140,8 @@ def fit_svi(
     sampler = KeyedSampler(len(data.train), loop.batch_size, order, process.rank, process.world)
     first = 0
     if resume is not None:
-        vae.load_state_dict(resume.weights["vae"])
-        average.module.load_state_dict(resume.weights["vae_average"])
-        objective.spectral.load_state_dict(resume.weights["spectral"])
-        optimizer.load_state_dict(resume.state["optimizer"])
-        average.num_updates = resume.state["num_averaged"]
         first = resume.step
+        _load(resume, vae, average, objective, optimizer)
         if process.is_first:
             run.rewind_metrics(stage, first)
 
@@ -182,19 +178,7 @@ def fit_svi(
         if is_checkpoint:
             # While the KL warms up another bound is maximised, so only later steps can be the best.
             score = elbo_nats if objective.elbo.kl_weight == 1.0 else None
-            checkpoints.save(
-                run.checkpoints(stage),
-                stage=stage,
-                step=done,
-                weights=_weights(config, vae, average.module, objective),
-                state={
-                    "optimizer": optimizer.state_dict(),
-                    "num_averaged": average.num_updates,
-                    "norm_temperature": loop.norm_temperature,
-                },
-                config=to_dict(config),
-                score=score,
-            )
+            _save(run, config, done, vae, average, objective, optimizer, score)
             if at_checkpoint is not None:
                 at_checkpoint(average.module, done)
     return average.module
@@ -230,14 +214,45 @@ def _record(
     }
 
 
-def _weights(
-    config: Config, vae: HierarchicalVAE, averaged: HierarchicalVAE, objective: Objective
-) -> dict[str, dict[str, Tensor]]:
-    """Return what a checkpoint holds, with the batch statistics of prior samples where they are asked for."""
-    modules = {"vae": vae, "vae_average": averaged, "spectral": objective.spectral}
+def _load(
+    saved: checkpoints.Checkpoint,
+    vae: HierarchicalVAE,
+    average: AveragedWeights[HierarchicalVAE],
+    objective: Objective,
+    optimizer: GuardedOptimizer,
+) -> None:
+    """Restore a checkpoint."""
+    vae.load_state_dict(saved.weights["vae"])
+    average.module.load_state_dict(saved.weights["vae_average"])
+    objective.spectral.load_state_dict(saved.weights["spectral"])
+    optimizer.load_state_dict(saved.state["optimizer"])
+    average.num_updates = saved.state["num_averaged"]
+
+
+def _save(
+    run: Run,
+    config: Config,
+    step: int,
+    vae: HierarchicalVAE,
+    average: AveragedWeights[HierarchicalVAE],
+    objective: Objective,
+    optimizer: GuardedOptimizer,
+    score: float | None,
+) -> None:
+    """Write a checkpoint, with the batch statistics of prior samples where they are asked for."""
+    modules = {"vae": vae, "vae_average": average.module, "spectral": objective.spectral}
     weights = {name: module.state_dict() for name, module in modules.items()}
-    loop = config.svi
-    if loop.norm_temperature is not None:
+    temperature = config.svi.norm_temperature
+    if temperature is not None:
         seed = seed_for(config.seed, "prior statistics")
-        weights["prior_statistics"] = prior_statistics(averaged, loop.norm_temperature, loop.norm_batches, seed)
-    return weights
+        weights["prior_statistics"] = prior_statistics(average.module, temperature, config.svi.norm_batches, seed)
+    state = {"optimizer": optimizer.state_dict(), "num_averaged": average.num_updates, "norm_temperature": temperature}
+    checkpoints.save(
+        run.checkpoints("svi"),
+        stage="svi",
+        step=step,
+        weights=weights,
+        state=state,
+        config=to_dict(config),
+        score=score,
+    )

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppl_vaebm.config import Config, EbmConfig, EnergyConfig
 from ppl_vaebm.data.splits import Points
@@ -15,23 +15,13 @@ from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
+from tests.inference.ebm.parabola import Parabola
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, linear_vae
 
 XZ = Config(energy=EnergyConfig(inputs="x-and-z"))
 W = 1.3
 MODEL_VARIANCE = VARIANCE / (1 + W * VARIANCE)
 """Of x under h at that weight."""
-
-
-class WeightedSquare(Energy):
-    """``E = w x^2 / 2``."""
-
-    def __init__(self, weight: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
-
-    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        return 0.5 * self.weight * x.square().sum(-1)
 
 
 def test_latents_of_the_data_are_draws_of_the_posterior() -> None:
@@ -68,7 +58,7 @@ def test_the_gain_is_that_of_the_closed_form() -> None:
     """On data from h the gain is ``KL(h, p)``."""
     num = 10_000
     x = math.sqrt(MODEL_VARIANCE) * torch.randn(num, 1, dtype=torch.float64, generator=stream(1, "data"))
-    potential = noise_potential(VAEBM(linear_vae(), WeightedSquare(W).requires_grad_(False)))
+    potential = noise_potential(VAEBM(linear_vae(), Parabola(W).requires_grad_(False)))
     gain = likelihood_gain(Config(ebm=EbmConfig(num_validation_draws=40_000)), potential, Points(x), seed=0)
     ratio = MODEL_VARIANCE / VARIANCE
     expected = 0.5 * (ratio - 1 - math.log(ratio))
