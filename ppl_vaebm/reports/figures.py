@@ -88,15 +88,6 @@ def png_of(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def value_text(value: object) -> str:
-    """Write a number to five digits, with its error after a sign where it has one; anything else as it is."""
-    if isinstance(value, Mapping):
-        return " ± ".join(value_text(value[key]) for key in ("value", "error") if key in value)
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return "none" if value is None else str(value)
-
-
 def encoded(png: bytes) -> str:
     """Return a PNG file as text for the page, in base64."""
     return base64.b64encode(png).decode("ascii")

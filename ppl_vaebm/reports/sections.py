@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +96,22 @@ def evaluation_contents(run: Run) -> Contents | None:
         arrays = load_arrays(run, part)
         pictures += draw(arrays) if arrays is not None else []
     tables = [
-        Table(section.title, *table_cells(section, figures.value_text))
+        Table(section.title, *table_cells(section, _measured_text))
         for part in parts.values()
         for section in part.sections
     ]
     return Contents(pictures, tables, _origins(parts))
+
+
+def _measured_text(value: object) -> str:
+    """Write a number to five digits, or to those that its error determines; anything else as it is."""
+    if isinstance(value, Mapping):
+        if 0 < value.get("error", 0) < math.inf:
+            return with_spread(value["value"], value["error"])
+        value = value["value"]
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return "none" if value is None else str(value)
 
 
 def _origins(parts: dict[str, StoredPart]) -> list[str]:

@@ -205,7 +205,7 @@ def test_numbers_of_the_evaluation_and_of_the_comparison_appear(run: Run) -> Non
     add_comparison(run)
     cells = cells_of(page_of(run))
     assert cells == [
-        *("Frechet distance", "12.346 ± 0.25", "num_samples", "100000"),
+        *("Frechet distance", "12.3 ± 0.2", "num_samples", "100000"),
         *("gain_nats", "0.0078125", "feature net", "cnn&lt;digits&gt;", "worst", "nan"),
         *("hmc, jittered", "1.001"),
     ]
