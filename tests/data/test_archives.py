@@ -225,7 +225,7 @@ def test_failed_download_is_one_sentence(error: Exception, tmp_path: Path, monke
 
 def test_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    with pytest.raises(InputError, match=r"lsun-church needs the package lmdb; install it .*ppl_vaebm\[data\]"):
+    with pytest.raises(InputError, match=r"lsun-church needs the package lmdb; .*pip install -e '\.\[data\]'"):
         load_data(DataConfig(name="lsun-church", root=str(tmp_path)), 0)
     monkeypatch.setitem(sys.modules, "gdown", None)
     with pytest.raises(InputError, match="celeba needs the package gdown"):

@@ -199,7 +199,7 @@ def test_noise_is_refused_where_it_would_contradict_the_data() -> None:
         load_data(DataConfig(name="gaussians25", noise_sd=0.1), 0)
     with pytest.raises(ValueError, match="data.noise-sd must be 0 with data.binarize"):
         DataConfig(name="mnist", binarize=True, noise_sd=0.1)
-    with pytest.raises(ValueError, match="data.noise-sd must be 0 with a decoder that scores levels"):
+    with pytest.raises(ValueError, match="data.noise-sd must be 0 with a discretised decoder"):
         Config(
             data=DataConfig(name="mnist", noise_sd=0.1),
             model=ModelConfig(kind="nvae", nvae=NvaeConfig(decoder="logistic-mixture")),

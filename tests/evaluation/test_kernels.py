@@ -373,7 +373,7 @@ def test_an_energy_that_is_not_a_number_is_a_line_without_numbers(tmp_path: Path
     assert rows[3].num_seeds == 0 and "finite" in rows[3].note
     assert "nan" in comparison_text.to_text(rows, BUDGET, reference)
     page = comparison_page.write_comparison(loaded.run, rows, outcomes, BUDGET, reference).read_text()
-    assert "pyro-hmc: U must be finite" in page and page.count("<img") == 5
+    assert "pyro-hmc: expected a finite U" in page and page.count("<img") == 5
 
 
 # --- pictures ----------------------------------------------------------------------------------------
