@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,15 @@ from torch import Tensor
 from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.pixels import check_images, quantised_as
-from ppl_vaebm.data.splits import without_augmentation, without_noise
+from ppl_vaebm.data.splits import (
+    IntegerImages,
+    LazyImages,
+    Smoothed,
+    Split,
+    Subset,
+    without_augmentation,
+    without_noise,
+)
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.classification import inception_score
 from ppl_vaebm.evaluation.metrics.classifier import Classifier, accuracy
@@ -24,6 +32,7 @@ from ppl_vaebm.evaluation.metrics.frechet import frechet_bias, frechet_distance,
 from ppl_vaebm.evaluation.metrics.inputs import Estimate
 from ppl_vaebm.evaluation.metrics.modes import class_coverage, coverage_of_even_draws
 from ppl_vaebm.evaluation.metrics.neighbours import (
+    Neighbours,
     density_coverage,
     nearest_neighbours,
     precision_recall,
@@ -261,75 +270,94 @@ COPY_QUANTILE = 0.01
 
 
 class Nearest(NamedTuple):
-    """The training image nearest to each of some images."""
+    """The training image nearest to each of some images, as it is or mirrored."""
 
     distance: Tensor
     """Euclidean, ``(n,)``."""
     place: Tensor
     """Its place in the order in which training images are read, ``(n,)``."""
+    is_mirrored: Tensor
+    """Whether its mirror image is the nearer one, ``(n,)``."""
 
 
 def measure_neighbours(data: Data, samples: Tensor, judge: Judge | None, effort: Effort, seed: int) -> Measured:
     """Find the training images nearest to samples, and nearest to as many test images.
 
-    Training images are as training sees them, each mirrored at random where the data set is. Half of all mirrored
-    copies are found then.
+    Where training mirrors its images at random, both forms of each are compared. In features, that is the distance of
+    the mirrored sample from the training image.
 
     Args:
         samples: rounded to levels, ``(n, C, H, W)``, on the CPU.
         judge: its network makes the features; ``None`` leaves these out.
 
     Returns:
-        A section for pixels and one for features; the first samples and their neighbours as images.
+        A section with columns for pixels and for features; the first samples and their neighbours as images.
     """
     order = random_order(data.train, seed, "train")[: effort.num_reference]
     test_order = random_order(data.test, seed, "test")[: len(samples)]
     test = torch.cat(list(image_blocks(data, "test", test_order, seed)))
-    columns: dict[str, Rows] = {}
-    shown = {}
-    of_samples, of_test = (_nearest_pixels(data, order, images, seed) for images in (samples, test))
-    columns["in pixels"] = _section(of_samples, of_test)
-    shown["pixels"] = of_samples.place[:NUM_SHOWN]
+    searches = {"pixels": ("in pixels", lambda images: _nearest_pixels(data, order, images, seed))}
     if judge is not None:
-        of_samples, of_test = (_nearest_features(judge, images) for images in (samples, test))
-        columns[f"in features of {judge.net.name}"] = _section(of_samples, of_test)
-        shown["features"] = of_samples.place[:NUM_SHOWN]
-    images = {name: _picked(data, order, places, seed).numpy() for name, places in shown.items()}
-    section = Section(f"nearest training images, {len(samples)} samples and {len(test)} test images", columns)
-    return Measured([section], {"samples": samples[:NUM_SHOWN].numpy(), **images})
+        searches["features"] = (f"in features of {judge.net.name}", lambda images: _nearest_features(judge, images))
+    has_mirrored = has_flips(data.train)
+    columns, shown = {}, {"samples": samples[:NUM_SHOWN].numpy()}
+    for name, (column, search) in searches.items():
+        of_samples, of_test = (_nearest(search, images, has_mirrored) for images in (samples, test))
+        columns[column] = _neighbour_rows(of_samples, of_test)
+        shown[name] = _picked(data, order, Nearest(*(part[:NUM_SHOWN] for part in of_samples)), seed).numpy()
+    title = f"nearest training images, {len(samples)} samples and {len(test)} test images"
+    return Measured([Section(title, columns)], {**shown})
 
 
-def _nearest_pixels(data: Data, order: Tensor, images: Tensor, seed: int) -> Nearest:
+def has_flips(split: Split) -> bool:
+    """Return whether each image of a batch is mirrored with probability 1/2."""
+    while isinstance(split, Smoothed | Subset):
+        split = split.clean if isinstance(split, Smoothed) else split.whole
+    return isinstance(split, IntegerImages | LazyImages) and split.has_flips
+
+
+def _nearest(search: Callable[[Tensor], Neighbours], images: Tensor, has_mirrored: bool) -> Nearest:
+    found = search(images)
+    distance, place = found.distance[:, 0], found.indices[:, 0]
+    if not has_mirrored:
+        return Nearest(distance, place, torch.zeros_like(place, dtype=torch.bool))
+    # An image is as far from a mirrored one as its own mirror image is from that one.
+    mirrored = search(images.flip(-1))
+    is_nearer = mirrored.distance[:, 0] < distance
+    return Nearest(
+        torch.where(is_nearer, mirrored.distance[:, 0], distance),
+        torch.where(is_nearer, mirrored.indices[:, 0], place),
+        is_nearer,
+    )
+
+
+def _nearest_pixels(data: Data, order: Tensor, images: Tensor, seed: int) -> Neighbours:
     """Search the training images block by block, for all together may not fit in memory."""
     points = images.flatten(1)
-    distance = torch.full((len(images),), math.inf, dtype=torch.float64)
-    place = torch.zeros(len(images), dtype=torch.long)
-    start = 0
-    for block in image_blocks(data, "train", order, seed):
+    distance = torch.full((len(images), 1), math.inf, dtype=torch.float64)
+    place = torch.zeros(len(images), 1, dtype=torch.long)
+    for index, block in enumerate(image_blocks(data, "train", order, seed)):
         found = nearest_neighbours(points, block.flatten(1))
-        is_nearer = found.distance[:, 0] < distance
-        distance = torch.where(is_nearer, found.distance[:, 0], distance)
-        place = torch.where(is_nearer, found.indices[:, 0] + start, place)
-        start += len(block)
-    return Nearest(distance, place)
+        is_nearer = found.distance < distance
+        distance = torch.where(is_nearer, found.distance, distance)
+        place = torch.where(is_nearer, found.indices + index * BLOCK, place)
+    return Neighbours(distance, place)
 
 
-def _nearest_features(judge: Judge, images: Tensor) -> Nearest:
-    found = nearest_neighbours(judge.describe(images).features, judge.reference.features)
-    return Nearest(found.distance[:, 0], found.indices[:, 0])
+def _nearest_features(judge: Judge, images: Tensor) -> Neighbours:
+    return nearest_neighbours(judge.describe(images).features, judge.reference.features)
 
 
-def _picked(data: Data, order: Tensor, places: Tensor, seed: int) -> Tensor:
-    """Read training images by their place, as the search saw them, random flips included."""
-    picked: dict[int, Tensor] = {}
-    start = 0
-    for block in image_blocks(data, "train", order, seed):
-        picked |= {place: block[place - start] for place in places.tolist() if 0 <= place - start < len(block)}
-        start += len(block)
-    return torch.stack([picked[place] for place in places.tolist()])
+def _picked(data: Data, order: Tensor, nearest: Nearest, seed: int) -> Tensor:
+    """Read training images by their place, as the search saw them, and mirror those whose mirror image is nearer."""
+    blocks = enumerate(image_blocks(data, "train", order, seed))
+    wanted = {*nearest.place.tolist()}
+    picked = {place: block[place % BLOCK] for i, block in blocks for place in wanted if place // BLOCK == i}
+    images = torch.stack([picked[place] for place in nearest.place.tolist()])
+    return torch.where(nearest.is_mirrored[:, None, None, None], images.flip(-1), images)
 
 
-def _section(samples: Nearest, test: Nearest) -> Rows:
+def _neighbour_rows(samples: Nearest, test: Nearest) -> Rows:
     medians = [float(nearest.distance.median()) for nearest in (samples, test)]
     ratio: Value = "none: half of the test images are copies of training images"
     if medians[1] > 0:

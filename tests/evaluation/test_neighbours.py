@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from ppl_vaebm.data.pixels import quantised_as
-from ppl_vaebm.evaluation.image_metrics import NUM_SHOWN, measure_neighbours, near_shares, new_judge
+from ppl_vaebm.data.splits import IntegerImages, Smoothed
+from ppl_vaebm.evaluation.image_metrics import NUM_SHOWN, image_blocks, measure_neighbours, near_shares, new_judge
 from ppl_vaebm.evaluation.sections import Effort, Rows
 from ppl_vaebm.rng import stream
-from tests.judged import PixelNet, image_levels, level_data
+from tests.judged import LEVELS, PixelNet, image_levels, level_data
 
 EFFORT = Effort(2, 2, 2, num_samples=40, steps=(2,), num_reference=1_000)
 DATA = level_data(image_levels(1_100), image_levels(300, name="test"))
@@ -55,6 +57,20 @@ def test_draws_of_the_datas_law_are_no_copies() -> None:
     distances = torch.cdist(fresh[:NUM_SHOWN].flatten(1).double(), train)
     found = (fresh[:NUM_SHOWN].flatten(1) - every).double().norm(dim=1)
     assert bool(((distances < found[:, None] - 1e-6).sum(1) <= 3).all())  # but for those left out of the reference
+
+
+def test_mirrored_copies_of_training_images_are_found_at_distance_zero_where_training_mirrors() -> None:
+    train, test = image_levels(300), image_levels(100, name="test")
+    plain = level_data(train, test)
+    flipping = replace(plain, train=Smoothed(IntegerImages(train, None, LEVELS, has_flips=True), 0.1), noise_sd=0.1)
+    samples = torch.cat(list(image_blocks(plain, "train", torch.arange(50), 0))).flip(-1)
+    judges = [new_judge(PixelNet(), data, EFFORT, seed=0) for data in (flipping, plain)]
+    for data, judge, is_found in zip((flipping, plain), judges, (True, False), strict=True):
+        sections, arrays = measure_neighbours(data, samples, judge, EFFORT, seed=0)
+        for rows in sections[0].columns.values():
+            assert (number(rows, "median distance, samples") == 0) is is_found
+            assert number(rows, "least distance, test images") > 0
+        assert np.array_equal(arrays["samples"], arrays["pixels"]) is is_found
 
 
 # --- the share of near samples -------------------------------------------------------------------
