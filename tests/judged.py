@@ -42,12 +42,6 @@ class PixelNet(nn.Module):
             20 * torch.cat([brightness, -brightness, 0 * brightness], 1),
         )
 
-    def features(self, x: Tensor) -> Tensor:
-        return self.outputs(x).features
-
-    def logits(self, x: Tensor) -> Tensor:
-        return self.outputs(x).logits
-
 
 class Brightness(Energy):
     """``E = factor * mean pixel``."""

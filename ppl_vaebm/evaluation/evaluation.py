@@ -28,6 +28,80 @@ from ppl_vaebm.inference.normalizing_constant import LogZEffort
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import FEATURES_FILE, Run
 
+NO_NETWORK = Section(
+    "metrics of samples",
+    {"": {"none": "the data have no labels for a classifier to learn; name --features inception"}},
+)
+"""In place of metrics that no network can be had for."""
+JUDGED: tuple[Part, ...] = ("samples", "neighbours")
+"""Parts that look at images through a network."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure."""
+
+    effort: Effort
+    parts: tuple[Part, ...]
+    seed: int = 0
+    """Of all draws."""
+    features: FeatureChoice | None = None
+    """Network of the metrics of images; ``None`` takes the classifier, and none where the data have no labels."""
+    feature_weights: Path | None = None
+    """File of its weights."""
+    ood: tuple[str, ...] = ()
+    """Sets of images of other distributions."""
+    ood_root: str | None = None
+    """Where the files of these lie; where the run's own do, if not given."""
+    normaliser: LogZEffort | None = None
+    """How much to spend on log Z."""
+
+
+def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
+    """Get the network that a plan asks for, and describe the data by it.
+
+    Call it before anything slow is done: files may be missing, and samples too few.
+
+    Args:
+        run: where a classifier is kept, once trained.
+        seed: the run's, of the classifier's training.
+        device: where the network runs.
+
+    Returns:
+        The judge; ``None`` where no part looks at images, or no network was asked for and the data cannot train one.
+
+    Raises:
+        InputError: a network or its weights are named, and the data are points; or the weights are, and without labels
+            there is no network; or samples or images are fewer than the metrics need; or as
+            :func:`~ppl_vaebm.features.feature_net`.
+    """
+    _check_features(data, plan)
+    choice = _choice(data, plan)
+    judged = [part for part in plan.parts if part in JUDGED]
+    if choice is None or not judged or len(data.event_shape) != 3:
+        return None
+    check_sizes(data, plan.effort, judged)  # before a classifier is trained
+    net = feature_net(choice, plan.feature_weights, data, seed, run.path / FEATURES_FILE, device)
+    return new_judge(net, data, plan.effort, plan.seed)
+
+
+def _check_features(data: Data, plan: Plan) -> None:
+    """Refuse a network, or its weights, that no metric would be taken from."""
+    for option, asked in (("features", plan.features), ("feature-weights", plan.feature_weights)):
+        if asked is not None and len(data.event_shape) != 3:
+            raise InputError(
+                f"--{option} are those of images, and the data of this run, {data.name}, are points; leave them out"
+            )
+    if plan.feature_weights is not None and _choice(data, plan) is None:
+        raise InputError(
+            f"--feature-weights are those of a classifier, and the data of this run, {data.name}, have no labels for "
+            "one; name --features inception if they are Inception-v3's, or leave them out"
+        )
+
+
+def _choice(data: Data, plan: Plan) -> FeatureChoice | None:
+    return plan.features or (None if data.train.labels is None else "classifier")
+
 
 class Evaluation:
     """The parts of an evaluation, and what they share.
@@ -124,78 +198,3 @@ def evaluate(loaded: LoadedRun, plan: Plan) -> Iterator[tuple[Part, Measured]]:
     evaluation = Evaluation(loaded, plan)
     for part in plan.parts:
         yield part, evaluation.measure(part)
-
-
-NO_NETWORK = Section(
-    "metrics of samples",
-    {"": {"none": "the data have no labels for a classifier to learn; name --features inception"}},
-)
-"""In place of metrics that no network can be had for."""
-JUDGED: tuple[Part, ...] = ("samples", "neighbours")
-"""Parts that look at images through a network."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to measure."""
-
-    effort: Effort
-    parts: tuple[Part, ...]
-    seed: int = 0
-    """Of all draws."""
-    features: FeatureChoice | None = None
-    """Network of the metrics of images; ``None`` takes the classifier, and none where the data have no labels."""
-    feature_weights: Path | None = None
-    """File of its weights."""
-    ood: tuple[str, ...] = ()
-    """Sets of images of other distributions."""
-    ood_root: str | None = None
-    """Where the files of these lie; where the run's own do, if not given."""
-    normaliser: LogZEffort | None = None
-    """How much to spend on log Z."""
-
-
-def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
-    """Get the network that a plan asks for, and describe the data by it.
-
-    Call it before anything slow is done: files may be missing, and samples too few.
-
-    Args:
-        run: where a classifier is kept, once trained.
-        seed: the run's, of the classifier's training.
-        device: where the network runs.
-
-    Returns:
-        The judge; ``None`` where no part looks at images, or no network was asked for and the data cannot train one.
-
-    Raises:
-        InputError: a network or its weights are named, and the data are points; or the weights are, and without labels
-            there is no network; or samples or images are fewer than the metrics need; or as
-            :func:`~ppl_vaebm.features.feature_net`.
-    """
-    _check_features(data, plan)
-    choice = _choice(data, plan)
-    judged = [part for part in plan.parts if part in JUDGED]
-    if choice is None or not judged or len(data.event_shape) != 3:
-        return None
-    check_sizes(data, plan.effort, judged)  # before a classifier is trained
-    net = feature_net(choice, plan.feature_weights, data, seed, run.path / FEATURES_FILE, device)
-    return new_judge(net, data, plan.effort, plan.seed)
-
-
-def _check_features(data: Data, plan: Plan) -> None:
-    """Refuse a network, or its weights, that no metric would be taken from."""
-    for option, asked in (("features", plan.features), ("feature-weights", plan.feature_weights)):
-        if asked is not None and len(data.event_shape) != 3:
-            raise InputError(
-                f"--{option} are those of images, and the data of this run, {data.name}, are points; leave them out"
-            )
-    if plan.feature_weights is not None and _choice(data, plan) is None:
-        raise InputError(
-            f"--feature-weights are those of a classifier, and the data of this run, {data.name}, have no labels for "
-            "one; name --features inception if they are Inception-v3's, or leave them out"
-        )
-
-
-def _choice(data: Data, plan: Plan) -> FeatureChoice | None:
-    return plan.features or (None if data.train.labels is None else "classifier")

@@ -176,17 +176,12 @@ def _cells(found: Outputs, reference: Outputs, seed: int) -> dict[str, Value]:
     num = min(len(found.features), len(reference.features))
     pair = (reference.features[:num], found.features[:num])
     shares = zip(precision_recall(*pair), precision_recall_error(*pair), strict=True)
-    precision, recall = (estimate_cell(Estimate(value, error)) for value, error in shares)
+    precision, recall = (Estimate(value, error)._asdict() for value, error in shares)
     kernel = kernel_distance(found.features, reference.features, stream(seed, "kernel distance"))
     score = inception_score(found.logits, NUM_SPLITS)
     distance = frechet_distance(found.features, reference.features)
-    values = (distance, estimate_cell(kernel), estimate_cell(score), precision, recall, *density_coverage(*pair))
+    values = (distance, kernel._asdict(), score._asdict(), precision, recall, *density_coverage(*pair))
     return dict(zip(METRICS, values, strict=True))
-
-
-def estimate_cell(estimate: Estimate) -> dict[str, float]:
-    """Turn an estimate into a cell."""
-    return {"value": estimate.value, "error": estimate.error}
 
 
 def metric_section(judge: Judge, rows: list[MetricRow], num: int, more: Mapping[str, Rows]) -> Section:
@@ -214,7 +209,7 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
     if labels is not None and isinstance(judge.net, (Classifier, StackedDigits)):
         num_test = len(judge.held_out.logits)
         shown = labels[random_order(judge.data.test, judge.seed, "test")[:num_test]]
-        section[f"accuracy on {num_test} test images"] = estimate_cell(accuracy(judge.held_out.logits, shown))
+        section[f"accuracy on {num_test} test images"] = accuracy(judge.held_out.logits, shown)._asdict()
     if num < num_features:
         found = frechet_bias(judge.reference.features, samples.features, stream(judge.seed, "bias"))
         section["warning"] = (

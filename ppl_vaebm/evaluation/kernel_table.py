@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ppl_vaebm.evaluation.kernel_files import Outcome
-from ppl_vaebm.evaluation.kernels import Budget, Reference, mode_counts
+from ppl_vaebm.evaluation.kernels import Budget, Reference
+from ppl_vaebm.evaluation.metrics.modes import mode_counts
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, attribute_list, cut, scalar_draws, stat
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, FloatArray, diagnose_columns
@@ -213,7 +215,7 @@ def _mode_coverage(idata: InferenceData, reference: Reference) -> tuple[float, f
     if reference.modes is None:
         return math.nan, math.nan
     x = idata["posterior"]["x"].to_numpy().reshape(-1, reference.modes.shape[1]).astype(np.float64)
-    counts = mode_counts(x, reference.modes, reference.mode_std)
+    counts = mode_counts(torch.from_numpy(x), torch.from_numpy(reference.modes), reference.mode_std).numpy()
     weights = np.full(len(counts), 1 / len(counts)) if reference.mode_weights is None else reference.mode_weights
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = counts / counts.sum()

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ppl_vaebm.config import KernelConfig, KernelName
 from ppl_vaebm.config.kernel import LEAPFROG_HMC
 from ppl_vaebm.data.load import Data
-from ppl_vaebm.evaluation.metrics.modes import HIGH_QUALITY_NUM_STD
+from ppl_vaebm.evaluation.metrics.modes import mode_counts
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
 from ppl_vaebm.inference.diagnostics.convergence import FloatArray
@@ -34,8 +33,8 @@ MAX_PROPOSALS = 2_000_000
 MAX_DRAWS = 50_000
 # Trees and trajectories that nothing bounds would spend a budget in a few draws: these bound one draw of Pyro's HMC to
 # 16 evaluations at the step that its trajectory starts from, and one of any NUTS to 63.
-MAX_NUM_STEPS = 16
-MAX_TREE_DEPTH = 6
+COMPARED_MAX_NUM_STEPS = 16
+COMPARED_MAX_TREE_DEPTH = 6
 # Pyro's chains run one after another for equal times, and are cut to the one with the fewest draws, which leaves less
 # than the time of all: so much more is asked for. Chosen by us.
 PYRO_SLACK = 1.5
@@ -105,42 +104,42 @@ def run_kernel(
         The chains, under that name. Their ``attrs`` have the seed and whether a Metropolis test makes the kernel
         exact, ``is_adjusted``.
     """
-    functionals = functionals or noise_functionals(potential)
+    limits: dict[str, Any] = {
+        "num_draws": max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals,
+        "num_warmup": budget.num_warmup,
+        "functionals": functionals or noise_functionals(potential),
+        "max_evals": budget.num_evals,
+        "min_seconds": budget.num_seconds * (PYRO_SLACK if name in get_args(PyroKernelName) else 1),
+    }
     if name in get_args(PyroKernelName):
-        chains = _run_pyro(cast(PyroKernelName, name), potential, config, start, budget, seed, functionals)
+        chains = run_pyro(
+            cast(PyroKernelName, name),
+            potential,
+            potential.packing,
+            start,
+            seed=seed_for(seed, name),
+            step_size=DEFAULT_STEP_SIZES["hmc"],
+            trajectory_length=(config.num_steps or COMPARED_MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
+            max_tree_depth=COMPARED_MAX_TREE_DEPTH,
+            **limits,
+        )
     elif name in get_args(JaxKernelName):
         chains = run_jax(
             cast(JaxKernelName, name),
             potential,
             start,
             seed=seed_for(seed, name),
-            num_draws=_most_draws(budget),
-            num_warmup=budget.num_warmup,
-            functionals=functionals,
-            max_tree_depth=MAX_TREE_DEPTH,
-            max_evals=budget.num_evals,
-            min_seconds=budget.num_seconds,
+            max_tree_depth=COMPARED_MAX_TREE_DEPTH,
+            **limits,
         )
     else:
         config = _own_config(name, config)
-        chains = run_chains(
-            with_swaps(build_kernel(config, potential), potential),
-            stream(seed, "chains", name, device=start.device),
-            start,
-            start_params(config, start),
-            num_draws=_most_draws(budget),
-            num_warmup=budget.num_warmup,
-            functionals=functionals,
-            max_evals=budget.num_evals,
-            min_seconds=budget.num_seconds,
-        )
+        kernel = with_swaps(build_kernel(config, potential), potential)
+        generator = stream(seed, "chains", name, device=start.device)
+        chains = run_chains(kernel, generator, start, start_params(config, start), **limits)
     return replace(
         chains, kernel=name, attrs={"is_adjusted": int(name not in UNADJUSTED), **chains.attrs, "seed": seed}
     )
-
-
-def _most_draws(budget: Budget) -> int:
-    return max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals
 
 
 def _own_config(name: str, config: KernelConfig) -> KernelConfig:
@@ -150,32 +149,6 @@ def _own_config(name: str, config: KernelConfig) -> KernelConfig:
         return config
     # Step and target were chosen for another integrator.
     return replace(config, name="hmc", integrator="leapfrog", step_size=None, target_acceptance=None)
-
-
-def _run_pyro(
-    name: PyroKernelName,
-    potential: NoisePotential,
-    config: KernelConfig,
-    start: Tensor,
-    budget: Budget,
-    seed: int,
-    functionals: Functionals,
-) -> Chains:
-    return run_pyro(
-        name,
-        potential,
-        potential.packing,
-        start,
-        seed=seed_for(seed, name),
-        num_draws=_most_draws(budget),
-        num_warmup=budget.num_warmup,
-        step_size=DEFAULT_STEP_SIZES["hmc"],
-        trajectory_length=(config.num_steps or MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
-        max_tree_depth=MAX_TREE_DEPTH,
-        functionals=functionals,
-        max_evals=budget.num_evals,
-        min_seconds=PYRO_SLACK * budget.num_seconds,
-    )
 
 
 def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
@@ -203,25 +176,7 @@ def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
     known = unknown._replace(energy=float(energy.mean()), energy_error=float(energy.std()) / math.sqrt(len(energy)))
     if modes is None:
         return known
-    x = torch.cat([potential.decode(part).flatten(1) for part in rows]).double().cpu().numpy()
-    counts = mode_counts(x, modes, known.mode_std)
-    return known._replace(mode_weights=counts / counts.sum())
-
-
-def mode_counts(x: FloatArray, modes: FloatArray, mode_std: float) -> FloatArray:
-    """Count the draws at every mode.
-
-    Args:
-        x: ``(n, d)``; one that is not finite is at no mode.
-        modes: centres, ``(m, d)``.
-        mode_std: of each; a draw is at its nearest mode if it is within three of these of it, the convention of
-            :mod:`ppl_vaebm.evaluation.metrics.classification`.
-
-    Returns:
-        ``(m,)``.
-    """
-    x = x[np.isfinite(x).all(axis=1)]
-    squares = np.square(x[:, None] - modes).sum(axis=-1)
-    is_near = np.sqrt(squares.min(axis=1, initial=math.inf)) <= HIGH_QUALITY_NUM_STD * mode_std
-    nearest = squares[is_near].argmin(axis=1)
-    return np.bincount(nearest, minlength=len(modes)).astype(np.float64)
+    assert data.modes is not None
+    x = torch.cat([potential.decode(part).flatten(1) for part in rows]).cpu()
+    counts = mode_counts(x, data.modes, known.mode_std).double()
+    return known._replace(mode_weights=(counts / counts.sum()).numpy())

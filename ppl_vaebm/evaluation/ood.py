@@ -22,7 +22,6 @@ from ppl_vaebm.data.load import Data, form_without_files, load_data
 from ppl_vaebm.data.pixels import quantised_as
 from ppl_vaebm.data.splits import Split, dequantize, smoothed, without_noise
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.evaluation.image_metrics import estimate_cell
 from ppl_vaebm.evaluation.likelihood import SCORES, Scores, score
 from ppl_vaebm.evaluation.metrics.classification import auroc_estimate
 from ppl_vaebm.evaluation.sections import Arrays, Effort, Measured, Rows, Section, Value, random_order
@@ -70,7 +69,7 @@ def auroc_value(inside: Scores, outside: Scores, score_name: str) -> Value:
     num_bad = [int((scores.isnan() | scores.isposinf()).sum()) for scores in (a, b)]
     if any(num_bad):
         return f"none: {num_bad[0]} test images and {num_bad[1]} of these have NaN or infinity as their score"
-    return estimate_cell(auroc_estimate(a, b))
+    return auroc_estimate(a, b)._asdict()
 
 
 def _flag(scores: Scores) -> str:

@@ -268,4 +268,4 @@ def data_mode_rows(x: Tensor, data: Data) -> Rows:
 
 def _energies(potential: NoisePotential, position: Tensor) -> Tensor:
     with torch.no_grad():
-        return torch.cat([potential(rows) for rows in position.split(1_000)])
+        return torch.cat([potential(rows) for rows in position.split(potential.rows_per_pass)])

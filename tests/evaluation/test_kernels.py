@@ -20,9 +20,9 @@ from ppl_vaebm.data.splits import Points
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernel_files as comparison_files
 from ppl_vaebm.evaluation import kernel_table as comparison_table
-from ppl_vaebm.evaluation import kernel_table as comparison_text
 from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.evaluation.kernel_files import Outcome
+from ppl_vaebm.evaluation.metrics.modes import mode_counts
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.kernels.base import init_params
 from ppl_vaebm.inference.kernels.chains import Chains
@@ -136,10 +136,10 @@ def test_the_weights_of_modes_are_shares_of_exact_draws() -> None:
 
 
 def test_draws_are_counted_at_the_mode_that_they_are_near() -> None:
-    modes = np.array([[0.0, 0.0], [1.0, 0.0]])
-    x = np.array([[0.1, 0.0], [0.0, -0.29], [0.95, 0.1], [0.5, 0.0], [np.nan, 0.0], [np.inf, 0.0]])
-    assert comparison.mode_counts(x, modes, 0.1).tolist() == [2, 1]
-    assert comparison.mode_counts(x[4:], modes, 0.1).tolist() == [0, 0]
+    modes = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    x = torch.tensor([[0.1, 0.0], [0.0, -0.29], [0.95, 0.1], [0.5, 0.0], [math.nan, 0.0], [math.inf, 0.0]])
+    assert mode_counts(x, modes, 0.1).tolist() == [2, 1]
+    assert mode_counts(x[4:], modes, 0.1).tolist() == [0, 0]
 
 
 def test_a_density_far_from_the_vae_has_no_exact_draws(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,20 +272,20 @@ def test_a_seed_that_fails_leaves_the_others_their_line() -> None:
     assert row.num_seeds == 2 and row.mean.min_ess > 0 and "seed 1: it broke" in row.note
     nothing = kernel_row({}, seed_0="it broke", seed_1="it broke")
     assert nothing.num_seeds == 0 and nothing.note == "it broke" and math.isnan(nothing.mean.min_ess)
-    text = comparison_text.to_text([nothing, row], comparison.Budget(4, 10, 160), NO_REFERENCE)
+    text = comparison_table.to_text([nothing, row], comparison.Budget(4, 10, 160), NO_REFERENCE)
     assert "made: it broke" in text
 
 
 def test_a_table_has_a_line_per_kernel_with_rounded_numbers() -> None:
     row = kernel_row({0: made_chains(), 1: made_chains(energies=energies(0.0, 1))})
-    header, line = csv.reader(io.StringIO(comparison_text.to_csv([row])))
+    header, line = csv.reader(io.StringIO(comparison_table.to_csv([row])))
     values = dict(zip(header, line, strict=True))
     assert values["kernel"] == "made" and values["adjusted"] == "yes" and values["seeds"] == "2"
     assert values["evals"] == "160.0" and values["evals_sd"] == "0.0"
     assert float(values["min_ess"]) == pytest.approx(row.mean.min_ess, rel=1e-3)
     assert len(values["min_ess"].replace(".", "")) <= 5
     budget = comparison.Budget(4, 10, 160, 2.0)
-    text = comparison_text.to_text([row], budget, NO_REFERENCE)
+    text = comparison_table.to_text([row], budget, NO_REFERENCE)
     trust, cost = text.split("\n\n")[:2]
     assert "modes" not in trust and "bias" not in trust  # nothing is known of them
     assert "at 2 s" in cost and f"{row.mean.min_ess / 0.64:.0f}"[:2] in cost
@@ -304,7 +304,7 @@ def test_a_table_has_a_line_per_kernel_with_rounded_numbers() -> None:
     ],
 )
 def test_a_mean_has_the_digits_that_its_spread_allows(mean: float, sd: float, text: str) -> None:
-    assert comparison_text.with_spread(mean, sd) == text
+    assert comparison_table.with_spread(mean, sd) == text
 
 
 # --- files -------------------------------------------------------------------------------------------
@@ -371,7 +371,7 @@ def test_an_energy_that_is_not_a_number_is_a_line_without_numbers(tmp_path: Path
         assert row.mean.divergences == row.mean.draws * BUDGET.num_chains
         assert math.isnan(row.mean.min_ess) and math.isnan(row.mean.mean_energy)
     assert rows[3].num_seeds == 0 and "finite" in rows[3].note
-    assert "nan" in comparison_text.to_text(rows, BUDGET, reference)
+    assert "nan" in comparison_table.to_text(rows, BUDGET, reference)
     page = comparison_page.write_comparison(loaded.run, rows, outcomes, BUDGET, reference).read_text()
     assert "pyro-hmc: expected a finite U" in page and page.count("<img") == 5
 

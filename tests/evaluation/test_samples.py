@@ -91,7 +91,7 @@ def test_the_reference_is_not_mirrored_as_training_is() -> None:
     for data in (flipping, noisy):
         assert torch.equal(torch.cat(list(image_blocks(data, "train", order, 0))), expected)
         assert torch.equal(new_judge(PixelNet(), data, EFFORT, seed=0).reference.features, judged.reference.features)
-    mirrored = frechet_distance(judged.held_out.features, PixelNet().features(seen))
+    mirrored = frechet_distance(judged.held_out.features, PixelNet().outputs(seen).features)
     assert mirrored > 3 * frechet_distance(judged.held_out.features, judged.reference.features)
 
 
@@ -104,7 +104,7 @@ def test_images_are_clipped_and_rounded_and_never_stretched(judge: Judge) -> Non
 
 def test_the_reference_is_training_data_in_random_order(judge: Judge) -> None:
     every = quantised_as(judge.data.train.batch(torch.arange(240), stream(0, "any")), judge.data)
-    features = PixelNet().features(every)
+    features = PixelNet().outputs(every).features
     assert len(judge.reference.features) == 200
     nearest = torch.cdist(judge.reference.features, features).min(1)
     assert float(nearest.values.max()) < 1e-2  # levels are 0.1 apart

@@ -21,7 +21,7 @@ from ppl_vaebm.evaluation.metrics.inputs import Estimate
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.rng import global_rng, seed_for, stream
 
-NUM_GROUPS = 8
+NUM_NORM_GROUPS = 8
 # Halve the image until this side; what is left is read position by position.
 FINAL_SIDE = 4
 # Images of this side and more are halved by the first convolution already. Chosen by us: on Fashion-MNIST a step then
@@ -69,23 +69,11 @@ class Classifier(nn.Module):
         features = self.body(x)
         return Outputs(features, self.head(features))
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return the last hidden layer, ``(n, 64)``; see :meth:`outputs`."""
-        return self.outputs(x)[0]
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits, ``(n, num_classes)``; see :meth:`outputs`."""
-        return self.outputs(x)[1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits, ``(n, num_classes)``; see :meth:`outputs`."""
-        return self.logits(x)
-
 
 def _block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
     return [
         nn.Conv2d(in_channels, out_channels, 3, stride, padding=1),
-        nn.GroupNorm(NUM_GROUPS, out_channels),
+        nn.GroupNorm(NUM_NORM_GROUPS, out_channels),
         nn.GELU(),
     ]
 
@@ -115,7 +103,7 @@ def train_classifier(
     for step in range(steps):
         indices = sampler.indices(step)
         x = quantised_as(shifted(without_noise(data.train).batch(indices, generator), generator), data)
-        loss = functional.cross_entropy(classifier(x), labels[indices])
+        loss = functional.cross_entropy(classifier.outputs(x).logits, labels[indices])
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         optimizer.step()

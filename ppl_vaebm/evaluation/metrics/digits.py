@@ -50,14 +50,6 @@ class StackedDigits(nn.Module):
         joint = first[:, :, None, None] + second[:, None, :, None] + third[:, None, None, :]
         return Outputs(features.unflatten(0, (len(x), NUM_CHANNELS)).flatten(1), joint.flatten(1))
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return features, ``(n, 192)``; see :meth:`outputs`."""
-        return self.outputs(x).features
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return logits of the classes, ``(n, 1000)``; see :meth:`outputs`."""
-        return self.outputs(x).logits
-
 
 def load_or_train_digits(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> StackedDigits:
     """Read a trained classifier of digits from a file, or train one on the channels of the data and write the file.

@@ -35,14 +35,6 @@ class FeatureNet(Protocol):
         """Return features ``(n, d)`` and logits ``(n, k)`` of images ``(n, C, H, W)`` in one pass."""
         ...
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return features ``(n, d)`` of images ``(n, C, H, W)``."""
-        ...
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return logits ``(n, k)`` of images ``(n, C, H, W)``."""
-        ...
-
     def parameters(self) -> Iterator[nn.Parameter]:
         """Return the weights, whose device is where it runs."""
         ...

@@ -58,14 +58,6 @@ class Inception(nn.Module):
             )
         return Outputs(*self.extractor(to_bytes(x).expand(-1, 3, -1, -1)))
 
-    def features(self, x: Tensor) -> Tensor:
-        """Return the last pooling layer, ``(n, 2048)``; see :meth:`outputs`."""
-        return self.outputs(x)[0]
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Return the logits, ``(n, 1008)``; see :meth:`outputs`."""
-        return self.outputs(x)[1]
-
 
 def load_inception(path: Path | None = None) -> Inception:
     """Load Inception-v3.

@@ -45,11 +45,21 @@ def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics
             f"mode statistics need samples of shape (n, {modes.shape[1]}) with n >= 1, got {tuple(x.shape)}; "
             "give one sample per row"
         )
+    counts = mode_counts(x, modes, mode_std)
+    return ModeStatistics(float(counts.sum()) / len(x), int((counts > 0).sum()), _kl_to_uniform(counts))
+
+
+def mode_counts(x: Tensor, modes: Tensor, mode_std: float) -> Tensor:
+    """Count the samples within 3 standard deviations of each mode that is their nearest, ``(m,)``.
+
+    Args:
+        x: samples, ``(n, d)``; one that is not finite is at no mode.
+        modes: centres, ``(m, d)``.
+        mode_std: standard deviation of each component, along every axis.
+    """
     squares = (x.double().unsqueeze(1) - modes.double()).square().sum(-1)
     nearest, mode = squares.min(1)
-    is_good = nearest.sqrt() <= HIGH_QUALITY_NUM_STD * mode_std
-    counts = torch.bincount(mode[is_good], minlength=len(modes))
-    return ModeStatistics(float(is_good.double().mean()), int((counts > 0).sum()), _kl_to_uniform(counts))
+    return torch.bincount(mode[nearest.sqrt() <= HIGH_QUALITY_NUM_STD * mode_std], minlength=len(modes))
 
 
 class ClassCoverage(NamedTuple):

@@ -84,19 +84,18 @@ def test_training_is_a_function_of_the_seed_and_leaves_the_global_generator_alon
     first, again, other = (train_classifier(data, seed, steps=3) for seed in (0, 0, 1))
     assert torch.equal(before, torch.get_rng_state())
     x = data.test.batch(torch.arange(5), noise())
-    assert torch.equal(first.features(x), again.features(x))
-    assert not torch.allclose(first.features(x), other.features(x), atol=1e-3)
+    assert torch.equal(first.outputs(x).features, again.outputs(x).features)
+    assert not torch.allclose(first.outputs(x).features, other.outputs(x).features, atol=1e-3)
 
 
 def test_features_are_what_the_head_reads_and_rows_are_independent() -> None:
     classifier = untrained(torch.Size([3, 28, 28]), 7)
     x = torch.rand(4, 3, 28, 28, generator=noise()) * 2 - 1
-    features = classifier.features(x)
+    features = classifier.outputs(x).features
     assert features.shape == (4, 64)
-    assert torch.equal(classifier.head(features), classifier(x))
-    assert torch.equal(classifier.logits(x), classifier(x))
+    assert torch.equal(classifier.head(features), classifier.outputs(x).logits)
     assert classifier.outputs(x)[0].shape == (4, classifier.num_features)
-    torch.testing.assert_close(classifier.features(x[2:3]), features[2:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(classifier.outputs(x[2:3]).features, features[2:3], rtol=1e-4, atol=1e-5)
 
 
 def test_shifts_reach_all_nine_neighbours_and_fill_with_black() -> None:
@@ -137,7 +136,7 @@ def test_data_without_labels_are_refused(tmp_path: Path) -> None:
 
 
 def logits(classifier: Classifier) -> Tensor:
-    return classifier(halves(5, "probe").batch(torch.arange(5), noise()))
+    return classifier.outputs(halves(5, "probe").batch(torch.arange(5), noise())).logits
 
 
 def test_file_gives_the_same_network_back(tmp_path: Path) -> None:
@@ -171,7 +170,7 @@ def test_digits_are_classified_and_their_distance_orders_samples() -> None:
     classifier = train_classifier(data, 0)
     assert share_right(classifier, data) >= 0.97
     everything = torch.arange(len(data.train))
-    train = classifier.features(quantised_as(data.train.batch(everything, noise()), data))
-    test = classifier.features(quantised_as(data.test.batch(torch.arange(len(data.test)), noise()), data))
-    random = classifier.features(quantised_as(torch.rand(400, 1, 8, 8, generator=noise()) * 2 - 1, data))
+    train = classifier.outputs(quantised_as(data.train.batch(everything, noise()), data)).features
+    test = classifier.outputs(quantised_as(data.test.batch(torch.arange(len(data.test)), noise()), data)).features
+    random = classifier.outputs(quantised_as(torch.rand(400, 1, 8, 8, generator=noise()) * 2 - 1, data)).features
     assert frechet_distance(train, test) < 0.1 * frechet_distance(train, random)

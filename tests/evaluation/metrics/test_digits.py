@@ -60,11 +60,13 @@ def test_logits_of_classes_are_those_of_their_digits(net: StackedDigits) -> None
     assert features.shape == (6, 192) == (6, net.num_features)
     assert logits.shape == (6, 1000)
     torch.testing.assert_close(logits.exp().sum(1), torch.ones(6))
-    channels = [net.classifier.logits(x[:, channel : channel + 1]).log_softmax(-1) for channel in range(3)]
+    channels = [net.classifier.outputs(x[:, channel : channel + 1]).logits.log_softmax(-1) for channel in range(3)]
     expected = channels[0][:, 4] + channels[1][:, 0] + channels[2][:, 7]
     torch.testing.assert_close(logits[:, 407], expected)
-    torch.testing.assert_close(net.logits(x), logits)
-    torch.testing.assert_close(net.features(x)[:, 64:128], net.classifier.features(x[:, 1:2]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.outputs(x).logits, logits)
+    torch.testing.assert_close(
+        net.outputs(x).features[:, 64:128], net.classifier.outputs(x[:, 1:2]).features, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_file_is_that_of_single_digits(net: StackedDigits, tmp_path: Path) -> None:
@@ -72,8 +74,8 @@ def test_the_file_is_that_of_single_digits(net: StackedDigits, tmp_path: Path) -
     trained = load_or_train_digits(path, stacked_data(), 0, steps=1)
     assert trained.name == net.name == "cnn-stacked-mnist-digits"
     assert torch.equal(
-        load_or_train_digits(path, stacked_data(), 5).logits(torch.zeros(1, 3, 8, 8)),
-        trained.logits(torch.zeros(1, 3, 8, 8)),
+        load_or_train_digits(path, stacked_data(), 5).outputs(torch.zeros(1, 3, 8, 8)).logits,
+        trained.outputs(torch.zeros(1, 3, 8, 8)).logits,
     )
     with pytest.raises(InputError, match="expected a classifier .*cnn-other-digits.* found .*cnn-stacked-mnist-digits"):
         load_or_train_digits(path, stacked_data("other"), 0)
@@ -107,6 +109,7 @@ def test_noise_on_the_data_is_left_out(tmp_path: Path) -> None:
     noisy = replace(data, train=train, validation=validation, test=test)
     x = torch.zeros(1, 3, 8, 8)
     first, second = (
-        load_or_train_digits(tmp_path / name, some, 0, steps=2).logits(x) for name, some in (("a", data), ("b", noisy))
+        load_or_train_digits(tmp_path / name, some, 0, steps=2).outputs(x).logits
+        for name, some in (("a", data), ("b", noisy))
     )
     assert torch.equal(first, second)

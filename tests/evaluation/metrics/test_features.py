@@ -43,12 +43,12 @@ def test_classifier_is_cached_in_the_run_and_taken_from_where_it_is_told(tmp_pat
     assert isinstance(net, Classifier) and net.name == "cnn-patterns"
     assert run.is_file()
     x = torch.zeros(1, 1, 8, 8)
-    assert torch.equal(feature_net("classifier", None, data, 5, run).logits(x), net.logits(x))
+    assert torch.equal(feature_net("classifier", None, data, 5, run).outputs(x).logits, net.outputs(x).logits)
     with pytest.raises(InputError, match="expected the weights of a classifier in .*shared.*, found no file"):
         feature_net("classifier", elsewhere, data, 5, run)
     other = load_or_train(elsewhere, data, 5, steps=2)
-    found = feature_net("classifier", elsewhere, data, 0, run).logits(x)
-    assert torch.equal(found, other.logits(x)) and not torch.equal(found, net.logits(x))
+    found = feature_net("classifier", elsewhere, data, 0, run).outputs(x).logits
+    assert torch.equal(found, other.outputs(x).logits) and not torch.equal(found, net.outputs(x).logits)
 
 
 def test_stacked_digits_have_a_classifier_of_digits(tmp_path: Path) -> None:

@@ -76,17 +76,17 @@ def test_outputs_are_those_of_the_weights_in_the_file(path: Path) -> None:
     features, logits = network_outputs(net, x, batch_size=3)
     torch.testing.assert_close(features, expected)
     torch.testing.assert_close(logits, features @ weights()["fc.weight"].T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(net.features(x), features, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(net.logits(x), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.outputs(x).features, features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(net.outputs(x).logits, logits, rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in net.parameters())
 
 
 def test_grey_images_are_repeated_and_others_refused(path: Path) -> None:
     net = load_inception(path)
     grey = images(1)
-    torch.testing.assert_close(net.features(grey), net.features(grey.repeat(1, 3, 1, 1)))
+    torch.testing.assert_close(net.outputs(grey).features, net.outputs(grey.repeat(1, 3, 1, 1)).features)
     with pytest.raises(InputError, match=r"needs images of shape \(n, 1 or 3, H, W\), got \(7, 2, 6, 6\)"):
-        net.features(images(2))
+        net.outputs(images(2))
 
 
 def test_only_the_original_weights_have_the_plain_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +161,8 @@ def test_without_a_file_the_weights_are_fetched_once(path: Path, monkeypatch: py
     monkeypatch.setenv("TORCH_HOME", str(path.parent / "cache"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
     x = images(3)
-    assert torch.equal(load_inception().features(x), load_inception(path).features(x))
-    assert torch.equal(load_inception().features(x), load_inception(path).features(x))
+    assert torch.equal(load_inception().outputs(x).features, load_inception(path).outputs(x).features)
+    assert torch.equal(load_inception().outputs(x).features, load_inception(path).outputs(x).features)
     assert calls == [(URL, features_inception.WEIGHTS_HASH)]
     assert (path.parent / "cache/hub/checkpoints/weights-tiny.pth").exists()
 
