@@ -271,7 +271,7 @@ def test_evaluate_reports_the_likelihood_and_the_modes(points: Path) -> None:
     likelihood = parts["likelihood"]["sections"][0]["columns"][""]
     expected = likelihood["log p (VAE)"]["value"] + likelihood["log h - log p"]["value"]
     assert likelihood["log h (VAEBM)"]["value"] == pytest.approx(expected, abs=1e-6)
-    assert likelihood["entropy bound (mean log density of the data's own law)"] == pytest.approx(-0.0653, abs=1e-4)
+    assert likelihood["entropy bound (mean log density of the data distribution)"] == pytest.approx(-0.0653, abs=1e-4)
     assert "VAEBM, exact draws" in parts["samples"]["sections"][0]["columns"]
 
 

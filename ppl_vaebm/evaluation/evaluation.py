@@ -73,7 +73,7 @@ def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge 
     Raises:
         InputError: a network or its weights are named, and the data are points; or the weights are, and without labels
             there is no network; or samples or images are fewer than the metrics need; or as
-            :func:`~ppl_vaebm.features.feature_net`.
+            :func:`~ppl_vaebm.evaluation.metrics.features.feature_net`.
     """
     _check_features(data, plan)
     choice = _choice(data, plan)

@@ -154,7 +154,7 @@ def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[Met
     """Measure sets of samples, and data as if they were samples.
 
     Returns:
-        A row for training images against other training images, which is what the metrics say of the data's own law at
+        A row for training images against other training images, the value for the data distribution at
         that number; one for held-out data; and one for each set.
     """
     reference = judge.reference
@@ -370,7 +370,7 @@ def _neighbour_rows(samples: Nearest, test: Nearest) -> Rows:
 def near_shares(samples: Tensor, test: Tensor) -> Rows:
     """Count the samples that are nearer to training images than nearly all test images are.
 
-    What is near is the k-th least of m distances of test images. Independent draws of the data's law fall below it with
+    What is near is the k-th least of m distances of test images. Draws of the data distribution fall below it with
     probability Beta(k, m + 1 - k), which is ``k / (m + 1)`` on average; k is where that is nearest to
     :data:`COPY_QUANTILE`, and 1 where the test images are few.
 
@@ -379,7 +379,7 @@ def near_shares(samples: Tensor, test: Tensor) -> Rows:
         test: distances of test images, ``(m,)``, m >= 1.
 
     Returns:
-        The share of samples, and what it is on average for draws of the data's own law. The share's error joins the
+        The share of samples, and what it is on average for draws of the data distribution. The share's error joins the
         binomial one of the samples and that of the quantile, ``q (1 - q) / (m + 2)`` with ``q = k / (m + 1)``, which is
         exact for such draws; so it tells how far these may lie from their average.
     """
@@ -392,4 +392,4 @@ def near_shares(samples: Tensor, test: Tensor) -> Rows:
     share = float((samples < near).double().mean())
     expected = rank / (num_test + 1)
     error = math.sqrt(share * (1 - share) / len(samples) + expected * (1 - expected) / (num_test + 2))
-    return {name: {"value": share, "error": error}, "the same, expected of draws of the data's law": expected}
+    return {name: {"value": share, "error": error}, "the same, expected of draws of the data distribution": expected}

@@ -103,8 +103,8 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
     if data.max_log_density_nats is not None:
         config = loaded.config.data
         truth = gaussians25_log_prob(x.cpu(), config.spacing, config.std).to(x.device)
-        section["entropy bound (mean log density of the data's own law)"] = data.max_log_density_nats
-        section["the data's own law on these test points"] = mean_value(truth)
+        section["entropy bound (mean log density of the data distribution)"] = data.max_log_density_nats
+        section["the data distribution on these test points"] = mean_value(truth)
         section["KL(data, VAE), same test points"] = mean_value(truth - estimate.value)
         kl = mean_value(truth - estimate.value - gain, log_z.error)
         section["KL(data, VAEBM), same test points"] = kl
@@ -126,7 +126,7 @@ def _bits(loaded: LoadedRun, x: Tensor, section: Rows, effort: Effort, seed: int
         found[f"{name}, bits per dimension"] = bits_per_dim(nats, data)
     if scores_levels(loaded.config):
         by_level = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, by_level=True)
-        found["the VAE by level, bits per dimension"] = bits_per_dim(mean_value(by_level.value), data)
+        found["the VAE, discretised, bits per dimension"] = bits_per_dim(mean_value(by_level.value), data)
     return found
 
 

@@ -34,7 +34,7 @@ def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], e
     """Compare the scores of test data with those of other sets.
 
     Args:
-        sets: of :func:`~ppl_vaebm.evaluation_ood_sets.ood_sets`.
+        sets: of :func:`~ppl_vaebm.evaluation.ood.ood_sets`.
 
     Returns:
         A section for each score, of areas with the standard error of DeLong et al. 1988; and what the sets are.
@@ -60,7 +60,7 @@ def auroc_value(inside: Scores, outside: Scores, score_name: str) -> Value:
     """Measure how often a point of the distribution scores higher than one from outside.
 
     Args:
-        score_name: one of :data:`~ppl_vaebm.evaluation_scores.SCORES`.
+        score_name: one of :data:`~ppl_vaebm.evaluation.likelihood.SCORES`.
 
     Returns:
         The area and its error; or, where a score is NaN or plus infinity, a text that says how many are.

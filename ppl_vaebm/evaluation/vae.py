@@ -44,7 +44,7 @@ def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured
         data's are known, and metrics of its draws where the data are images.
 
     Raises:
-        InputError: a part needs an energy, or as :func:`~ppl_vaebm.evaluation_plan.judge_of`.
+        InputError: a part needs an energy, or as :func:`~ppl_vaebm.evaluation.evaluation.judge_of`.
     """
     refused = [part for part in plan.parts if part not in VAE_PARTS]
     if refused:

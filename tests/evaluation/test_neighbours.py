@@ -76,7 +76,7 @@ def test_mirrored_copies_of_training_images_are_found_at_distance_zero_where_tra
 # --- the share of near samples -------------------------------------------------------------------
 
 SHARE = "share of samples nearer than 1% of test images"
-EXPECTED = "the same, expected of draws of the data's law"
+EXPECTED = "the same, expected of draws of the data distribution"
 
 
 @pytest.mark.parametrize(("num_test", "rank"), [(40, 1), (200, 2), (500, 5)])

@@ -59,7 +59,7 @@ class FrechetBias(NamedTuple):
     about twice as many samples as features on; with fewer it falls more slowly, and this is part of it."""
     high: float
     """The distance of two disjoint parts of the data, which would be 0 but for the bias. One is as large as the
-    generated set if the data are at least twice as many, and then this is the bias of samples with the data's own law;
+    generated set if the data are at least twice as many, and then this is the bias of samples of that distribution;
     else both are halves, and it is above that."""
 
 
