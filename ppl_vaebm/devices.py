@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,6 +40,18 @@ def check_device(device: str) -> None:
         raise InputError(
             f"expected a device that PyTorch can use here with float64, found {device!r} ({reason}); set --device cpu"
         ) from None
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of memory that new tensors can take on a device."""
+    if device.type != "cpu":
+        cached = torch.accelerator.memory_reserved(device) - torch.accelerator.memory_allocated(device)
+        return int(torch.accelerator.get_memory_info(device)[0] + cached)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux, so no count of pages in use
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def has_bfloat16(device: str) -> bool:

@@ -68,7 +68,7 @@ def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
     Returns:
         ``(n,)``, float64, nats.
     """
-    blocks = x.split(min(1_000, loaded.vaebm.vae.rows_per_pass))
+    blocks = x.split(min(1_000, loaded.vaebm.vae.rows_per_block))
     parts = []
     with torch.no_grad():
         for block, rows in enumerate(blocks):

@@ -246,11 +246,11 @@ def joint_bound(vaebm: VAEBM, x: Tensor, seed: int, num_draws: int) -> LogLikeli
     Returns:
         The bound and its Monte Carlo error, float64.
     """
-    rows_per_pass = min(BATCH, vaebm.vae.rows_per_pass)
-    sizes = [min(rows_per_pass, num_draws - start) for start in range(0, num_draws, rows_per_pass)]
+    rows_per_block = min(BATCH, vaebm.vae.rows_per_block)
+    sizes = [min(rows_per_block, num_draws - start) for start in range(0, num_draws, rows_per_block)]
     values, errors = [], []
     with torch.no_grad(), global_rng(seed):
-        for rows in x.split(max(1, rows_per_pass // num_draws)):
+        for rows in x.split(max(1, rows_per_block // num_draws)):
             log_weights = torch.cat([_joint_log_weights(vaebm, rows, size) for size in sizes], 1)
             values.append(log_weights.logsumexp(1) - math.log(num_draws))
             ratios = (log_weights - values[-1].unsqueeze(1)).exp()

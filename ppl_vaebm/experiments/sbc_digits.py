@@ -41,7 +41,7 @@ from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun, load_run
 
 NOISE_SD = 0.3  # of a pixel in [-1, 1]
-ROWS_PER_PASS = 1_000  # more of them are slower on a CPU
+ROWS_PER_BLOCK = 1_000  # more of them are slower on a CPU
 NUM_CHAINS = 4  # per simulation
 NUM_PARTICLES = 8  # per simulation, of which the chains begin at half
 NUM_WARMUP = 30
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(Options, sys.argv[1:] if argv is None else argv, "experiments.sbc_digits", __doc__)
     torch.set_num_threads(1)
     loaded = load_run(options.run)
-    loaded.potential.rows_per_pass = ROWS_PER_PASS
+    loaded.potential.rows_per_block = ROWS_PER_BLOCK
     prior = exact_draws(loaded.potential, stream(options.seed, "sbc-prior"), options.num_simulations)
     file = Path(options.out) / "sbc-digits.json"
     setup = {

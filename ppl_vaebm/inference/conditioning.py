@@ -84,8 +84,8 @@ class ConditionalPotential(NoisePotential):
         if observation.num > 1:  # a row's place says which observation it is of, so all rows go in one pass
             self.rows_per_pass = sys.maxsize
 
-    def __call__(self, position: Tensor) -> Tensor:
-        """Evaluate ``E(x(eps)) - log p(observation | eps)``: ``(C, D)`` to ``(C,)``, nats relative to N(0, I)."""
+    def _evaluate(self, position: Tensor) -> Tensor:
+        """Evaluate ``E(x(eps)) - log p(observation | eps)``."""
         x, z, loss = self.observation.transport(self.vaebm.vae, self.packing.unravel(position))
         energy: Tensor = self.vaebm.energy(x, z)
         return energy + loss

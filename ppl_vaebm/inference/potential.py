@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.kernels.packing import Packing
+from ppl_vaebm.models.saved_bytes import rows_that_fit
 from ppl_vaebm.models.vaebm import VAEBM
 
 
@@ -20,10 +21,29 @@ class NoisePotential:
         self.vaebm = vaebm
         self.packing = Packing(vaebm.vae.noise_shapes)
         self.x_shape = vaebm.vae.model.event_shape
-        self.rows_per_pass = vaebm.vae.rows_per_pass
+        self.rows_per_block = vaebm.vae.rows_per_block
+        self._rows_per_pass: int | None = None
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows whose gradient fits in the memory that was free when this was first asked; kernels split by it.
+
+        It changes no random number, for positions are drawn in blocks of ``rows_per_block``.
+        """
+        if self._rows_per_pass is None:
+            like = next(self.vaebm.parameters())
+            self._rows_per_pass = rows_that_fit(self.vaebm, self._evaluate, like.new_zeros(1, self.packing.dim))
+        return self._rows_per_pass
+
+    @rows_per_pass.setter
+    def rows_per_pass(self, value: int) -> None:
+        self._rows_per_pass = value
 
     def __call__(self, position: Tensor) -> Tensor:
-        """Evaluate ``E(x(eps))``: ``(C, D)`` to ``(C,)``, nats relative to N(0, I)."""
+        """Evaluate Phi: ``(C, D)`` to ``(C,)``, nats relative to N(0, I)."""
+        return self._evaluate(position)
+
+    def _evaluate(self, position: Tensor) -> Tensor:
         x, z = self.vaebm.vae.transport(self.packing.unravel(position))
         energy: Tensor = self.vaebm.energy(x, z)
         return energy
@@ -35,7 +55,7 @@ class NoisePotential:
         return x
 
     def draw_reference(self, generator: torch.Generator, num: int) -> Tensor:
-        """Draw positions from N(0, I), ``(num, D)``: draws of the VAE, once decoded."""
+        """Draw positions from N(0, I), ``(num, D)``: VAE samples, once decoded."""
         like = next(self.vaebm.parameters())
         return torch.randn(num, self.packing.dim, generator=generator, dtype=like.dtype, device=like.device)
 

@@ -194,7 +194,7 @@ def _start(
 
 def _block(potential: NoisePotential) -> int:
     size = BLOCK if _device(potential).type == "cpu" else BLOCK * ACCELERATOR_FACTOR
-    return min(size, potential.rows_per_pass)
+    return min(size, potential.rows_per_block)
 
 
 def _device(potential: NoisePotential) -> torch.device:

@@ -79,8 +79,8 @@ def _drawn(
 
 
 def _passes(vae: HierarchicalVAE, num: int) -> Iterator[range]:
-    for start in range(0, num, vae.rows_per_pass):
-        yield range(start, min(num, start + vae.rows_per_pass))
+    for start in range(0, num, vae.rows_per_block):
+        yield range(start, min(num, start + vae.rows_per_block))
 
 
 def _decoded(vae: HierarchicalVAE, blocks: Iterable[Noise], look: Callable[[Decoded, Noise], Tensor]) -> Tensor:
@@ -101,7 +101,7 @@ def reconstructions(vae: HierarchicalVAE, x: Tensor, seed: int) -> Tensor:
     """
     like = next(vae.parameters())
     with torch.no_grad(), global_rng(seed_for(seed, "posterior")):
-        return torch.cat([_reconstructed(vae, rows.to(like)).cpu() for rows in x.split(vae.rows_per_pass)])
+        return torch.cat([_reconstructed(vae, rows.to(like)).cpu() for rows in x.split(vae.rows_per_block)])
 
 
 def _reconstructed(vae: HierarchicalVAE, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Count the bytes that a forward pass saves for the backward pass, without computing anything if asked."""
+"""Count the bytes that a forward pass saves for the backward pass, and the rows that fit in memory with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
+
+from ppl_vaebm.devices import free_bytes
+
+MEMORY_FRACTION = 0.5
+"""Fraction of the free memory that saved tensors may take; the backward pass needs some beside them. Chosen by us."""
 
 
 class Pass(NamedTuple):
@@ -57,6 +62,13 @@ def forward_pass(net: nn.Module, *inputs: Any) -> Pass:
         net: the network; numbers that it reads from tensors are 0.
         inputs: its arguments, of which the first is a batch, ``(n, ...)``.
     """
+    with _shapes_of(net) as shapes, _WithoutValues():
+        num_bytes = saved_bytes(net, lambda: net(*inputs))
+    return Pass(num_bytes, shapes)
+
+
+def saved_bytes(net: nn.Module, call: Callable[[], object]) -> int:
+    """Count the bytes that a call saves for its backward pass, without the weights and buffers of a network."""
     owned = {tensor.untyped_storage() for tensor in (*net.parameters(), *net.buffers())}
     saved: set[torch.UntypedStorage] = set()  # objects, because fake tensors have no addresses
 
@@ -64,11 +76,34 @@ def forward_pass(net: nn.Module, *inputs: Any) -> Pass:
         saved.add(tensor.untyped_storage())
         return tensor
 
-    with _shapes_of(net) as shapes, saved_tensors_hooks(pack, lambda tensor: tensor), _WithoutValues():
-        result = net(*inputs)  # keeps what the backward pass needs alive until it is counted
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()  # keeps what the backward pass needs alive until it is counted
         num_bytes = sum(storage.nbytes() for storage in saved - owned)
         del result
-    return Pass(num_bytes, shapes)
+    return num_bytes
+
+
+def bytes_per_row(net: nn.Module, call: Callable[[Tensor], object], row: Tensor) -> int:
+    """Count the bytes that a call saves for each row, by calls with one and with two rows.
+
+    Args:
+        net: whose weights and buffers do not count.
+        call: function of rows, ``(n, ...)``.
+        row: an example, ``(1, ...)``.
+    """
+    one = row.detach().clone().requires_grad_()
+    two = torch.cat([row, row]).detach().requires_grad_()
+    with torch.enable_grad():
+        return saved_bytes(net, lambda: call(two)) - saved_bytes(net, lambda: call(one))
+
+
+def rows_that_fit(net: nn.Module, call: Callable[[Tensor], object], row: Tensor) -> int:
+    """Return how many rows a call can take with its gradient in the free memory, at least 1; see :func:`bytes_per_row`.
+
+    It is for passes only. Random numbers are drawn in blocks whose size does not depend on memory.
+    """
+    budget = int(MEMORY_FRACTION * free_bytes(row.device))
+    return max(1, budget // max(1, bytes_per_row(net, call, row)))
 
 
 @contextmanager

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from ppl_vaebm.models.decoders import Decoded, diagonal_normal, soft_clamp
 
-MAX_VALUES_PER_PASS = 1 << 21
-"""Values of noise that one pass evaluates; a network has some hundred bytes of activations to each. Chosen by us."""
+MAX_VALUES_PER_BLOCK = 1 << 21
+"""Values of noise that are drawn together on a CPU. Chosen by us."""
 ACCELERATOR_FACTOR = 16
-"""On anything but a CPU so many times as many, or the launches of a deep network's kernels take longer than the
-kernels. Chosen by us."""
+"""Blocks are larger by it on accelerators, where short kernels cost more to launch than to run. Chosen by us."""
 
 
 class Prior(NamedTuple):
@@ -285,11 +284,11 @@ class HierarchicalVAE(nn.Module):
         self.guide = guide
 
     @property
-    def rows_per_pass(self) -> int:
-        """Rows that fit in one pass, on the device that the networks are on."""
+    def rows_per_block(self) -> int:
+        """Rows whose random numbers are drawn together. Memory does not change it: see ``NoisePotential``."""
         values = sum(shape.numel() for shape in self.noise_shapes.values())
         factor = 1 if next(self.parameters()).device.type == "cpu" else ACCELERATOR_FACTOR
-        return max(1, factor * MAX_VALUES_PER_PASS // values)
+        return max(1, factor * MAX_VALUES_PER_BLOCK // values)
 
     @property
     def noise_shapes(self) -> dict[str, torch.Size]:

@@ -147,12 +147,12 @@ def points(num: int) -> Tensor:
     return math.sqrt(VARIANCE) * torch.randn(num, 1, generator=stream(0, "points"), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("rows_per_pass", [None, 7, 64])
+@pytest.mark.parametrize("rows_per_block", [None, 7, 64])
 def test_the_joint_bound_is_exact_where_the_guide_is_the_posterior_under_h(
-    rows_per_pass: int | None, monkeypatch: pytest.MonkeyPatch
+    rows_per_block: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if rows_per_pass is not None:  # draws of one point in several passes; several points in one
-        monkeypatch.setattr(HierarchicalVAE, "rows_per_pass", rows_per_pass)
+    if rows_per_block is not None:  # draws of one point in several passes; several points in one
+        monkeypatch.setattr(HierarchicalVAE, "rows_per_block", rows_per_block)
     guide = linear_vae(TILT * POSTERIOR_SLOPE, math.sqrt(TILT) * POSTERIOR_SPREAD)
     found = joint_bound(VAEBM(guide, LatentEnergy()), points(20), seed=0, num_draws=10)
     torch.testing.assert_close(found.value, unnormalised(points(20)), rtol=0, atol=1e-9)

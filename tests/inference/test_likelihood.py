@@ -215,7 +215,7 @@ def test_the_density_of_the_product_integrates_to_one(generator: torch.Generator
 class Scripted:
     """A potential whose draws are blocks of numbers given in advance; -E is the number."""
 
-    rows_per_pass = 1_000_000
+    rows_per_block = 1_000_000
 
     def __init__(self, blocks: list[list[float]]) -> None:
         self.blocks = iter(blocks)
@@ -262,3 +262,32 @@ def test_it_gives_up_with_the_numbers(generator: torch.Generator) -> None:
 def test_it_gives_up_at_once_where_there_is_no_hope(generator: torch.Generator) -> None:
     with pytest.raises(RejectionError, match=r"would keep about \d.*e-\d+ of the VAE's draws"):
         exact_draws(linear_potential(QuadraticEnergy(4.0, 1e-4)), generator, 20_000)
+
+
+class Counted(Energy):
+    """A wide Gaussian energy that counts its rows, and is NaN in one row after some."""
+
+    def __init__(self, bad_row: float = math.inf) -> None:
+        super().__init__()
+        self.bad_row, self.num_rows = bad_row, 0
+
+    def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
+        energy = 0.1 * x.square().flatten(1).sum(1)
+        if self.num_rows <= self.bad_row < self.num_rows + len(x):
+            energy[0] = math.nan
+        self.num_rows += len(x)
+        return energy
+
+
+def test_few_exact_draws_take_few_evaluations(generator: torch.Generator) -> None:
+    energy = Counted()
+    assert len(exact_draws(linear_potential(energy), generator, 40).position) == 40
+    assert energy.num_rows < 15_000  # the pilot of many draws alone has 50,000
+
+
+@pytest.mark.parametrize("bad_row", [100, 8_000], ids=["pilot", "proposals"])
+def test_an_energy_that_is_nan_ends_rejection_at_once(bad_row: int, generator: torch.Generator) -> None:
+    energy = Counted(bad_row)
+    with pytest.raises(RejectionError, match=r"found 1 of \d+ VAE samples whose energy is NaN or minus infinity"):
+        exact_draws(linear_potential(energy), generator, 500)
+    assert energy.num_rows < 15_000

@@ -14,15 +14,29 @@ from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ppl_vaebm.config import KernelConfig
+from ppl_vaebm.config import KernelConfig, KernelName
+from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.kernels.base import Kernel, Potential, init_params
 from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
+from ppl_vaebm.inference.sampling import sample_by_chains
+from ppl_vaebm.models import saved_bytes as models_saved_bytes
 from ppl_vaebm.models.energy import Energy
+from ppl_vaebm.models.saved_bytes import bytes_per_row, saved_bytes
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import stream
-from tests.small_models import FEW, QUANTILE_NVAES, SHIPPED, ZeroEnergy, shipped_vae, shipped_vaebm, sites_of
+from tests.small_models import (
+    FEW,
+    QUANTILE_NVAES,
+    SHIPPED,
+    QuadraticEnergy,
+    ZeroEnergy,
+    linear_vae,
+    shipped_vae,
+    shipped_vaebm,
+    sites_of,
+)
 
 EVERY_VAE = SHIPPED | QUANTILE_NVAES
 SITES = {"a": torch.Size([2]), "b": torch.Size([1, 2, 2])}
@@ -275,3 +289,47 @@ def test_under_the_official_potential_it_has_not_after_a_thousand_steps(name: st
     potential = hierarchy_without_energy()
     kernel = new_kernel(name, official_potential(potential))
     assert worst_error(potential, kernel, 0.4, num_steps=1_000, num_chains=500) > 8
+
+
+MEMORY_CASES = ["vector, 2 groups, a scale for every sample", "image (1, 8, 8), 3 groups, local scale"]
+
+
+@pytest.mark.parametrize("name", [*MEMORY_CASES, "nvae, 2 scales of 2 groups, normal"])
+def test_the_bytes_per_row_are_those_that_many_rows_save(name: str) -> None:
+    vaebm, num = shipped_vaebm(name), 50
+    potential = noise_potential(vaebm)
+    position = positions(potential, num)
+    expected = saved_bytes(vaebm, lambda: potential(position)) / num
+    assert bytes_per_row(vaebm, potential, position[:1]) == pytest.approx(expected, rel=0.1)
+    assert expected > 8 * potential.packing.dim  # float64 noise alone
+
+
+def test_half_of_the_free_memory_bounds_the_rows_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    vaebm = shipped_vaebm(MEMORY_CASES[0])
+    per_row = bytes_per_row(vaebm, noise_potential(vaebm), positions(noise_potential(vaebm), 1))
+    for free, expected in ((20 * per_row, 10), (per_row, 1)):
+        monkeypatch.setattr(models_saved_bytes, "free_bytes", lambda device, free=free: free)
+        assert noise_potential(vaebm).rows_per_pass == expected
+
+
+@pytest.mark.parametrize("kernel", ["mala", "mixture", "tempered"])
+def test_free_memory_decides_passes_but_no_draw(kernel: KernelName, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, for a model without products of matrices, which round otherwise with fewer rows."""
+    vaebm, most = VAEBM(linear_vae(), QuadraticEnergy(0.6, 0.5)), [0]
+    plain = NoisePotential.__call__
+
+    def recorded(self: NoisePotential, position: Tensor) -> Tensor:
+        most[0] = max(most[0], len(position))
+        return plain(self, position)
+
+    monkeypatch.setattr(NoisePotential, "__call__", recorded)
+    monkeypatch.setattr(sampling, "BLOCK", 30)
+    found, passes = [], []
+    per_row = bytes_per_row(vaebm, noise_potential(vaebm), positions(noise_potential(vaebm), 1))
+    for free in (1 << 40, 14 * per_row):
+        monkeypatch.setattr(models_saved_bytes, "free_bytes", lambda device, free=free: free)
+        most[0] = 0
+        found.append(sample_by_chains(noise_potential(vaebm), KernelConfig(kernel), num=40, steps=[0, 3], seed=0))
+        passes.append(most[0])
+    assert passes[0] >= 30 and passes[1] == 7
+    assert all(torch.equal(found[0].positions[step], found[1].positions[step]) for step in (0, 3))

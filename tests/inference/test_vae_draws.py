@@ -57,8 +57,8 @@ def test_an_image_does_not_depend_on_how_many_are_drawn_or_fit_in_a_pass(
     assert callable(draw)
     many = draw(vae, 7, 3)
     assert torch.allclose(draw(vae, 4, 3), many[:4], atol=1e-12)
-    monkeypatch.setattr(vae_module, "MAX_VALUES_PER_PASS", 1)
-    assert vae.rows_per_pass == 1
+    monkeypatch.setattr(vae_module, "MAX_VALUES_PER_BLOCK", 1)
+    assert vae.rows_per_block == 1
     assert torch.allclose(draw(vae, 7, 3), many, atol=1e-12)
     assert not torch.allclose(draw(vae, 7, 4), many)
 

@@ -215,7 +215,7 @@ def test_weights_that_ran_away_end_in_one_sentence_and_no_checkpoint(tmp_path: P
 def test_blocks_do_not_change_what_the_mean_elbo_is_of(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = new_vae(CONFIG, digits).eval()
     whole = mean_elbo(vae, digits.validation, seed=0)
-    monkeypatch.setattr(HierarchicalVAE, "rows_per_pass", 50)
+    monkeypatch.setattr(HierarchicalVAE, "rows_per_block", 50)
     parts = mean_elbo(vae, digits.validation, seed=0)
     # Other draws of z, so equal but for their Monte Carlo error.
     assert parts.elbo_nats == pytest.approx(whole.elbo_nats, rel=0.02) and parts.elbo_nats != whole.elbo_nats
