@@ -122,10 +122,11 @@ def exact_draws(
     num_pilot = min(NUM_PILOT, max(MIN_PILOT, PILOT_PER_DRAW * num))
     pilot = _checked(-reference_energies(potential, generator, num_pilot).double())
     bound = float(pilot.max())
+    fraction_kept = float((pilot - bound).exp().mean()) if bound > -math.inf else 0.0
     # Twice over, for the pilot's own chance; it also spares the wait where there is no hope.
-    if 2 * max_proposals * float((pilot - bound).exp().mean()) < num:
+    if 2 * max_proposals * fraction_kept < num:
         raise RejectionError(
-            f"rejection would keep about {float((pilot - bound).exp().mean()):.2g} of the VAE's draws: "
+            f"rejection would keep about {fraction_kept:.2g} of the VAE's draws: "
             "h is too far from the VAE to be drawn this way; sample it by chains"
         )
     kept: list[Tensor] = []

@@ -264,6 +264,12 @@ def test_it_gives_up_at_once_where_there_is_no_hope(generator: torch.Generator) 
         exact_draws(linear_potential(QuadraticEnergy(4.0, 1e-4)), generator, 20_000)
 
 
+def test_it_gives_up_at_once_where_all_energies_are_infinite(generator: torch.Generator) -> None:
+    scripted = Scripted([[-math.inf] * likelihood.MIN_PILOT])
+    with pytest.raises(RejectionError, match="would keep about 0 of"):
+        exact_draws(scripted, generator, 1)  # type: ignore[arg-type]
+
+
 class Counted(Energy):
     """A wide Gaussian energy that counts its rows, and is NaN in one row after some."""
 

@@ -52,6 +52,8 @@ class Moved(NamedTuple):
     """Where they began, ``(num, D)``."""
     end: Tensor
     """Where they are, ``(num, D)``."""
+    slots: Tensor
+    """Their places in the store, ``(num,)``."""
     acceptance_rate: Tensor
     """Mean over chains and transitions, ``()``."""
     step_size: Tensor
@@ -116,7 +118,7 @@ class PersistentChains:
         if swap_rates is not None and taken.is_continued.any():
             swap_rate = swap_rates[taken.is_continued].mean()
         num_evals = torch.stack([info.num_evals for info in infos]).sum()
-        return Moved(taken.positions, end, acceptance_rate, step_size, num_evals, swap_rate)
+        return Moved(taken.positions, end, taken.slots, acceptance_rate, step_size, num_evals, swap_rate)
 
     def take(self, generator: torch.Generator, num: int, probability: float, restarts: Tensor | None = None) -> Taken:
         """Take a batch of chains from random slots; arguments as for :meth:`advance`.
@@ -151,6 +153,14 @@ class PersistentChains:
     def put(self, slots: Tensor, positions: Tensor) -> None:
         """Return chains, ``(num, D)``, to their slots ``(num,)``."""
         self.positions[slots] = positions.detach()
+
+    def put_back(self, moved: Moved, mask: Tensor) -> None:
+        """Set chains where ``mask``, ``(num,)``, holds to where they began the update.
+
+        Kernels do not evaluate the end of their ``last_step``, so the loss is the first to find an energy there that is
+        not finite. No chain could move on from such a place.
+        """
+        self.put(moved.slots, torch.where(mask.unsqueeze(1), moved.start, moved.end))
 
     def negatives(self, position: Tensor) -> tuple[Tensor, Latents]:
         """Return the x whose energy the loss takes at positions ``(num, D)``, and its latents, without a gradient."""

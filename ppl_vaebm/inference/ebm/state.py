@@ -14,7 +14,7 @@ from ppl_vaebm.inference.ebm.guard import STAGE
 from ppl_vaebm.inference.ebm.latent_term import fit_latent_balance, new_store
 from ppl_vaebm.inference.ebm.negatives import Latents, PersistentChains
 from ppl_vaebm.inference.ebm.validation import data_latents
-from ppl_vaebm.inference.optim import AveragedWeights, stage_optimizer
+from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, stage_optimizer
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.energy import initialise_from_data
 from ppl_vaebm.models.layers import SpectralPenalty
@@ -58,8 +58,6 @@ class Training:
         self.optimizer = stage_optimizer(energy.parameters(), config.ebm)
         self.chains = PersistentChains(config, noise_potential(self.vaebm), new_store(config, self.vaebm))
         self.num_done = 0
-        self.is_saved = False
-        """Whether a checkpoint holds all of this."""
 
     def batch(self, step: int) -> tuple[Tensor, Latents | None]:
         """Return the data of a step, and their latents where the energy reads them."""
@@ -71,13 +69,21 @@ class Training:
         """Return the VAEBM with averaged energy weights, which share their memory with the average."""
         return VAEBM(self.vaebm.vae, self.average.module)
 
-    def fit_balance(self, run: Run) -> None:
-        """Fit the balance of the averaged energy's joint term, and copy it to the energy in training."""
+    def fit_balance(self, run: Run) -> str | None:
+        """Fit the balance of the averaged energy's joint term, if it has one, and copy it to the energy in training.
+
+        Returns what was found if the fit diverged, else ``None``.
+        """
         net, averaged_net, store = self.vaebm.energy.balance_net, self.average.module.balance_net, self.chains.partners
-        assert net is not None and averaged_net is not None and store is not None
-        fit_latent_balance(run, self.config, noise_potential(self.averaged()), store, self.num_done)
+        if net is None:
+            return None
+        assert averaged_net is not None and store is not None
+        try:
+            fit_latent_balance(run, self.config, noise_potential(self.averaged()), store, self.num_done)
+        except DivergedError as error:
+            return error.reason
         net.load_state_dict(averaged_net.state_dict())
-        self.is_saved = False
+        return None
 
     def modules(self) -> dict[str, nn.Module]:
         """Return the modules whose weights a checkpoint holds."""
@@ -94,7 +100,6 @@ class Training:
         self.optimizer.load_state_dict(saved.state["optimizer"])
         self.chains.load(saved.state)
         self.num_done = self.average.num_updates = saved.step
-        self.is_saved = True
 
     def _initialise_from_data(self) -> None:
         batches = [self.batch(step) for step in range(NUM_FIRST_BATCHES)]

@@ -62,8 +62,8 @@ def fit_ebm(
 
     Raises:
         InputError: the chains of the checkpoint are of another model.
-        DivergedError: the energy diverged, and there is no guard or it has no checkpoint to go back to; or a part of
-            the first latent alone did.
+        DivergedError: the energy diverged, and there is no guard or it has no checkpoint to go back to; or the first
+            latent's term did, before the loop.
     """
     loop, guard, start = config.ebm, Guard(config), time.perf_counter()
     if resume is None:
@@ -90,6 +90,7 @@ def fit_ebm(
                 position = moved.end
                 x_negatives, z_negatives = chains.negatives(position)
                 energy_negatives = energy(x_negatives, z_negatives)
+                chains.put_back(moved, ~energy_negatives.isfinite())
             else:
                 position = chains.potential.draw_reference(generator, loop.num_importance)
                 energy_negatives = chains.potential(position)
@@ -105,13 +106,15 @@ def fit_ebm(
         # Update.
         grad_norm = training.optimizer.step(loss, step, guard.rate_factor)
         training.average.update(energy)
-        training.num_done, training.is_saved = step + 1, False
+        training.num_done = step + 1
 
         # Monitors, in one transfer from the device; the guard goes back to a checkpoint, or stops the stage.
         tensors = monitors_of(energy_data, energy_negatives, moved, x_negatives)
         values = torch.stack([value.float() for value in tensors.values()]).tolist()
         monitors = dict(zip(tensors, values, strict=True)) | {"grad_norm": grad_norm}
         reason = training.optimizer.failure(loss) or guard.watch(monitors)
+        if reason is None and training.num_done == loop.steps:
+            reason = training.fit_balance(run)
         if reason is not None:
             if not loop.guard:
                 raise DivergedError(step, reason)
@@ -142,17 +145,18 @@ def fit_ebm(
             progress.set_postfix(gap=f"{record['energy_gap']:.3f}", refresh=False)
         progress.update()
 
-        # Checkpoint; the last one follows the balance.
-        is_checkpoint = done % loop.checkpoint_every == 0
-        if not is_last and (is_checkpoint or done % loop.validate_every == 0):
+        # Checkpoint.
+        is_checkpoint = done % loop.checkpoint_every == 0 or is_last
+        if is_checkpoint or done % loop.validate_every == 0:
             gain = validate(run, config, data, training)
             if is_checkpoint:
                 save(run, config, training, guard, gain)
     progress.close()
 
-    if lacks_balance(training.average.module):
-        training.fit_balance(run)
-    if not training.is_saved:
+    if lacks_balance(training.average.module):  # the guard stopped the stage before its last step
+        reason = training.fit_balance(run)
+        if reason is not None:
+            raise DivergedError(training.num_done - 1, reason)
         save(run, config, training, guard, validate(run, config, data, training))
     return training.averaged()
 
@@ -233,4 +237,3 @@ def save(run: Run, config: Config, training: Training, guard: Guard, gain: Gain)
         config=to_dict(config),
         score=gain.score,
     )
-    training.is_saved = True

@@ -17,7 +17,7 @@ from ppl_vaebm.config import Config, EbmConfig, EnergyConfig, LatentTermConfig, 
 from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.data.load import load_data
 from ppl_vaebm.data.splits import Points
-from ppl_vaebm.inference.ebm import guard, latent_term
+from ppl_vaebm.inference.ebm import guard, latent_term, state
 from ppl_vaebm.inference.ebm.latent_term import (
     NUM_POSTERIOR_DRAWS,
     aggregate_posterior,
@@ -303,6 +303,28 @@ def test_the_balance_is_fitted_last_and_changes_nothing_else(tmp_path: Path) -> 
         assert one.balance_net is not None
         for name, value in one.balance_net.state_dict().items():
             assert torch.equal(value, energy.balance_net.state_dict()[name])
+
+
+@pytest.mark.usefixtures("small_part")
+def test_a_balance_that_diverges_is_a_reason_to_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = images(has_balance=True, steps=2, checkpoint_every=1)
+    data = load_data(config.data, config.seed)
+    vae, run, original = new_vae(config, data).eval(), Run.create(tmp_path), fit_latent_balance
+    seen: list[int] = []
+
+    def diverging_once(*args: Any) -> None:
+        seen.append(len(checkpoint.available(run.checkpoints("ebm"))))
+        if len(seen) == 1:
+            raise DivergedError(1, "the range is too large")
+        original(*args)
+
+    monkeypatch.setattr(state, "fit_latent_balance", diverging_once)
+    energy = fit_ebm(run, config, data, vae).energy
+    (event,) = [record for record in run.metrics("ebm") if "event" in record]
+    assert (event["step"], event["to_step"], event["reason"]) == (2, 1, "the range is too large")
+    assert seen == [2, 2] and checkpoint.available(run.checkpoints("ebm"))[-1] == 2
+    assert energy.balance_net is not None
+    assert float(energy.balance_net[-1].bias.abs()) > 0  # type: ignore[operator]
 
 
 @pytest.mark.usefixtures("small_part")

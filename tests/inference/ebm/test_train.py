@@ -14,6 +14,7 @@ from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.config.parsing import from_dict
 from ppl_vaebm.data.load import load_data
 from ppl_vaebm.inference.ebm import losses, train
+from ppl_vaebm.inference.ebm.negatives import Moved, PersistentChains
 from ppl_vaebm.inference.ebm.state import Training
 from ppl_vaebm.inference.ebm.train import WEIGHT_ESS_EVERY, fit_ebm, monitors_of, negatives_at
 from ppl_vaebm.inference.svi.svi import new_vae
@@ -123,6 +124,33 @@ def test_the_energy_is_initialised_from_data_before_it_is_averaged() -> None:
     for name, parameter in energy.named_parameters():
         assert torch.equal(parameter, one.average.module.get_parameter(name))
     assert not torch.equal(energy.get_parameter("stem.weight"), fresh.vaebm.energy.get_parameter("stem.weight"))
+
+
+def test_a_chain_that_ends_where_the_energy_is_not_finite_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last Langevin step does not evaluate its end, and no chain moves on from such a place."""
+    original, bad = PersistentChains.negatives, [1, 2]
+    taken: list[Moved] = []
+    advance = PersistentChains.advance
+
+    def advanced(chains: PersistentChains, *args: Any) -> Moved:
+        taken.append(advance(chains, *args))
+        return taken[-1]
+
+    def overflowing(chains: PersistentChains, position: torch.Tensor) -> Any:
+        x, z = original(chains, position)
+        x[bad] = math.nan
+        return x, z
+
+    monkeypatch.setattr(PersistentChains, "advance", advanced)
+    monkeypatch.setattr(PersistentChains, "negatives", overflowing)
+    ebm = {"objective": "mle", "steps": 1, "num_transitions": 2, "replay_probability": 1.0, "guard": False}
+    run = fit(tmp_path, config_of(POINTS, ebm=ebm, kernel={"name": "langevin", "step_size": 0.1}))
+    stored, (moved,) = checkpoints.load(run.checkpoints("ebm")).state["replay"], taken
+    has_moved = (stored[moved.slots] != moved.start).any(1)
+    assert has_moved.tolist() == [row not in bad for row in range(len(has_moved))]
+    assert torch.equal(stored[moved.slots][has_moved], moved.end[has_moved])
 
 
 def test_losses_are_computed_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
