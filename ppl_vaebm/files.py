@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -32,17 +34,24 @@ def write_synced(path: Path, data: bytes | str) -> None:
     sync(path)
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write or replace a file in one step, text as UTF-8; missing parent folders are made.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give the name of a temporary file to write, which replaces ``path`` in one step after the block.
 
     Readers see the old content or the new one; after a failure the old content is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The process is part of the name so that two writers of one file cannot mix their bytes.
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
     try:
-        write_synced(temporary, data)
+        yield temporary
+        sync(temporary)
         replace(temporary, path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write or replace a file in one step, text as UTF-8; missing parent folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)

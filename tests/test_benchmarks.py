@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,12 @@ def test_help_of_a_benchmark_is_its_docstring(
         module.main()
     assert not stop.value.code
     assert module.__doc__ and module.__doc__.strip() in capsys.readouterr().out
+
+
+def test_make_bench_runs_the_scripts_and_none_of_their_parts() -> None:
+    dry_run = subprocess.run(["make", "-n", "bench"], cwd=FOLDER.parent, capture_output=True, text=True, check=True)
+    (loop,) = (line for line in dry_run.stdout.splitlines() if "for name in" in line)
+    assert loop.partition(" in ")[2].partition(";")[0].split() == SCRIPTS
 
 
 def test_readme_lists_every_benchmark() -> None:

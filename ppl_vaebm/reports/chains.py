@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, scalar_draws
-from ppl_vaebm.inference.diagnostics.convergence import Convergence
+from ppl_vaebm.inference.diagnostics.convergence import Convergence, autocorrelation
 from ppl_vaebm.reports.figures import TITLE_POINTS, FloatArray, Picture, axes_grid, picture
 
 MAX_QUANTITIES = 4  # drawn per report, worst effective sample size first
@@ -39,7 +39,7 @@ def _quantities_figure(idata: InferenceData, summaries: Sequence[diagnostics.Qua
         trace.set_title(f"{name}: trace of every chain", fontsize=TITLE_POINTS)
         draw_ranks(ranks, draws[name])
         ranks.set_title(f"{name}: ranks of every chain", fontsize=TITLE_POINTS)
-        correlation.plot(autocorrelation(draws[name]), linewidth=1.2)
+        correlation.plot(autocorrelation_curve(draws[name]), linewidth=1.2)
         correlation.axhline(0, color="black", linestyle="--", linewidth=0.8)
         correlation.set_title(f"{name}: autocorrelation by lag", fontsize=TITLE_POINTS)
     return figure
@@ -77,17 +77,10 @@ def _rank_counts(draws: FloatArray) -> FloatArray:
     return np.stack([np.bincount(row, minlength=NUM_RANK_BINS) for row in bins]).astype(np.float64)
 
 
-def autocorrelation(draws: FloatArray, max_lag: int = MAX_LAG) -> FloatArray:
-    """Return the autocorrelation ``(lags,)`` about the mean of all chains, averaged over chains.
-
-    Chains that disagree stay correlated.
-    """
-    num_draws = draws.shape[1]
-    with np.errstate(invalid="ignore"):  # draws that never move or are not finite get no curve
-        spectrum = np.fft.rfft(draws - draws.mean(), n=2 * num_draws, axis=1)
-        covariance = np.fft.irfft(np.abs(spectrum) ** 2, axis=1).mean(axis=0)[: min(num_draws // 2, max_lag) + 1]
-        correlation: FloatArray = covariance / covariance[0]
-    return correlation
+def autocorrelation_curve(draws: FloatArray, max_lag: int = MAX_LAG) -> FloatArray:
+    """Return the autocorrelation ``(lags,)`` of chains ``(C, N)``; chains that disagree stay correlated."""
+    with np.errstate(invalid="ignore", divide="ignore"):  # draws that never move or are not finite get no curve
+        return autocorrelation(draws[None])[0, : min(draws.shape[1] // 2, max_lag) + 1]
 
 
 def _energy_figure(idata: InferenceData) -> Figure:

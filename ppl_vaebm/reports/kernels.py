@@ -18,7 +18,7 @@ from ppl_vaebm.evaluation.kernels import Reference
 from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, cut, scalar_draws
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, Convergence, diagnose_columns
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
-from ppl_vaebm.reports.chains import autocorrelation, draw_ranks, draw_trace
+from ppl_vaebm.reports.chains import autocorrelation_curve, draw_ranks, draw_trace
 from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, panel_axes, picture
 from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid
 
@@ -205,7 +205,7 @@ def correlation_picture(shown: Mapping[str, Shown], colours: Colours) -> Picture
         per_draw = mean_evals(run.within)[-1] / next(iter(draws.values())).shape[1]
         slow = next(name for name in draws if name.startswith("projection"))
         for ax, name in zip(axes, ("energy", slow), strict=True):
-            values = autocorrelation(draws[name], max(1, int(MAX_LAG_EVALS / per_draw)))
+            values = autocorrelation_curve(draws[name], max(1, int(MAX_LAG_EVALS / per_draw)))
             ax.plot(per_draw * np.arange(len(values)), values, color=colour, linestyle=style, linewidth=1, label=kernel)
     for ax, title in zip(axes, ("E", "a random direction of the noise"), strict=True):
         ax.axhline(0, color="black", linestyle="--", linewidth=0.8)

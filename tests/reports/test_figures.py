@@ -137,12 +137,12 @@ def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
     draws = noise.copy()
     for t in range(1, 5000):
         draws[:, t] = 0.8 * draws[:, t - 1] + 0.6 * noise[:, t]
-    correlation = figures_chains.autocorrelation(draws)
+    correlation = figures_chains.autocorrelation_curve(draws)
     np.testing.assert_allclose(correlation[:10], 0.8 ** np.arange(10), atol=0.05)
     assert len(correlation) == figures_chains.MAX_LAG + 1
     # Chains that sit at +1 and -1 share no mean, so their correlation stays at 1 / (1 + 0.1**2).
     apart = 0.1 * noise + np.where(np.arange(8) % 2, 1.0, -1.0)[:, None]
-    np.testing.assert_allclose(figures_chains.autocorrelation(apart)[1:20], 0.99, atol=0.01)
+    np.testing.assert_allclose(figures_chains.autocorrelation_curve(apart)[1:20], 0.99, atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import platform
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,7 +15,7 @@ from numpy.typing import NDArray
 
 from ppl_vaebm import __version__
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.files import TEMPORARY_PREFIX, replace, sync
+from ppl_vaebm.files import replacing
 from ppl_vaebm.inference.diagnostics.convergence import FloatArray
 
 if TYPE_CHECKING:
@@ -98,14 +96,8 @@ def save_netcdf(data: InferenceData, path: str | Path, **options: str) -> None:
         path: the file.
         options: of the data's own ``to_netcdf``, such as ``group``.
     """
-    path = Path(path)
-    temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}")
-    try:
+    with replacing(Path(path)) as temporary:
         data.to_netcdf(str(temporary), engine="h5netcdf", **options)
-        sync(temporary)
-        replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_netcdf(path: str | Path) -> InferenceData:
@@ -128,13 +120,11 @@ def load_netcdf(path: str | Path) -> InferenceData:
     for group in ("posterior", "sample_stats"):
         if hasattr(idata, group):
             attrs = idata[group].attrs
-            attrs.update({name: _plain(value) for name, value in attrs.items()})
+            # NetCDF returns numbers and lists of them as arrays.
+            attrs.update(
+                {key: value.tolist() for key, value in attrs.items() if isinstance(value, np.ndarray | np.generic)}
+            )
     return idata
-
-
-def _plain(value: Any) -> Any:
-    """Convert an attribute that NetCDF returns as an array back to a number or a list of numbers."""
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
 
 
 def attribute_list(idata: InferenceData, name: str) -> list[float]:
@@ -168,16 +158,13 @@ def cut(idata: InferenceData, num_draws: int) -> InferenceData:
 
 def scalar_draws(idata: InferenceData) -> dict[str, FloatArray]:
     """Return the draws ``(C, N)`` of every scalar element of every posterior variable, float64, by name."""
-    return dict(scalar_elements(idata))
-
-
-def scalar_elements(idata: InferenceData) -> Iterator[tuple[str, FloatArray]]:
-    """Yield the items of :func:`scalar_draws` one by one."""
+    quantities = {}
     for name, variable in idata["posterior"].data_vars.items():
         values = variable.transpose("chain", "draw", ...).to_numpy().astype(np.float64)
         for index in np.ndindex(values.shape[2:]):
             label = f"{name}[{','.join(map(str, index))}]" if index else str(name)
-            yield label, values[(slice(None), slice(None), *index)]
+            quantities[label] = values[(slice(None), slice(None), *index)]
+    return quantities
 
 
 def stat(idata: InferenceData, name: str) -> FloatArray:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import fft  # type: ignore[import-untyped, unused-ignore]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 
@@ -244,7 +245,7 @@ def _ess(values: FloatArray) -> FloatArray:
     A constant column, which an indicator may be, has as many as draws, as in ArviZ.
     """
     num_chains, num_draws = values.shape[1:]
-    correlation = _autocorrelation(values)
+    correlation = autocorrelation(values)
     pairs = correlation[:, : num_draws // 2 * 2].reshape(len(values), -1, 2)
     last = max(0, (num_draws - 3) // 2)  # the last pair that ArviZ uses
     sums = pairs[:, : last + 1].sum(axis=2)
@@ -264,14 +265,14 @@ def _ess(values: FloatArray) -> FloatArray:
     return ess
 
 
-def _autocorrelation(values: FloatArray) -> FloatArray:
+def autocorrelation(values: FloatArray) -> FloatArray:
     """Estimate the autocorrelation of ``(B, M, n)`` from all chains together, ``(B, n)``; 1 at lag 0."""
     num_chains, num_draws = values.shape[1:]
     means = values.mean(axis=2)
-    length = _fast_length(2 * num_draws)
-    spectrum = np.fft.rfft(values - means[:, :, None], n=length, axis=2)
+    length = fft.next_fast_len(2 * num_draws, real=True)
+    spectrum = fft.rfft(values - means[:, :, None], n=length, axis=2)
     power = (spectrum.real**2 + spectrum.imag**2).mean(axis=1)
-    covariance = np.fft.irfft(power, n=length, axis=1)[:, :num_draws] / num_draws
+    covariance = fft.irfft(power, n=length, axis=1)[:, :num_draws] / num_draws
     within = covariance[:, :1] * num_draws / (num_draws - 1)
     total = within * (num_draws - 1) / num_draws
     if num_chains > 1:
@@ -279,11 +280,3 @@ def _autocorrelation(values: FloatArray) -> FloatArray:
     correlation: FloatArray = 1 - (within - covariance) / total
     correlation[:, 0] = 1.0
     return correlation
-
-
-def _fast_length(minimum: int) -> int:
-    """Return the smallest length from ``minimum`` on of the form 1, 3, 5, 9 or 15 times a power of two.
-
-    Draws are padded to it with zeros, which do not change the result, because its Fourier transform is fast.
-    """
-    return min(odd << max(0, -(-minimum // odd) - 1).bit_length() for odd in (1, 3, 5, 9, 15))

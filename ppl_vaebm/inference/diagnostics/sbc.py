@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy import stats  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 
@@ -51,7 +52,5 @@ def uniformity(ranks: Tensor, num_draws: int, num_bins: int) -> Uniformity:
     if (num_draws + 1) % num_bins:
         raise ValueError(f"expected num_bins to divide the {num_draws + 1} possible ranks, found {num_bins}")
     counts = torch.bincount(ranks * num_bins // (num_draws + 1), minlength=num_bins)
-    expected = len(ranks) / num_bins
-    chi_square = (counts - expected).double().square().sum() / expected
-    p_value = torch.special.gammaincc(torch.tensor((num_bins - 1) / 2, dtype=torch.float64), chi_square / 2)
+    chi_square, p_value = stats.chisquare(counts.numpy())
     return Uniformity(counts.tolist(), float(chi_square), float(p_value))

@@ -15,14 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.diagnostics.arviz_io import (
-    InferenceData,
-    arviz,
-    attribute_list,
-    scalar_draws,
-    scalar_elements,
-    stat,
-)
+from ppl_vaebm.inference.diagnostics.arviz_io import InferenceData, arviz, attribute_list, scalar_draws, stat
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, TAIL_PROBABILITIES, FloatArray, nested_r_hat
 from ppl_vaebm.tables import text_table
 
@@ -106,7 +99,7 @@ def summarize(idata: InferenceData) -> list[QuantitySummary]:
     superchains = np.arange(posterior.sizes["chain"]) // int(posterior.attrs.get("chains_per_start", 1))
     # Moments of infinite draws are nan; chains that each stand still at another place have an infinite R-hat.
     with np.errstate(invalid="ignore", divide="ignore"):
-        return [_summary(name, draws, evals, seconds, superchains) for name, draws in scalar_elements(idata)]
+        return [_summary(name, draws, evals, seconds, superchains) for name, draws in scalar_draws(idata).items()]
 
 
 def _summary(
