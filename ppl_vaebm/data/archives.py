@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,10 +33,6 @@ class _Archive(NamedTuple):
     """Black pixels added on each side, if the configuration does not say."""
     has_flips: bool = False
 
-    def padding_for(self, config: DataConfig) -> int:
-        """Return the padding that the configuration asks for, or else the set's own."""
-        return self.padding if config.padding is None else config.padding
-
 
 _IDX_FILES = tuple(f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 _MNIST_FILES = tuple(f"MNIST/raw/{file}" for file in _IDX_FILES)
@@ -55,47 +51,53 @@ _ARCHIVES = {
 }
 
 
+_PARTS = ("train", "validation", "test")
+_LabelledImages: TypeAlias = tuple[Tensor, Tensor]
+
+
+def padding_of(config: DataConfig) -> int:
+    """Return how many black pixels a data set adds on each side of its images before it resizes them."""
+    if config.padding is not None:
+        return config.padding
+    return _ARCHIVES[config.name].padding if config.name in _ARCHIVES else 0
+
+
 def _archive(config: DataConfig) -> Data:
     """Load a torchvision set, of which the last training images are for validation."""
     parts = _read_archive(config)
+    if config.name == "stacked-mnist":
+        parts = [_stacked(part, *labelled) for part, labelled in zip(_PARTS, parts, strict=True)]
     flips = (has_flips(config, _ARCHIVES[config.name].has_flips), False, False)
-    levels = 2**config.num_bits
     splits = [
-        IntegerImages(images, labels, levels, is_flipping, config.binarize)
+        IntegerImages(images, labels, 2**config.num_bits, is_flipping, config.binarize)
         for (images, labels), is_flipping in zip(parts, flips, strict=True)
     ]
     return image_data(config.name, splits[0].images.shape[1:], splits)
 
 
-def _stacked_mnist(config: DataConfig) -> Data:
+def _stacked(part: str, images: Tensor, labels: Tensor) -> _LabelledImages:
     """Stack three MNIST digits a, b, c as red, green and blue, with label 100 a + 10 b + c (1,000 modes).
 
     Metz et al. 2017, arXiv:1611.02163. Each channel of a split is a fixed permutation of that split of MNIST, so no
     digit is in two splits.
     """
-    weights = torch.tensor([100, 10, 1])
-    flips = (has_flips(config, own=False), False, False)
-    splits = []
-    names = ("train", "validation", "test")
-    for name, (images, labels), is_flipping in zip(names, _read_archive(config), flips, strict=True):
-        generators = [stream(0, "stacked-mnist", name, channel) for channel in range(len(weights))]
-        triples = torch.stack([torch.randperm(len(images), generator=generator) for generator in generators], dim=1)
-        stacked = images[triples].squeeze(2)
-        splits.append(IntegerImages(stacked, labels[triples] @ weights, 2**config.num_bits, is_flipping))
-    return image_data(config.name, splits[0].images.shape[1:], splits)
+    generators = [stream(0, "stacked-mnist", part, channel) for channel in range(3)]
+    triples = torch.stack([torch.randperm(len(images), generator=generator) for generator in generators], dim=1)
+    return images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1])
 
 
-_LabelledImages = tuple[Tensor, Tensor]
-
-
-def _read_archive(config: DataConfig) -> tuple[_LabelledImages, _LabelledImages, _LabelledImages]:
+def _read_archive(config: DataConfig) -> list[_LabelledImages]:
     archive = _ARCHIVES[config.name]
 
     def read(part: str) -> _LabelledImages:
         which: dict[str, Any] = {"split": part} if archive.class_name == "SVHN" else {"train": part == "train"}
         dataset = _open(config, archive.class_name, archive.files, **which)
         images, labels = _arrays(dataset)
-        images = _resized(functional.pad(images, (archive.padding_for(config),) * 4), config.image_size)
+        images = functional.pad(images, (padding_of(config),) * 4)
+        if config.image_size not in (None, images.shape[-1]):
+            from torchvision.transforms.v2.functional import resize
+
+            images = resize(images, [config.image_size] * 2, antialias=True)
         return images >> (8 - config.num_bits), labels
 
     images, labels = read("train")
@@ -104,7 +106,7 @@ def _read_archive(config: DataConfig) -> tuple[_LabelledImages, _LabelledImages,
         order = torch.randperm(len(images), generator=stream(0, "unsort"))
         images, labels = images[order], labels[order]
     num = num_train(config, len(images))
-    return (images[:num], labels[:num]), (images[num:], labels[num:]), read("test")
+    return [(images[:num], labels[:num]), (images[num:], labels[num:]), read("test")]
 
 
 def _arrays(dataset: Any) -> _LabelledImages:
@@ -118,25 +120,11 @@ def _arrays(dataset: Any) -> _LabelledImages:
     return images.contiguous(), torch.as_tensor(labels).long()
 
 
-def _resized(images: Tensor, size: int | None) -> Tensor:
-    if size is None or images.shape[-2:] == (size, size):
-        return images
-    from torchvision.transforms.v2 import functional as transforms
-
-    resized: Tensor = transforms.resize(images, [size, size], antialias=True)
-    return resized
-
-
-_CELEBA_FILES = tuple(
-    f"celeba/{file}"
-    for file in (
-        "img_align_celeba",
-        "list_attr_celeba.txt",
-        "identity_CelebA.txt",
-        "list_bbox_celeba.txt",
-        "list_landmarks_align_celeba.txt",
-        "list_eval_partition.txt",
-    )
+_CELEBA_TABLES = ("attr_celeba", "bbox_celeba", "landmarks_align_celeba", "eval_partition")
+_CELEBA_FILES = (
+    "celeba/img_align_celeba",
+    "celeba/identity_CelebA.txt",
+    *(f"celeba/list_{table}.txt" for table in _CELEBA_TABLES),
 )
 _CHURCH_FILES = ("church_outdoor_train_lmdb", "church_outdoor_val_lmdb")
 # The customary CelebA-64 crop, left 15, top 40, right 163, bottom 188 (Larsen et al. 2016; NVAE uses it too).
@@ -250,7 +238,7 @@ def shape_without_files(config: DataConfig) -> torch.Size | None:
     """Return the shape ``(C, H, W)`` of a set's images, or ``None`` if only its files determine it."""
     if config.name in _ARCHIVES:
         archive = _ARCHIVES[config.name]
-        side = config.image_size or archive.side + 2 * archive.padding_for(config)
+        side = config.image_size or archive.side + 2 * padding_of(config)
         return torch.Size([archive.channels, side, side])
     if config.name in OWN_SIZES:
         side = config.image_size or OWN_SIZES[config.name]
@@ -269,7 +257,6 @@ LOADERS: dict[str, Callable[[DataConfig], Data]] = {
     "image-folder": load_image_folder,
     "celeba-hq": load_image_folder,
     **dict.fromkeys(_ARCHIVES, _archive),
-    "stacked-mnist": _stacked_mnist,
     "celeba": _celeba,
     "lsun-church": _lsun_church,
 }

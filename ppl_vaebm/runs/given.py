@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +20,9 @@ BYTE_LEVELS = 256
 MIN_DRAWS = 4
 """Draws per chain that R-hat needs, as in ``inference/diagnostics/convergence.py``, which imports torch."""
 MAX_GREY = 64
-"""Largest distance of a pixel of a mask from black or white, of 255, for the errors of JPEG. Chosen by us."""
+"""Lightest pixel of a mask, of 255, that counts as black, for the errors of JPEG. Chosen by us."""
+MIN_WHITE = BYTE_LEVELS - 1 - MAX_GREY
+"""Darkest that counts as white."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +56,17 @@ class GivenOptions:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"expected {name.replace('_', '-')} of at least {least}, got {value}: raise it")
-        if self.given_values is not None:
-            try:
-                [float(word) for word in self.given_values.split(",")]
-            except ValueError:
-                found = shown(self.given_values)
-                raise InputError(
-                    f'expected numbers with commas in --given-values, such as "0.5,nan", found {found}'
-                ) from None
         for name in ("noise_sd", "blur"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"expected {name.replace('_', '-')} positive and finite, got {value}: change it")
+        try:
+            [float(word) for word in (self.given_values or "0").split(",")]
+        except ValueError:
+            raise InputError(
+                'expected numbers with commas in --given-values, such as "0.5,nan", '
+                f"found {shown(str(self.given_values))}"
+            ) from None
 
     @property
     def is_conditional(self) -> bool:
@@ -94,7 +95,7 @@ class Given(NamedTuple):
 
 
 def read_given(options: GivenOptions, data: Data, config: DataConfig) -> Given:
-    """Read an observation with the preprocessing of the data; exact pixels get the centres of their levels.
+    """Read an observation with the preprocessing of the data; exact pixels get the centers of their levels.
 
     Raises:
         InputError: options that do not go together or do not fit the data; files that cannot be read.
@@ -110,10 +111,9 @@ def read_given(options: GivenOptions, data: Data, config: DataConfig) -> Given:
         operator = gaussian_blur(options.blur)
     elif options.subsample is not None:
         operator = average_pooling(options.subsample)
-    file_size = _file_size(options.given)
     side = data.event_shape[-1] // (options.subsample or 1)
     given = _read_pixels(Path(options.given), side, data, config, is_exact=options.noise_sd is None)
-    mask = None if options.mask is None else _read_mask(Path(options.mask), file_size, data, config)
+    mask = None if options.mask is None else _read_mask(Path(options.mask), Path(options.given), data, config)
     if mask is not None and options.noise_sd is None and not (given[mask].abs() <= 1).all():
         raise InputError(f"expected observed values in [-1, 1], found others in {options.given}: rescale them")
     return Given(given, mask, options.noise_sd, operator)
@@ -146,10 +146,7 @@ def _read_point(text: str, noise_sd: float | None, data: Data) -> Given:
     import torch
 
     (dim,) = data.event_shape
-    try:
-        values = torch.tensor([float(word) for word in text.split(",")], dtype=torch.float64)
-    except ValueError:
-        values = torch.empty(0)
+    values = torch.tensor([float(word) for word in text.split(",")], dtype=torch.float64)
     if values.shape != (dim,):
         raise InputError(f'expected {dim} numbers with commas in --given-values, such as "0.5,nan", found {text!r}')
     mask = ~values.isnan()
@@ -167,22 +164,6 @@ def _read_point(text: str, noise_sd: float | None, data: Data) -> Given:
     return Given(values, mask, noise_sd, None)
 
 
-def _file_size(path: str) -> tuple[int, int] | None:
-    """Return width and height of an image file; ``None`` for an array, which must have the model's size."""
-    from ppl_vaebm.data.decoding import header
-
-    return None if path.endswith(".npy") else header(Path(path))[1]
-
-
-def _padding(config: DataConfig) -> int:
-    """Return the number of black pixels that the data set adds on each side before it resizes."""
-    from ppl_vaebm.data.archives import shape_without_files
-
-    own = shape_without_files(replace(config, image_size=None))
-    bare = shape_without_files(replace(config, image_size=None, padding=0))
-    return config.padding or 0 if own is None or bare is None else (own[-1] - bare[-1]) // 2
-
-
 def _read_pixels(path: Path, side: int, data: Data, config: DataConfig, *, is_exact: bool) -> Tensor:
     """Read an image as values of x, ``(C, side, side)``."""
     if path.suffix == ".npy":
@@ -196,10 +177,11 @@ def _read_pixels(path: Path, side: int, data: Data, config: DataConfig, *, is_ex
 
 def _read_bytes(path: Path, channels: int, side: int, config: DataConfig) -> Tensor:
     """Read an image as the data set reads its own, ``(channels, side, side)``, uint8."""
+    from ppl_vaebm.data.archives import padding_of
     from ppl_vaebm.data.decoding import GREY_MODES, ImageForm, decode, header
 
     mode, size = header(path)
-    padding = 0 if size == (side, side) else _padding(config)
+    padding = 0 if size == (side, side) else padding_of(config)
     pixels = decode(path, ImageForm(1 if mode in GREY_MODES else 3, side, padding))
     if channels == 1 and (pixels != pixels[:1]).any():
         raise InputError(f"expected a grey image, as the run's data are, found colours in {path}: convert it")
@@ -226,22 +208,21 @@ def _read_array(path: Path, shape: tuple[int, int, int]) -> Tensor:
     return torch.from_numpy(array.astype(np.float64))
 
 
-def _read_mask(path: Path, given_size: tuple[int, int] | None, data: Data, config: DataConfig) -> Tensor:
+def _read_mask(path: Path, given: Path, data: Data, config: DataConfig) -> Tensor:
     """Read a mask, ``(C, H, W)``, boolean; a resized pixel is observed where all of it is."""
+    from ppl_vaebm.data.archives import padding_of
     from ppl_vaebm.data.decoding import ImageForm, decode, header
 
-    shape = data.event_shape
-    side = shape[-1]
+    side = data.event_shape[-1]
     size = header(path)[1]
-    if size not in (given_size or (side, side), (side, side)):
-        expected = given_size or (side, side)
+    expected = (side, side) if given.suffix == ".npy" else header(given)[1]
+    if size not in (expected, (side, side)):
         raise InputError(
             f"expected a mask of {expected[0]} x {expected[1]} pixels, the size of what is given, found {size[0]} x "
             f"{size[1]} in {path}: make it of that size"
         )
     raw = decode(path, ImageForm(1, min(size)))
-    if ((raw > MAX_GREY) & (raw < BYTE_LEVELS - 1 - MAX_GREY)).any():
+    if ((raw > MAX_GREY) & (raw < MIN_WHITE)).any():
         raise InputError(f"expected a mask of black and white, found greys in {path}: white marks what is observed")
-    padding = 0 if size == (side, side) else _padding(config)
-    pixels = decode(path, ImageForm(1, side, padding))
-    return (pixels >= BYTE_LEVELS - 1 - MAX_GREY).expand(shape).clone()
+    padding = 0 if size == (side, side) else padding_of(config)
+    return (decode(path, ImageForm(1, side, padding)) >= MIN_WHITE).expand(data.event_shape).clone()

@@ -228,6 +228,19 @@ def test_an_image_of_the_data_sets_own_size_is_padded_as_they_are(tmp_path: Path
         assert torch.equal(given.given[0, 0], torch.full_like(given.given[0, 0], 1 / 256 - 1))
 
 
+@pytest.mark.parametrize("name", ["celeba", "image-folder"])
+def test_an_image_is_padded_before_it_is_resized_as_images_of_a_folder_are(tmp_path: Path, name: str) -> None:
+    images = torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    data = image_data(name, torch.Size([3, 32, 32]), [IntegerImages(images)] * 3)
+    config = DataConfig(name, padding=8, image_size=32)  # type: ignore[arg-type]
+    pixels = np.full((48, 48, 3), 200, np.uint8)
+    options = GivenOptions(given=save_png(tmp_path / "x.png", pixels), noise_sd=0.1)
+    x = read_given(options, data, config).given
+    black, light = 1 / 256 - 1, 401 / 256 - 1
+    assert x[:, :3].allclose(torch.tensor(black, dtype=x.dtype))
+    assert x[:, 6:26, 6:26].allclose(torch.tensor(light, dtype=x.dtype))
+
+
 def test_pixels_of_binarised_images_are_signs(tmp_path: Path) -> None:
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     data = image_data("mnist", torch.Size([1, 8, 8]), [IntegerImages(images, is_binarized=True)] * 3)
