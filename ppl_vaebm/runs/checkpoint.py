@@ -88,7 +88,7 @@ def save(
         stage: of training.
         step: updates done, at least 0; a checkpoint of the same step is replaced.
         weights: named sets ("model", "ema") of named weights; the name of a set has no "/".
-        state: dictionaries with str or int keys, lists, tuples, str, numbers, bool, ``None`` and tensors.
+        state: plain types and tensors, :data:`ALLOWED_IN_STATE`.
         config: the resolved configuration, as JSON can hold it.
         score: higher is better, finite; ``None`` if not evaluated.
         keep: how many of the last checkpoints to keep, at least 1.
@@ -108,7 +108,8 @@ def save(
         "sets": sorted(weights),
         "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
         "config": config,
-        "versions": _versions(),
+        "versions": {"python": platform.python_version(), "ppl_vaebm": __version__}
+        | {name: metadata.version(name) for name in RECORDED_LIBRARIES},
     }
     contents[MANIFEST_FILE] = (json.dumps(manifest, indent=2, allow_nan=False) + "\n").encode()
 
@@ -135,13 +136,21 @@ def load(folder: Path, which: Literal["last", "best"] | int = "last") -> Checkpo
     """
     path = _path(folder, _choose(folder, which))
     manifest = _read_manifest(path)
-    flat = _parse_weights(path / WEIGHTS_FILE, _checked_bytes(path / WEIGHTS_FILE, manifest))
+    try:
+        flat = safetensors.torch.load(_checked_bytes(path / WEIGHTS_FILE, manifest))
+    except SafetensorError as error:
+        raise _damaged(path / WEIGHTS_FILE, "in the safetensors format", str(error)) from None
     # An empty set has no flat names, so the manifest names the sets.
     weights: dict[str, dict[str, Tensor]] = {name: {} for name in manifest["sets"]}
     for key in sorted(flat):
         name, _, parameter = key.partition("/")
         weights[name][parameter] = flat[key]
-    state = _parse_state(path / STATE_FILE, _checked_bytes(path / STATE_FILE, manifest))
+    archive = io.BytesIO(_checked_bytes(path / STATE_FILE, manifest))
+    try:
+        state = torch.load(archive, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        kind = "another format, or a pickle that could run code"
+        raise _damaged(path / STATE_FILE, "an archive of plain types and tensors", kind) from None
     return Checkpoint(
         path, weights=weights, state=state, **{name: manifest[name] for name in ("stage", "step", "score", "config")}
     )
@@ -234,9 +243,8 @@ def _choose(folder: Path, which: Literal["last", "best"] | int) -> int:
 
 
 def _weights_bytes(weights: Mapping[str, Mapping[str, Tensor]]) -> bytes:
-    for name in weights:
-        if "/" in name:
-            raise ValueError(f"expected the name of a set of weights without '/', got {name!r}")
+    if any("/" in name for name in weights):
+        raise ValueError(f"expected names of sets of weights without '/', got {list(weights)}")
     flat = {f"{name}/{parameter}": tensor for name, params in weights.items() for parameter, tensor in params.items()}
     # Without metadata the bytes depend on the sorted tensors alone.
     return safetensors.torch.save({key: _own(flat[key]) for key in sorted(flat)})
@@ -270,19 +278,14 @@ def _plain(value: Any, where: str) -> Any:
         return type(value)(_plain(item, f"{where}[{index}]") for index, item in enumerate(value))
     if isinstance(value, dict):
         return {_key(key, where): _plain(item, f"{where}[{key!r}]") for key, item in value.items()}
-    found = f"{type(value).__module__}.{type(value).__qualname__}"
-    raise TypeError(f"expected {ALLOWED_IN_STATE} in a checkpoint, found {found} at {where}")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise TypeError(f"expected {ALLOWED_IN_STATE} in a checkpoint, found {kind} at {where}")
 
 
 def _key(key: Any, where: str) -> str | int:
     if type(key) not in (str, int):
         raise TypeError(f"expected {ALLOWED_IN_STATE} in a checkpoint, found the key {key!r} in {where}")
     return sys.intern(key) if isinstance(key, str) else key
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), "ppl_vaebm": __version__}
-    return versions | {name: metadata.version(name) for name in RECORDED_LIBRARIES}
 
 
 def _damaged(path: Path, expected: str, found: str) -> InputError:
@@ -327,19 +330,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not is_complete or _name(manifest["step"]) != path.name.removeprefix(REPLACED_PREFIX):
         raise _damaged(file, f"the complete manifest of {path.name}", "a missing or wrong entry")
     return manifest
-
-
-def _parse_weights(path: Path, data: bytes) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise _damaged(path, "in the safetensors format", str(error)) from None
-
-
-def _parse_state(path: Path, data: bytes) -> dict[str | int, Any]:
-    try:
-        state: dict[str | int, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError):
-        found = "another format, or a pickle that could run code"
-        raise _damaged(path, "an archive of plain types and tensors", found) from None
-    return state

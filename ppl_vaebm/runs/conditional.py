@@ -197,13 +197,12 @@ def convergence_line(posterior: Posterior, summaries: list[diagnostics.QuantityS
 
 
 def _save(run: Run, given: Given, posterior: Posterior) -> Path:
-    mask = np.ones(posterior.mean.shape, dtype=bool) if given.mask is None else given.mask.numpy()
     arrays = {
         "x": posterior.x.numpy(),
         "mean": posterior.mean,
         "sd": posterior.sd,
         "r_hat": posterior.r_hat,
         "given": given.given.numpy(),
-        "mask": mask,
+        "mask": np.ones(posterior.mean.shape, dtype=bool) if given.mask is None else given.mask.numpy(),
     }
     return run.save_npz(NAME, **arrays)

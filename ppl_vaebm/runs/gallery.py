@@ -120,7 +120,7 @@ def _prior(fitted: FittedVAE, seed: int, temperatures: Sequence[float]) -> Array
 def _statistics(fitted: FittedVAE) -> str:
     """Describe the batch statistics of prior samples, if there are any."""
     if fitted.norm_temperature is not None:
-        return f"batch statistics of prior draws at t = {fitted.norm_temperature:g}"
+        return f"batch statistics of prior samples at t = {fitted.norm_temperature:g}"
     return "batch statistics of training" if norms_of(fitted.vae.model) else ""
 
 

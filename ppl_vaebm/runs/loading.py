@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -107,12 +106,8 @@ def run_config(run: Run) -> Config:
 def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -> HierarchicalVAE:
     """Load the VAE with stage 1's best averaged weights, in evaluation mode.
 
-    Args:
-        run: the run.
-        config: its configuration.
-        data: its data.
-        has_prior_statistics: whether batch normalisations of the generator get the statistics of prior samples, in
-            place of those of training, which the validation ELBO is measured with.
+    With ``has_prior_statistics`` batch normalisations of the generator get the statistics of prior samples, in place of
+    those of training, which the validation ELBO is measured with.
 
     Raises:
         InputError: no checkpoint of stage svi, one of another model, or one without statistics of prior samples.
@@ -123,7 +118,7 @@ def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -
     if has_prior_statistics:
         if "prior_statistics" not in saved.weights:
             raise InputError(
-                f"expected batch statistics of prior draws in {run.path}, found none: fit stage svi with "
+                f"expected batch statistics of prior samples in {run.path}, found none: fit stage svi with "
                 "--svi.norm-temperature, or leave out ebm.prior-statistics"
             )
         set_statistics(vae.model, saved.weights["prior_statistics"])
@@ -138,11 +133,9 @@ def load_fitted_vae(run: Run, config: Config, data: Data) -> FittedVAE:
     """
     vae = load_vae(run, config, data, has_prior_statistics=False).requires_grad_(False)
     saved = checkpoints.load(run.checkpoints("svi"), "best")
-    statistics = saved.weights.get("prior_statistics")
-    if not statistics:
+    if not saved.weights.get("prior_statistics"):
         return FittedVAE(run, config, data, vae)
-    prior_vae = copy.deepcopy(vae)
-    set_statistics(prior_vae.model, statistics)
+    prior_vae = load_vae(run, config, data, has_prior_statistics=True).requires_grad_(False)
     return FittedVAE(run, config, data, vae, prior_vae, saved.state["norm_temperature"])
 
 
@@ -192,11 +185,7 @@ def load_run(path: Path | str) -> LoadedRun:
 
 
 def check_absent(run: Run, stage: str) -> None:
-    """Refuse to start a stage that the run already holds.
-
-    Raises:
-        InputError: the stage has checkpoints.
-    """
+    """Refuse, as InputError, to start a stage that the run already holds."""
     steps = checkpoints.available(run.checkpoints(stage))
     if steps:
         raise InputError(
@@ -206,11 +195,7 @@ def check_absent(run: Run, stage: str) -> None:
 
 
 def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoint:
-    """Load the last checkpoint of a stage, to resume from.
-
-    Raises:
-        InputError: there is none, or it was made with other options.
-    """
+    """Load the last checkpoint of a stage, or refuse, as InputError: there is none, or it has other options."""
     folder = run.checkpoints(stage)
     if not checkpoints.available(folder):
         raise InputError(f"expected a checkpoint of stage {stage} in {run.path}, found none; leave out --resume")
@@ -236,11 +221,7 @@ def load_finished_vae(run: Run, config: Config, data: Data) -> HierarchicalVAE:
 
 
 def check_models(config: Config, data: Data, stage: str) -> None:
-    """Refuse networks that do not fit the data, before anything is written; stage ebm also refuses a discrete x.
-
-    Raises:
-        InputError: naming the option.
-    """
+    """Refuse networks that do not fit the data, before anything is written; stage ebm also refuses a discrete x."""
     vae = new_vae(config, data)
     if stage == "ebm" or not has_discrete_x(config):
         build_vaebm(config, vae)
@@ -273,11 +254,7 @@ def clear(run: Run, stage: Stage) -> None:
 
 
 def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...], what: str) -> None:
-    """Refuse options in ``sections`` that differ from those of a checkpoint, which the message calls ``what``.
-
-    Raises:
-        InputError: naming every option that differs.
-    """
+    """Refuse, as InputError, options in ``sections`` that differ from a checkpoint's; the message calls it ``what``."""
     asked, given = to_dict(config), _completed(saved)
     changed = differences({name: given.get(name) for name in sections}, {name: asked.get(name) for name in sections})
     if changed:

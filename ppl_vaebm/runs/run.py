@@ -34,6 +34,16 @@ class Mirror(Protocol):
         """Remove a stage's records after a step, as :meth:`Run.rewind_metrics`."""
 
 
+class _In:
+    """A path inside a run's folder, as an attribute of the run."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, _: type[Run]) -> Path:
+        return run.path / self.name
+
+
 @dataclass(frozen=True)
 class Run:
     """The files of one run; every command takes this folder."""
@@ -83,69 +93,34 @@ class Run:
             )
         return run
 
-    @property
-    def config_file(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_file(self) -> Path:
-        """The record of metrics, one JSON object a line."""
-        return self.path / "metrics.jsonl"
+    config_file = _In("config.yaml")
+    """The resolved configuration."""
+    metrics_file = _In("metrics.jsonl")
+    """The record of metrics, one JSON object a line."""
+    samples_dir = _In("samples")
+    """Samples, as arrays and images."""
+    chains_file = _In("chains.nc")
+    """The chains of ``diagnose``, in ArviZ's format."""
+    positions_file = _In("positions.nc")
+    """Positions and diagnostics of every coordinate, of ``diagnose --all-coordinates``."""
+    tensorboard_dir = _In("tensorboard")
+    """Event files for TensorBoard, a folder for each stage."""
+    report_file = _In("report.html")
+    """The report, one HTML file."""
+    evaluation_file = _In("evaluate.json")
+    """The numbers of ``evaluate``."""
+    features_file = _In(FEATURES_FILE)
+    """The weights of the classifier of the data that ``evaluate`` takes features from."""
+    comparison_file = _In("compare.csv")
+    """The table of ``compare``, one line a kernel."""
+    comparison_dir = _In("compare")
+    """The chains of every kernel and seed of ``compare``, and its page."""
+    comparison_page = _In("compare/compare.html")
+    """The pictures of ``compare``, one HTML file."""
 
     def checkpoints(self, stage: str) -> Path:
         """Return the folder of a stage's checkpoints."""
         return self.path / "checkpoints" / stage
-
-    @property
-    def samples_dir(self) -> Path:
-        """Samples, as arrays and images."""
-        return self.path / "samples"
-
-    @property
-    def chains_file(self) -> Path:
-        """The chains of ``diagnose``, in ArviZ's format."""
-        return self.path / "chains.nc"
-
-    @property
-    def tensorboard_dir(self) -> Path:
-        """Event files for TensorBoard, a folder for each stage."""
-        return self.path / "tensorboard"
-
-    @property
-    def report_file(self) -> Path:
-        """The report, one HTML file."""
-        return self.path / "report.html"
-
-    @property
-    def evaluation_file(self) -> Path:
-        """The numbers of ``evaluate``."""
-        return self.path / "evaluate.json"
-
-    @property
-    def features_file(self) -> Path:
-        """The weights of the classifier of the data that ``evaluate`` takes features from."""
-        return self.path / FEATURES_FILE
-
-    @property
-    def comparison_file(self) -> Path:
-        """The table of ``compare``, one line a kernel."""
-        return self.path / "compare.csv"
-
-    @property
-    def comparison_dir(self) -> Path:
-        """The chains of every kernel and seed of ``compare``, and its page."""
-        return self.path / "compare"
-
-    @property
-    def comparison_page(self) -> Path:
-        """The pictures of ``compare``, one HTML file."""
-        return self.comparison_dir / "compare.html"
-
-    @property
-    def positions_file(self) -> Path:
-        """Positions and diagnostics of every coordinate, of ``diagnose --all-coordinates``."""
-        return self.path / "positions.nc"
 
     def log(self, record: Mapping[str, float | int | str]) -> None:
         """Append one record of metrics, after cutting off a line that a killed process left unfinished.

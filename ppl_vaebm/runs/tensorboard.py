@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,11 +34,8 @@ class StageBoards:
 
     A part is a stage whose name begins with the stage's and a hyphen. As a context manager it closes the files.
 
-    Args:
-        run: the run.
-        stage: its stage.
-        first_step: steps of the stage that are done. TensorBoard ignores later ones in the folder, so that a resumed
-            stage leaves no duplicates; 0 makes it ignore all.
+    TensorBoard ignores what the folder holds of steps after ``first_step``, the number of steps done, so that a resumed
+    stage leaves no duplicates; 0 makes it ignore all.
 
     Raises:
         InputError: the package tensorboard is missing.
@@ -87,9 +83,7 @@ class StageBoards:
     def __enter__(self) -> StageBoards:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for writer in self._writers.values():
             writer.close()
 

@@ -98,7 +98,7 @@ def test_stage_two_takes_the_batch_statistics_that_it_is_told_to(
     without.mkdir()
     other = str(fit_run(without, IMAGES))
     error = refusal(["--stage", "ebm", "--run", other, "--overwrite", "--ebm.prior-statistics"], capsys)
-    assert "batch statistics of prior draws" in error and "--svi.norm-temperature" in error
+    assert "batch statistics of prior samples" in error and "--svi.norm-temperature" in error
 
 
 def test_it_is_sampled_and_evaluated(
