@@ -32,7 +32,7 @@ OUTPUT_GAIN = 0.1  # of the last layer's initial weight norm, so that a fresh fl
 
 
 def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, mirror: bool) -> Tensor:
-    """Say which weights of a convolution look at earlier elements only.
+    """Make the mask of a convolution that reads earlier elements only.
 
     Elements are ordered by pixel in raster order, and within a pixel by channel; where a layer has several channels
     per latent channel, they come in blocks.
@@ -42,7 +42,7 @@ def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, m
         num_in: input channels.
         size: side of the kernel, odd.
         is_strict: leave out the element itself (the first layer); else it is seen too.
-        mirror: reverse the order.
+        mirror: reverse the order of the pixels; channels keep theirs, as in NVAE.
 
     Returns:
         ``(num_out, num_in, size, size)`` of ones and zeros.
@@ -55,7 +55,7 @@ def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, m
     mask[:, :, :centre] = 1
     mask[:, :, centre, :centre] = 1
     mask[:, :, centre, centre] = (column < row if is_strict else column <= row).float()
-    return mask.flip((0, 1, 2, 3)) if mirror else mask
+    return mask.flip((2, 3)) if mirror else mask
 
 
 class AutoregressiveShift(TransformModule):
@@ -65,7 +65,7 @@ class AutoregressiveShift(TransformModule):
 
     Args:
         num_latents: channels of the group.
-        mirror: reverse the order of the elements.
+        mirror: reverse the order of the pixels.
     """
 
     domain = constraints.independent(constraints.real, 3)
@@ -80,9 +80,8 @@ class AutoregressiveShift(TransformModule):
         first = autoregressive_mask(hidden, num_latents, 3, is_strict=True, mirror=mirror)
         mix = autoregressive_mask(1, 1, MIX_SIZE, is_strict=False, mirror=mirror)
         last = autoregressive_mask(num_latents, hidden, 1, is_strict=False, mirror=mirror)
-        plain: dict[str, Any] = {"bias": False, "weight_norm": False}
-        self.first = Conv2d(num_latents, hidden, 3, mask=first, **plain)
-        self.mix = Conv2d(hidden, hidden, MIX_SIZE, mask=mix, groups=hidden, **plain)
+        self.first = Conv2d(num_latents, hidden, 3, mask=first, bias=False)
+        self.mix = Conv2d(hidden, hidden, MIX_SIZE, mask=mix, groups=hidden, bias=False)
         self.last = Conv2d(hidden, num_latents, 1, mask=last)
         assert self.last.log_gain is not None
         self.last.log_gain.data += math.log(OUTPUT_GAIN)

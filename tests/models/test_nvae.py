@@ -84,21 +84,21 @@ def mixture(config: NvaeConfig) -> NvaeConfig:
 
 
 RECIPES = {
-    "VAEBM CIFAR-10": Recipe(CIFAR10, (3, 32, 32), 256, 130_729_604, 51_718_860, (130.7, 51.7), 153_600, 610, 364),
-    "VAEBM 64": Recipe(PIXELS_64, (3, 64, 64), 256, 64_998_172, 24_078_330, (65.0, 24.1), 134_400, 330, 196),
-    "VAEBM 256": Recipe(PIXELS_256, (3, 256, 256), 32, 365_352_832, 132_288_928, (365.4, 132.3), 1_745_920, 570, 268),
+    "VAEBM CIFAR-10": Recipe(CIFAR10, (3, 32, 32), 256, 130_744_004, 51_718_860, (130.7, 51.7), 153_600, 610, 364),
+    "VAEBM 64": Recipe(PIXELS_64, (3, 64, 64), 256, 65_005_372, 24_078_330, (65.0, 24.1), 134_400, 330, 196),
+    "VAEBM 256": Recipe(PIXELS_256, (3, 256, 256), 32, 365_372_032, 132_288_928, (365.4, 132.3), 1_745_920, 570, 268),
     "NVAE MNIST": Recipe(MNIST, (1, 28, 28), 2, 33_363_134, 12_672_258, (33.4, 12.7), 14_400, 255, 214),
     "NVAE CIFAR-10": Recipe(
-        mixture(CIFAR10), (3, 32, 32), 256, 130_838_080, 51_827_336, (130.8, 51.8), 153_600, 610, 364
+        mixture(CIFAR10), (3, 32, 32), 256, 130_852_480, 51_827_336, (130.8, 51.8), 153_600, 610, 364
     ),
     "NVAE CelebA-64": Recipe(
-        mixture(CELEBA), (3, 64, 64), 256, 153_264_564, 58_061_448, (153.3, 58.1), 467_200, 730, 436
+        mixture(CELEBA), (3, 64, 64), 256, 153_281_364, 58_061_448, (153.3, 58.1), 467_200, 730, 436
     ),
     "NVAE ImageNet-32": Recipe(
-        mixture(IMAGENET), (3, 32, 32), 256, 268_496_004, 106_333_664, (268.5, 106.3), 143_360, 570, 340
+        mixture(IMAGENET), (3, 32, 32), 256, 268_509_444, 106_333_664, (268.5, 106.3), 143_360, 570, 340
     ),
     "NVAE CelebA-HQ": Recipe(
-        mixture(HQ), (3, 256, 256), 32, 330_764_104, 119_540_884, (330.8, 119.5), 6_005_760, 986, 460
+        mixture(HQ), (3, 256, 256), 32, 330_798_664, 119_540_884, (330.8, 119.5), 6_005_760, 986, 460
     ),
 }
 
@@ -149,7 +149,7 @@ class Formulas:
 
     def flows(self) -> int:
         n = self.config.num_latents
-        return 2 * self.config.num_flows * (9 * n * 6 * n + 25 * 6 * n + 6 * n * n + 2 * n)
+        return 2 * self.config.num_flows * (9 * n * 6 * n + 25 * 6 * n + 6 * n * n + 2 * 6 * n + 2 * n)
 
     def generator(self, side: int, num_outputs: int) -> dict[str, int]:
         """Count the parts of the generator; side is that of the coarsest grid."""
@@ -654,7 +654,10 @@ def test_the_elbo_in_one_walk_is_pyros_in_two(
     vae, x = vae_with(decoder, num_flows), observed(decoder, 3, generator)
     expected, expected_grads = loss_and_grads(TraceMeanField_ELBO(), vae, x, seed)
     loss, grads = loss_and_grads(annealed(1.0), vae, x, seed)
-    assert torch.equal(loss, expected)
+    if num_flows:  # the sampled terms are added in another order: a unit in the last place at some seeds
+        torch.testing.assert_close(loss, expected, rtol=1e-15, atol=0)
+    else:
+        assert torch.equal(loss, expected)
     scale = max(float(grad.abs().max()) for grad in expected_grads)
     for one, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12 * scale)
