@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
 
 from ppl_vaebm.config.data import DataConfig
 from ppl_vaebm.config.ebm import TUNED_KERNELS, EbmConfig
 from ppl_vaebm.config.energy import EnergyConfig
 from ppl_vaebm.config.kernel import SamplingConfig, TrainingKernelConfig
 from ppl_vaebm.config.model import ModelConfig
-from ppl_vaebm.config.options import NOT_NEGATIVE, Checked, require
+from ppl_vaebm.config.options import Checked, NonNegative, require
 from ppl_vaebm.config.svi import SviConfig
 
 
@@ -20,7 +19,7 @@ class Config(Checked):
 
     seed: int = 0
     """Seed of all random streams of the run."""
-    threads: Annotated[int, NOT_NEGATIVE] = 0
+    threads: NonNegative = 0
     """CPU threads; with 0 PyTorch chooses."""
     device: str = "cpu"
     """PyTorch device: cpu, or an accelerator by its PyTorch name."""

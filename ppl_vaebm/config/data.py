@@ -61,7 +61,6 @@ class DataConfig(Checked):
     def check_together(self) -> None:
         """Refuse values that do not fit together."""
         if self.binarize:
-            require(
-                self.num_bits == 8, "data.num-bits", "8 with data.binarize, which needs 8-bit values", self.num_bits
-            )
+            expected = "8 with data.binarize, which needs 8-bit values"
+            require(self.num_bits == 8, "data.num-bits", expected, self.num_bits)
             require(not self.noise_sd, "data.noise-sd", "0 with data.binarize", self.noise_sd)

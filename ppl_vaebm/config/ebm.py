@@ -10,9 +10,12 @@ from ppl_vaebm.config.options import (
     FRACTION,
     INSIDE_ONE,
     NOT_NEGATIVE,
-    POSITIVE,
     Alias,
     Checked,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
     require,
 )
 
@@ -20,9 +23,6 @@ Objective = Literal["mle", "ratio"]
 Negatives = Literal["chains", "importance"]
 TUNED_KERNELS = ("langevin", "mala", "hmc", "pcn")
 """Kernels whose step size ebm.tune finds; a mixture may hold one of them."""
-Positive = Annotated[int, POSITIVE]
-PositiveFloat = Annotated[float, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class LatentTermConfig(Checked):
     """First part of stage ebm: the energy E_1(z_1) of the first latent, by maximum likelihood."""
 
     prefix = "ebm.latent."
-    steps: Annotated[int, NOT_NEGATIVE] = 0
+    steps: NonNegative = 0
     """Optimizer steps before all others, after which E_1 is frozen; needs energy.latent-term. With 0 it is trained with
     the rest."""
     ema_decay: Annotated[float, BELOW_ONE] = 0.998
@@ -62,21 +62,21 @@ class EbmConfig(Checked):
     """Kernel steps per optimizer step, for chain negatives."""
     replay_probability: Annotated[float, FRACTION] = 0.0
     """Probability that a chain continues from the replay buffer; otherwise it starts from N(0, I)."""
-    replay_anneal_steps: Annotated[int, NOT_NEGATIVE] = 0
+    replay_anneal_steps: NonNegative = 0
     """Steps over which that probability rises from 0."""
     replay_size: int = 2_000
     """Positions in the replay buffer, each with the noise of all latents and of x."""
     learning_rate: PositiveFloat = 2e-3
     """Adam's learning rate at the start of its cosine schedule."""
-    final_learning_rate: NotNegative = 2e-5
+    final_learning_rate: NonNegativeFloat = 2e-5
     """Learning rate at the end of the schedule."""
     adam_betas: Annotated[tuple[float, float], BELOW_ONE] = (0.9, 0.999)
     """Decay of Adam's averages of the gradient and of its square."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """L2 penalty, added to the gradient as in Adam."""
-    energy_l2: NotNegative = 0.0
+    energy_l2: NonNegativeFloat = 0.0
     """Weight of the mean of E^2 over data and negatives."""
-    spectral_penalty: NotNegative = 0.0
+    spectral_penalty: NonNegativeFloat = 0.0
     """Weight of the sum of the weight matrices' largest singular values."""
     spectral_head: bool = True
     """Include the last layer, which returns the energy, in that sum."""
@@ -101,7 +101,7 @@ class EbmConfig(Checked):
     min_acceptance: Annotated[float | None, BELOW_ONE] = None
     """Lower limit of the chains' Metropolis acceptance (for langevin that of the same steps, adjusted). The default is
     0.4 for langevin, whose step size does not follow the energy, and 0.01 for the others."""
-    max_rollbacks: Annotated[int, NOT_NEGATIVE] = 3
+    max_rollbacks: NonNegative = 3
     """Number of returns to a checkpoint, after which the stage stops with the last checkpoint as its result."""
     rollback_factor: Annotated[float, INSIDE_ONE] = 0.3
     """Factor on the learning rate at each return."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from ppl_vaebm.config.options import NOT_NEGATIVE, POSITIVE, Checked, one_of, require
+from ppl_vaebm.config.options import Checked, NonNegative, Positive, PositiveFloat, one_of, require
 
 EnergyLayout = Literal["halving", "cifar10", "celeba64", "lsun-church64", "celebahq256", "mnist"]
-Positive = Annotated[int, POSITIVE]
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,9 @@ class EnergyConfig(Checked):
     """Hidden units of the fully connected network."""
     depth: Positive = 2
     """Hidden layers of the fully connected network."""
-    num_fourier: Annotated[int, NOT_NEGATIVE] = 64
+    num_fourier: NonNegative = 64
     """Random Fourier features of x; with 0 the network reads x."""
-    fourier_scale: Annotated[float, POSITIVE] = 4.0
+    fourier_scale: PositiveFloat = 4.0
     """Standard deviation of their frequencies, in radians per unit of x."""
     channels: Positive = 16
     """Channels of the convolutional network's first layer."""

@@ -10,12 +10,13 @@ from typing import Annotated, Literal, get_args
 from ppl_vaebm.config.options import (
     BELOW_ONE,
     INSIDE_ONE,
-    NOT_NEGATIVE,
     POSITIVE,
     Alias,
     Check,
     Checked,
+    NonNegative,
     OnlyFor,
+    Positive,
     at_least,
     hints_of,
     require,
@@ -140,8 +141,8 @@ class SamplingConfig(Checked):
 
     prefix = "sampling."
     kernel: KernelConfig = field(default_factory=KernelConfig)
-    num_steps: Annotated[int, POSITIVE] = 200
+    num_steps: Positive = 200
     """`sample`, `evaluate`: kernel steps from N(0, I) to a sample; other chains tune the step size before."""
-    latent_steps: Annotated[int, NOT_NEGATIVE] = 300
+    latent_steps: NonNegative = 300
     """With energy.latent-term: sweeps of replica exchange on E_1(z_1) before that, which decode nothing. The chains
     then swap their first latent with these every few steps, also in `diagnose` and `compare`; 0 switches both off."""

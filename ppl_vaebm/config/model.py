@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from ppl_vaebm.config.options import NOT_NEGATIVE, POSITIVE, Checked, at_least, one_of, require
+from ppl_vaebm.config.options import POSITIVE, Checked, NonNegative, Positive, PositiveFloat, at_least, one_of, require
 
 ModelKind = Literal["auto", "vector", "image", "nvae"]
 DecoderName = Literal["normal", "bernoulli", "logistic", "logistic-mixture"]
-Positive = Annotated[int, POSITIVE]
-NotNegative = Annotated[int, NOT_NEGATIVE]
 
 
 @dataclass(frozen=True)
@@ -34,19 +32,19 @@ class NvaeConfig(Checked):
     """Residual cells per group in the encoder."""
     decoder_cells: Positive = 2
     """Residual cells per group in the decoder."""
-    num_pre_blocks: NotNegative = 1
+    num_pre_blocks: NonNegative = 1
     """Times the image's grid is halved before the first latent grid, and doubled after it in the decoder."""
     pre_cells: Positive = 2
     """Encoder cells of each such block; the last one halves the grid."""
     post_cells: Positive = 2
     """Decoder cells of each such block; the first one doubles the grid."""
-    num_flows: NotNegative = 0
+    num_flows: NonNegative = 0
     """Pairs of autoregressive flow cells in each group's posterior."""
     squeeze_excite: bool = True
     """Use squeeze-and-excitation in every cell."""
     residual_posterior: bool = True
     """Parameterize the posterior relative to the prior."""
-    padding: NotNegative = 0
+    padding: NonNegative = 0
     """Pixels added on each side inside the network so that the grids divide the image; the likelihood ignores them."""
     decoder: DecoderName = "normal"
     """Distribution of x given z. The logistic ones are discretised to the pixels' values; bernoulli is for binarised
@@ -81,7 +79,7 @@ class ModelConfig(Checked):
     """Hidden layers of the fully connected networks."""
     channels: Positive = 16
     """Channels of the convolutional networks at full resolution, or at that of the patches."""
-    stem_depth: NotNegative = 0
+    stem_depth: NonNegative = 0
     """Hidden layers of model.width units between the first latent and the convolutional networks. They cost little, and
     make the first grid a non-linear function of the latent."""
     patch: Annotated[int, one_of(1, 2, 4)] = 1
@@ -92,7 +90,7 @@ class ModelConfig(Checked):
     (sample) or one for each coordinate (local)."""
     init_x_scale: float = 0.08
     """Initial value of that standard deviation."""
-    min_x_scale: Annotated[float, POSITIVE] = 0.03
+    min_x_scale: PositiveFloat = 0.03
     """Lower bound of that standard deviation."""
     nvae: NvaeConfig = field(default_factory=NvaeConfig)
 

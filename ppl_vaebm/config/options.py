@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Annotated, Any, ClassVar, NamedTuple, get_origin, get_type_hints
 
 from ppl_vaebm.errors import InputError, did_you_mean, shown
@@ -55,18 +56,19 @@ def one_of(*values: int) -> Check:
 
 def between(low: float, high: float, ends: str = "[]") -> Check:
     """Make the check of an interval, with ``(`` or ``)`` for an end that it excludes."""
-
-    def holds(value: Any) -> bool:
-        return (low < value or (ends[0] == "[" and low == value)) and (
-            value < high or (ends[1] == "]" and value == high)
-        )
-
-    return Check(f"in {ends[0]}{low:g}, {high:g}{ends[1]}", holds)
+    excluded = {low} if ends[0] == "(" else set()
+    excluded |= {high} if ends[1] == ")" else set()
+    expected = f"in {ends[0]}{low:g}, {high:g}{ends[1]}"
+    return Check(expected, lambda value: low <= value <= high and value not in excluded)
 
 
 FRACTION = between(0, 1)
 BELOW_ONE = between(0, 1, "[)")
 INSIDE_ONE = between(0, 1, "()")
+Positive = Annotated[int, POSITIVE]
+PositiveFloat = Annotated[float, POSITIVE]
+NonNegative = Annotated[int, NOT_NEGATIVE]
+NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
 
 
 def require(condition: bool, option: str, expected: str, got: object) -> None:
@@ -80,12 +82,7 @@ def require(condition: bool, option: str, expected: str, got: object) -> None:
 
 
 def split_names(text: str, known: Sequence[str], kind: str) -> tuple[str, ...]:
-    """Split names that stand between commas.
-
-    Args:
-        text: names.
-        known: all names that may be given.
-        kind: what they name, for messages.
+    """Split names of one kind, such as "kernel", that stand between commas.
 
     Raises:
         InputError: no name, an unknown one, or one that is given twice.
@@ -100,20 +97,15 @@ def split_names(text: str, known: Sequence[str], kind: str) -> tuple[str, ...]:
     return names
 
 
+@cache
 def hints_of(cls: type) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     """Return the type and the marks of each option of a dataclass."""
-    if cls not in _HINTS:
-        hints = get_type_hints(cls, include_extras=True)
-        _HINTS[cls] = {field.name: _unmarked(hints[field.name]) for field in dataclasses.fields(cls)}
-    return _HINTS[cls]
-
-
-_HINTS: dict[type, dict[str, tuple[Any, tuple[Any, ...]]]] = {}
-
-
-def _unmarked(hint: Any) -> tuple[Any, tuple[Any, ...]]:
-    """Split an annotation into the type and the marks."""
-    return (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+    hints = get_type_hints(cls, include_extras=True)
+    marked = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    return {
+        name: (hint.__origin__, hint.__metadata__) if get_origin(hint) is Annotated else (hint, ())
+        for name, hint in marked.items()
+    }
 
 
 class Checked:

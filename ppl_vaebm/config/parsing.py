@@ -45,21 +45,15 @@ class Option(NamedTuple):
         return sorted([f"--{self.name}", *(mark.flag for mark in self.marks if isinstance(mark, Alias))], key=len)
 
     @property
-    def kinds(self) -> list[Any]:
+    def kinds(self) -> tuple[Any, ...]:
         """Types of a value, or of a tuple's elements."""
-        return list(_kinds(self.hint))
+        is_plain = get_origin(self.hint) in (None, Literal)
+        return (self.hint,) if is_plain else get_args(self.hint)
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Values that it may have, empty if any."""
         return next((get_args(kind) for kind in self.kinds if get_origin(kind) is Literal), ())
-
-
-def _kinds(hint: Any) -> Iterator[Any]:
-    if get_origin(hint) in (None, Literal):
-        yield hint
-    for part in get_args(hint) if get_origin(hint) is not Literal else ():
-        yield from _kinds(part)
 
 
 def options_of(cls: type, prefix: str = "") -> Iterator[Option]:
@@ -82,8 +76,6 @@ def parse(
     """Parse command-line tokens into a dataclass.
 
     Args:
-        cls: dataclass of options.
-        argv: tokens.
         prog: name of the program, or of the file that the tokens are from; messages begin with it.
         description: first paragraph of ``--help``; without one there is no ``--help``.
         first: names of the options that ``--help`` shows first; the others follow under the headings of their sections.
@@ -106,7 +98,7 @@ def parse(
 
 
 def _values(options: Sequence[Option], prog: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Read tokens into values by their options' names."""
+    """Read tokens into values by option name."""
     given, unknown = _Parser(prog, options).parse_known_args([_with_hyphens(token) for token in argv])
     if unknown:
         flag = unknown[0].partition("=")[0]
@@ -120,7 +112,7 @@ def _values(options: Sequence[Option], prog: str, argv: Sequence[str]) -> dict[s
 
 
 def _build(cls: type[Parsed], values: Mapping[str, Any], prefix: str = "") -> Parsed:
-    """Make a dataclass, and the sections in it, of values by their options' names."""
+    """Make a dataclass, and the sections in it, from values by option name."""
     made = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         hint, marks = hints_of(cls)[field.name]
@@ -159,7 +151,7 @@ class _Parser(argparse.ArgumentParser):
                 groups[section] = self.add_argument_group(section, str(option.owner.__doc__).partition("\n")[0])
             text = "" if values is None else _help_text(option, section, values)
             self._add(leading if option.name in rank else groups[section], option, text)
-        sections = {option.name.partition(".")[0] for option in options if "." in option.name}
+        sections = {option.name.partition(".")[0] for option in options}
         for name in (name for name in retired.RETIRED if name.partition(".")[0] in sections):
             self.add_argument(f"--{name}", dest=name, nargs="*", help=argparse.SUPPRESS)
             flag = _negated(name)
@@ -175,13 +167,12 @@ class _Parser(argparse.ArgumentParser):
             self.add_argument(flag, dest=option.name, action="store_false", help=argparse.SUPPRESS)
         else:
             nargs = "*" if get_origin(option.hint) is tuple else None
-            reader, metavar = partial(_read, option), _metavar(option)
             group.add_argument(
                 *option.flags,
                 dest=option.name,
-                type=reader,
+                type=partial(_read, option),
                 nargs=nargs,
-                metavar=metavar,
+                metavar=_metavar(option),
                 help=text,
                 required=option.field.default is option.field.default_factory is dataclasses.MISSING,
             )
@@ -242,7 +233,7 @@ def _help_text(option: Option, section: str, values: Mapping[str, Any]) -> str:
         text += f" [on; {_negated(option.name)} turns it off]" if value else ""
     elif value not in (None, (), dataclasses.MISSING):
         elements = value if isinstance(value, tuple) else (value,)
-        text += f" [{' '.join(f'{each:.6g}' if isinstance(each, float) else str(each) for each in elements)}]"
+        text += f" [{' '.join(f'{item:.6g}' if isinstance(item, float) else str(item) for item in elements)}]"
     return text.replace("%", "%%")
 
 
@@ -271,14 +262,9 @@ def docs_of(cls: type) -> dict[str, str]:
 
 
 def tokens(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Flatten a recipe into command-line tokens.
+    """Flatten a recipe, or a section of it whose name and dot are the prefix, into tokens that :func:`parse` reads.
 
-    Args:
-        tree: nested mappings of option names to values.
-        prefix: name of the enclosing section with its dot.
-
-    Yields:
-        Tokens that :func:`parse` reads, so ``1e-3``, lists and misspelled keys behave as on the command line.
+    So ``1e-3``, lists and misspelled keys behave as on the command line.
     """
     for key, value in tree.items():
         name = f"{prefix}{key}".replace("_", "-")
@@ -294,7 +280,7 @@ def tokens(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def last_value(argv: Sequence[str], *flags: str) -> str | None:
-    """Return the value that the last of some flags has among tokens, ``None`` without one."""
+    """Return the value of the last token that is one of some flags, ``None`` without one."""
     value = None
     for token, following in zip(argv, [*argv[1:], None], strict=False):
         flag, equals, rest = token.partition("=")
@@ -316,11 +302,10 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(tree: Mapping[str, Any], source: str) -> Config:
-    """Turn plain YAML types into a configuration.
+    """Turn the plain YAML types of :func:`to_dict` into a configuration; missing options have their defaults.
 
     Args:
-        tree: what :func:`to_dict` returns, or a part of it; other options have their defaults.
-        source: where it is from, for messages.
+        source: file that the options are from, for messages.
 
     Raises:
         InputError: an unknown key or a wrong value.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from ppl_vaebm.errors import InputError
 
+ANY_VALUE = object()
 RETIRED: dict[str, object] = {
-    "ebm.rung-steps": 500,
+    "ebm.rung-steps": ANY_VALUE,
     "ebm.guard-patience": 20,
     "ebm.max-energy-sd": 1_000.0,
     "ebm.max-grad-norm": 1e6,
@@ -26,8 +27,8 @@ RETIRED: dict[str, object] = {
     "model.num-fourier": 0,
     "sampling.kernel.fit-reference": True,
 }
-"""Options of earlier versions and the constants that replaced them. A stored configuration or a command line may still
-set an option to its constant."""
+"""Options of earlier versions and the constants that replaced them, to which they may still be set. An option that only
+a removed objective used may have any value."""
 RETIRED_VALUES: dict[tuple[str, str], str] = {
     ("ebm.objective", "ladder"): "use --objective mle with an adjusted kernel, such as mala",
 }
@@ -35,19 +36,14 @@ RETIRED_VALUES: dict[tuple[str, str], str] = {
 
 
 def check(prog: str, name: str, texts: Sequence[str]) -> None:
-    """Refuse a retired option that has another value than its constant.
-
-    Args:
-        prog: name of the program or file, for the message.
-        name: of the option.
-        texts: its value as tokens; none for a flag without a value.
+    """Refuse a retired option whose tokens, none for a flag, are not its constant's; ``prog`` begins the message.
 
     Raises:
-        InputError: saying how to go on.
+        InputError: how to proceed without the option.
     """
     constant = RETIRED[name]
-    wanted = constant if isinstance(constant, tuple) else (constant,)
-    if [*map(_plain, texts or ["True"])] != [*map(_plain, wanted)]:
+    expected = constant if isinstance(constant, tuple) else (constant,)
+    if constant is not ANY_VALUE and [*map(_plain, texts or ["True"])] != [*map(_plain, expected)]:
         raise InputError(
             f"{prog}: option {name} was removed and is always {constant}, found {' '.join(texts) or True}: leave it "
             "out, or use the version of ppl_vaebm that the options are from"

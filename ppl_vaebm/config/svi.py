@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from ppl_vaebm.config.options import BELOW_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Checked, require
-
-Positive = Annotated[int, POSITIVE]
-NotNegative = Annotated[float, NOT_NEGATIVE]
+from ppl_vaebm.config.options import (
+    BELOW_ONE,
+    FRACTION,
+    POSITIVE,
+    Checked,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -24,19 +31,19 @@ class SviConfig(Checked):
     """Data points per step and process."""
     optimizer: Literal["adam", "adamax"] = "adam"
     """Update rule; NVAE uses adamax."""
-    epsilon: Annotated[float, POSITIVE] = 1e-8
+    epsilon: PositiveFloat = 1e-8
     """Constant added to the denominator of the update rule."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """L2 penalty, added to the gradient."""
-    learning_rate: Annotated[float, POSITIVE] = 4e-3
+    learning_rate: PositiveFloat = 4e-3
     """Learning rate at the start of its cosine schedule."""
-    final_learning_rate: NotNegative = 4e-5
+    final_learning_rate: NonNegativeFloat = 4e-5
     """Learning rate at the end of the schedule."""
-    warmup_steps: Annotated[int, NOT_NEGATIVE] = 0
+    warmup_steps: NonNegative = 0
     """Steps over which the learning rate rises from 0 before the cosine."""
     warmup_epochs: Annotated[float | None, POSITIVE] = None
     """The same in passes over the data; replaces svi.warmup-steps."""
-    kl_warmup_steps: Annotated[int, NOT_NEGATIVE] = 5_000
+    kl_warmup_steps: NonNegative = 5_000
     """Steps over which the weight of the KL term rises from 0 to 1."""
     kl_warmup_share: Annotated[float | None, FRACTION] = None
     """The same as a fraction of all steps; replaces svi.kl-warmup-steps."""
@@ -44,16 +51,16 @@ class SviConfig(Checked):
     """Lower bound of that weight."""
     kl_balance: bool = False
     """While the weight rises, balance the KL of the latent groups by the size of their grids (NVAE)."""
-    free_bits: NotNegative = 0.0
+    free_bits: NonNegativeFloat = 0.0
     """KL of each latent group that is not penalized, in nats."""
-    spectral_penalty: NotNegative = 0.0
+    spectral_penalty: NonNegativeFloat = 0.0
     """Weight of the sum of the convolutions' largest singular values and the batch normalizations' largest gains
     (NVAE's lambda)."""
     spectral_penalty_start: Annotated[float | None, POSITIVE] = None
     """Initial value of that weight; it moves to the final one in log scale while the KL weight rises."""
     ema_decay: Annotated[float, BELOW_ONE] = 0.999
     """Decay of the averaged weights, which validation and stage ebm use."""
-    grad_clip: Annotated[float, POSITIVE] = 100.0
+    grad_clip: PositiveFloat = 100.0
     """Largest norm of the gradient; larger ones are scaled down to it."""
     bf16: bool = False
     """Run the networks in bfloat16; log densities stay in float32."""

@@ -416,6 +416,11 @@ def test_a_configuration_of_an_earlier_version_is_read() -> None:
         parsed("model: {num_fourier: 8}")
 
 
+@pytest.mark.parametrize("rung_steps", [500, 20])
+def test_an_option_of_a_removed_objective_may_have_any_value(rung_steps: int) -> None:
+    assert parsed(f"ebm: {{rung_steps: {rung_steps}}}") == Config()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
