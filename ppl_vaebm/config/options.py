@@ -116,7 +116,7 @@ class Checked:
 
     def __post_init__(self) -> None:
         """Check every option by itself, then together."""
-        for name, (_, marks) in hints_of(type(self)).items():
+        for name, (_, marks) in hints_of(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
             for check in (*(mark for mark in marks if isinstance(mark, Check)), FINITE):
                 require(check.accepts(value), self.prefix + name.replace("_", "-"), check.expected, value)

@@ -115,7 +115,7 @@ def _build(cls: type[Parsed], values: Mapping[str, Any], prefix: str = "") -> Pa
     """Make a dataclass, and the sections in it, from values by option name."""
     made = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        hint, marks = hints_of(cls)[field.name]
+        hint, marks = hints_of(cls)[field.name]  # type: ignore[arg-type]
         name = prefix + field.name.replace("_", "-")
         if dataclasses.is_dataclass(hint):
             made[field.name] = _build(hint, values, prefix if FLAT in marks else f"{name}.")  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
-"""The numbers that a fitted VAEBM is judged by, part by part, each with its Monte Carlo error where it has one.
+"""Evaluation of a fitted VAEBM, part by part, with Monte Carlo errors.
 
-A sample's look does not show whether the density is right: a short-run sampler can fill every mode
-while the density that it was trained with is far worse than the VAE's. So the normalised log-likelihood
-and draws that owe nothing to a chain stand first, and samples are measured at more than one chain length.
+Samples of short chains can be good while the density is worse than the VAE's. Therefore the normalized log-likelihood
+and exact draws come first, and samples are measured at more than one chain length.
 """
 
 from __future__ import annotations
@@ -58,21 +57,17 @@ class Plan:
 
 
 def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
-    """Get the network that a plan asks for, and describe the data by it.
-
-    Call it before anything slow is done: files may be missing, and samples too few.
+    """Load or train the network of a plan, and compute the features of the data.
 
     Args:
-        run: where a classifier is kept, once trained.
-        seed: the run's, of the classifier's training.
-        device: where the network runs.
+        run: its folder keeps a trained classifier.
+        seed: of the classifier's training.
 
     Returns:
-        The judge; ``None`` where no part looks at images, or no network was asked for and the data cannot train one.
+        The judge; ``None`` where no part needs a network, or none is named and the data have no labels to train one.
 
     Raises:
-        InputError: a network or its weights are named, and the data are points; or the weights are, and without labels
-            there is no network; or samples or images are fewer than the metrics need; or as
+        InputError: a network or weights are named that cannot be used; samples or images are too few; or as
             :func:`~ppl_vaebm.evaluation.metrics.features.feature_net`.
     """
     _check_features(data, plan)
@@ -86,7 +81,7 @@ def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge 
 
 
 def _check_features(data: Data, plan: Plan) -> None:
-    """Refuse a network, or its weights, that no metric would be taken from."""
+    """Refuse a network, or its weights, that no metric uses."""
     for option, asked in (("features", plan.features), ("feature-weights", plan.feature_weights)):
         if asked is not None and len(data.event_shape) != 3:
             raise InputError(
@@ -187,10 +182,7 @@ def _check(data: Data, plan: Plan) -> None:
 
 
 def evaluate(loaded: LoadedRun, plan: Plan) -> Iterator[tuple[Part, Measured]]:
-    """Measure parts one after another, so that each can be kept before the next begins.
-
-    Yields:
-        The name of each part, and what it found.
+    """Measure parts one after another, and yield each with its name, so that it can be stored before the next begins.
 
     Raises:
         InputError: as :class:`Evaluation`, or a part cannot be measured on these data.

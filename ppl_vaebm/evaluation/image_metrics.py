@@ -68,10 +68,7 @@ class Judge:
     seed: int
 
     def describe(self, x: Tensor) -> Outputs:
-        """Round images to their levels and show them to the network.
-
-        Args:
-            x: draws, ``(n, C, H, W)``, on any device.
+        """Compute the network's outputs for images ``(n, C, H, W)`` on any device, discretised as the data are.
 
         Raises:
             InputError: images of another size or range than the data's, or pixels that are not finite.
@@ -82,15 +79,7 @@ class Judge:
 
 
 def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[Tensor]:
-    """Read images of the part train or test, rounded to their levels; neither is mirrored or cropped at random.
-
-    Args:
-        indices: which images, ``(n,)``.
-        seed: of the dequantisation, which the rounding undoes, and of binarised pixels.
-
-    Yields:
-        Blocks ``(up to BLOCK, C, H, W)``.
-    """
+    """Yield blocks ``(up to BLOCK, C, H, W)`` of the part train or test, discretised and without augmentation."""
     split = without_augmentation(without_noise({"train": data.train, "test": data.test}[part]))
     noise = stream(seed, "dequantise", part)
     for rows in indices.split(BLOCK):
@@ -98,14 +87,7 @@ def image_blocks(data: Data, part: str, indices: Tensor, seed: int) -> Iterator[
 
 
 def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
-    """Refuse fewer samples or images than the metrics need.
-
-    Args:
-        effort: training images to measure against, and samples.
-
-    Raises:
-        InputError: naming the numbers, and the parts to leave out.
-    """
+    """Raise InputError if there are fewer samples or images than the metrics of the parts need."""
     num_train, num_test = min(effort.num_reference, len(data.train)), len(data.test)
     # The training images are split in halves, for what the metrics say of data.
     if min(num_train // 2, num_test, effort.num_samples) < NUM_SPLITS:
@@ -117,10 +99,7 @@ def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
 
 
 def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
-    """Describe the data that samples are to be measured against.
-
-    Args:
-        effort: training images to measure against, and samples.
+    """Compute the features of the data that samples are compared with.
 
     Raises:
         InputError: as :func:`check_sizes`.
@@ -151,12 +130,7 @@ class MetricRow(NamedTuple):
 
 
 def metric_rows(judge: Judge, sets: Mapping[str, Outputs], num: int) -> list[MetricRow]:
-    """Measure sets of samples, and data as if they were samples.
-
-    Returns:
-        A row for training images against other training images, the value for the data distribution at
-        that number; one for held-out data; and one for each set.
-    """
+    """Measure training images against other training images, held-out data, and each set of samples, in this order."""
     reference = judge.reference
     half = min(num, len(reference.features) // 2)
     some, others = (Outputs(*(part[rows] for part in reference)) for rows in (slice(half), slice(half, None)))
@@ -191,14 +165,10 @@ def metric_section(judge: Judge, rows: list[MetricRow], num: int, more: Mapping[
 
 
 def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
-    """Say what stands behind the metrics, and what to beware of.
+    """Report sizes, the accuracy of a network trained on the data's labels, and the bias of the Frechet distance.
 
     Args:
-        samples: some of those that were measured, for the bias of their distance.
-
-    Returns:
-        One section, with the network's accuracy where it was trained on the data's labels; it has a warning where there
-        are fewer samples than features.
+        samples: one of the measured sets, which determines that bias where samples are fewer than features.
     """
     num_reference, num_features = len(judge.reference.features), judge.net.num_features
     section: Rows = {
@@ -226,12 +196,8 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
 def class_columns(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[str, Rows]:
     """Count the classes of StackedMNIST that samples fall in, and how evenly (Metz et al. 2017, arXiv:1611.02163).
 
-    Args:
-        judge: network and data; its logits must be those of the classes, or nothing is counted.
-
     Returns:
-        Two columns beside the metrics, each with what independent draws of even classes have on average; none for
-        other data.
+        Two columns, with the averages of independent draws of even classes; none for other data or other logits.
     """
     if judge.data.name != STACKED or judge.held_out.logits.shape[1] != NUM_STACKED:
         return {}
@@ -282,8 +248,8 @@ def measure_neighbours(data: Data, samples: Tensor, judge: Judge | None, effort:
     the mirrored sample from the training image.
 
     Args:
-        samples: rounded to levels, ``(n, C, H, W)``, on the CPU.
-        judge: its network makes the features; ``None`` leaves these out.
+        samples: discretised, ``(n, C, H, W)``, on the CPU.
+        judge: ``None`` leaves features out.
 
     Returns:
         A section with columns for pixels and for features; the first samples and their neighbours as images.
@@ -368,20 +334,15 @@ def _neighbour_rows(samples: Nearest, test: Nearest) -> Rows:
 
 
 def near_shares(samples: Tensor, test: Tensor) -> Rows:
-    """Count the samples that are nearer to training images than nearly all test images are.
+    """Return the fraction of samples nearer to training images than nearly all test images, and its expectation.
 
-    What is near is the k-th least of m distances of test images. Draws of the data distribution fall below it with
-    probability Beta(k, m + 1 - k), which is ``k / (m + 1)`` on average; k is where that is nearest to
-    :data:`COPY_QUANTILE`, and 1 where the test images are few.
+    The threshold is the k-th smallest of m distances of test images. Draws of the data distribution fall below it with
+    probability Beta(k, m + 1 - k), of mean ``q = k / (m + 1)``; k >= 1 brings q nearest to :data:`COPY_QUANTILE`. The
+    error joins the binomial one of the samples and that of the quantile, ``q (1 - q) / (m + 2)``.
 
     Args:
         samples: distances, ``(n,)``, n >= 1.
         test: distances of test images, ``(m,)``, m >= 1.
-
-    Returns:
-        The share of samples, and what it is on average for draws of the data distribution. The share's error joins the
-        binomial one of the samples and that of the quantile, ``q (1 - q) / (m + 2)`` with ``q = k / (m + 1)``, which is
-        exact for such draws; so it tells how far these may lie from their average.
     """
     num_test = len(test)
     rank = max(1, round(COPY_QUANTILE * (num_test + 1)))

@@ -1,4 +1,4 @@
-"""The chains of a comparison on disk, one file for each kernel and seed, and whether they belong to this one."""
+"""Files of a comparison's chains, one for each kernel and seed."""
 
 from __future__ import annotations
 
@@ -54,11 +54,7 @@ def identity(budget: Budget, fingerprint: str) -> dict[str, str | int | float]:
 
 
 def run_and_save(loaded: LoadedRun, kernel: str, seed: int, budget: Budget) -> Outcome:
-    """Run one kernel with one seed, and write its chains, and of images those that a few chains pass through.
-
-    Returns:
-        The outcome; a kernel that fails leaves no chains, and its older ones are gone.
-    """
+    """Run one kernel with one seed, and write its chains and the images of a few; older files are removed."""
     run, potential = loaded.run, loaded.potential
     chains_path(run, kernel, seed).unlink(missing_ok=True)
     pictures_path(run, kernel, seed).unlink(missing_ok=True)
@@ -98,16 +94,10 @@ def _save_pictures(path: Path, potential: NoisePotential, recorder: PositionReco
 def kept_outcomes(
     run: Run, but: Sequence[str], seeds: Sequence[int], budget: Budget, fingerprint: str
 ) -> dict[str, list[Outcome]]:
-    """Read the kernels of an earlier comparison.
-
-    Args:
-        but: kernels that run anew, and are not read.
-
-    Returns:
-        The outcomes of every kernel, in the order of the seeds.
+    """Read the outcomes of an earlier comparison by kernel, in the order of the seeds; leave out kernels ``but``.
 
     Raises:
-        InputError: there are none, or some are of another density or budget, or lack a seed.
+        InputError: there are none, or some have another density or budget, or lack a seed.
     """
     found: dict[str, list[int]] = {}
     for kernel, seed in _files(run):

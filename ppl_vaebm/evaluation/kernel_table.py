@@ -1,4 +1,4 @@
-"""From chains of several kernels and seeds to one table: a line for each kernel, mean and spread over seeds."""
+"""The table of a comparison of kernels: a line for each kernel with mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -95,11 +95,7 @@ _NAN = Measures(*[math.nan] * len(Measures._fields))
 
 
 def kernel_row(kernel: str, outcomes: Sequence[Outcome], budget: Budget, reference: Reference) -> Row:
-    """Boil a kernel's seeds down to a line.
-
-    Returns:
-        The line; what too few draws cannot tell is nan, and so are means over seeds of which one cannot tell.
-    """
+    """Summarize a kernel's seeds in a line; a measure is nan where one of the seeds has too few draws for it."""
     chains = [outcome.idata for outcome in outcomes if outcome.idata is not None]
     runs = [seed_row(idata, budget, reference) for idata in chains]
     note = "; ".join(_notes(outcomes, budget))
@@ -289,23 +285,18 @@ def _adjusted(row: Row) -> str:
 
 
 def _measure(title: str, unit: str, name: str) -> Column:
-    """Make a column of a measure with its spread, empty where none of the kernels can have it."""
+    """Make a column of a measure with its spread, empty where nothing is known that it compares with."""
 
     def text(row: Row, reference: Reference) -> str:
-        mean = getattr(row.mean, name)
-        if name == "energy_bias" and math.isnan(mean) and math.isnan(reference.energy):
-            return ""
-        return with_spread(mean, getattr(row.sd, name))
+        mean, sd = getattr(row.mean, name), getattr(row.sd, name)
+        has_no_bias = name == "energy_bias" and math.isnan(mean) and math.isnan(reference.energy)
+        return "" if has_no_bias or (name == "mode_kl" and reference.modes is None) else with_spread(mean, sd)
 
     return Column(title, unit, text)
 
 
 def _modes(row: Row, reference: Reference) -> str:
     return "" if reference.modes is None else f"{row.mean.modes_found:.3g} of {len(reference.modes)}"
-
-
-def _mode_kl(row: Row, reference: Reference) -> str:
-    return "" if reference.modes is None else with_spread(row.mean.mode_kl, row.sd.mode_kl)
 
 
 KERNEL = Column("kernel", "", lambda row, reference: row.kernel, is_number=False)
@@ -319,7 +310,7 @@ TRUST = (
     _measure("bias of E", "nats", "energy_bias"),
     Column("bias", "sigmas", lambda row, reference: _known(f"{row.bias_sigmas:+.1f}")),
     Column("modes", "found", _modes),
-    Column("KL of modes", "nats", _mode_kl),
+    _measure("KL of modes", "nats", "mode_kl"),
     Column("divergent", "draws", lambda row, reference: digits(row.mean.divergences, 3)),
 )
 
@@ -356,14 +347,7 @@ def with_spread(mean: float, sd: float) -> str:
 def table_of(
     columns: Sequence[Column], rows: Sequence[Row], reference: Reference
 ) -> tuple[list[Column], list[list[str]]]:
-    """Write lines as text.
-
-    Args:
-        rows: the lines; one of a kernel that never ran is left out.
-
-    Returns:
-        The columns that are not empty, and the text of every line in them.
-    """
+    """Return the columns that are not empty, and the text of each line in them; kernels without a run are left out."""
     body = [[column.text(row, reference) for column in columns] for row in rows if row.num_seeds]
     indices = [str(index) for index in range(len(columns))]
     kept, *body = without_empty_columns([indices, *body], num_header=1)

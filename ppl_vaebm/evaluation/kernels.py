@@ -1,4 +1,4 @@
-"""Kernels side by side: each from the same starts, until it has spent the same evaluations and the same time."""
+"""Runs of kernels for a comparison: all have the same starts and the same budgets of evaluations and time."""
 
 from __future__ import annotations
 
@@ -68,14 +68,7 @@ class Reference(NamedTuple):
 
 
 def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_start: int = 1) -> Tensor:
-    """Draw where chains begin: fresh noise, the same for every kernel.
-
-    Args:
-        num_chains: C, a multiple of ``chains_per_start``.
-
-    Returns:
-        ``(C, D)``.
-    """
+    """Draw starts ``(num_chains, D)`` from N(0, I), each for ``chains_per_start`` neighbouring chains."""
     device = next(potential.vaebm.parameters()).device
     places = potential.draw_reference(stream(seed, "start", device=device), num_chains // chains_per_start)
     return places.repeat_interleave(chains_per_start, 0)
@@ -92,17 +85,16 @@ def run_kernel(
 ) -> Chains:
     """Run one kernel, ours or another library's, within a budget.
 
-    Where the energy has a term of the first latent alone, our kernels exchange it with chains of that term.
+    Where the energy has a term of the first latent alone, our kernels swap it with chains of that term.
 
     Args:
-        name: of the kernel, one of :data:`KERNELS`.
+        name: one of :data:`~ppl_vaebm.config.kernel.COMPARABLE_KERNELS`.
         config: options; step size and target acceptance are used only by the kernel that the configuration names.
         start: ``(num_chains, D)``.
-        functionals: what to store of every draw; those of :func:`noise_functionals` if not given.
+        functionals: scalar summaries to store of each draw; the default is :func:`noise_functionals`.
 
     Returns:
-        The chains, under that name. Their ``attrs`` have the seed and whether a Metropolis test makes the kernel
-        exact, ``is_adjusted``.
+        The chains; ``attrs`` has the seed, and ``is_adjusted``: whether a Metropolis test makes the kernel exact.
     """
     limits: dict[str, Any] = {
         "num_draws": max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals,
@@ -152,11 +144,7 @@ def _own_config(name: str, config: KernelConfig) -> KernelConfig:
 
 
 def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
-    """Find out what can be known of the target without chains.
-
-    Returns:
-        The reference; nan, and no weights, where the energy is not finite or rejection from the VAE gives up.
-    """
+    """Compute the reference; nan without weights where the energy is not finite or rejection from the VAE fails."""
     modes = None if data.modes is None else data.modes.double().numpy()
     unknown = Reference(math.nan, math.nan, modes, data.mode_std or math.nan)
     device = next(potential.vaebm.parameters()).device

@@ -1,4 +1,4 @@
-"""The normalised log-likelihood of test data, with every Monte Carlo error that it has."""
+"""The normalized log-likelihood of test data with its Monte Carlo errors, and scores of points."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ppl_vaebm.runs.loading import LoadedRun
 
 
 class Terms(NamedTuple):
-    """What log h of the test data is made of."""
+    """The terms of log h of the test data."""
 
     x: Tensor
     """Test points, ``(n, *event_shape)``."""
@@ -33,7 +33,7 @@ class Terms(NamedTuple):
     energy: Tensor
     """E of each, ``(n,)``, float64, nats."""
     reference_energy: Tensor
-    """E of draws of the VAE, ``(num_z_draws,)``, nats."""
+    """E of VAE samples, ``(num_z_draws,)``, nats."""
 
     @property
     def log_z(self) -> LogZ:
@@ -42,11 +42,7 @@ class Terms(NamedTuple):
 
 
 def likelihood_terms(loaded: LoadedRun, effort: Effort, seed: int) -> Terms:
-    """Evaluate test points under the VAE and the energy, and draws of the VAE under the energy.
-
-    Args:
-        seed: of all draws, and of the choice of test points where there are more.
-    """
+    """Evaluate test points under the VAE and the energy, and VAE samples under the energy."""
     data, potential = loaded.data, loaded.potential
     test = random_subset(data.test, effort.num_test, stream(seed, "order", "test"))
     x = test.batch(torch.arange(len(test)), stream(seed, "dequantise", "test")).to(loaded.config.device)
@@ -60,10 +56,7 @@ def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
     """Evaluate the energy of data.
 
     An energy of x and z takes one draw of z from the guide for each point. Then ``log p - E`` bounds log h + log Z
-    from below on average, as far as the guide is the posterior.
-
-    Args:
-        x: ``(n, *event_shape)``, on the model's device.
+    from below on average, if the guide is the posterior.
 
     Returns:
         ``(n,)``, float64, nats.
@@ -78,13 +71,9 @@ def data_energies(loaded: LoadedRun, x: Tensor, seed: int) -> Tensor:
 
 
 def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None = None) -> Rows:
-    """Estimate log p, log Z and log h on test data.
+    """Estimate log p, log Z and log h on test data; the default of the terms is :func:`likelihood_terms`.
 
-    Args:
-        terms: of :func:`likelihood_terms`, where they are there already.
-
-    Returns:
-        The numbers, with standard errors over test points and draws. ``log p`` is a lower bound in expectation.
+    Standard errors are over test points and draws. ``log p`` is a lower bound in expectation.
     """
     data = loaded.data
     x, estimate, energy, _ = terms = terms or likelihood_terms(loaded, effort, seed)
@@ -144,18 +133,10 @@ def scores_levels(config: Config) -> bool:
 
 
 def bits_per_dim(nats: Mapping[str, float], data: Data) -> dict[str, float]:
-    """Turn a log-likelihood into bits per dimension.
+    """Convert the value and error of a mean log-likelihood per image into bits per dimension.
 
-    A density of dequantised data bounds the log probability of their levels, once ``log(2 / levels)`` per coordinate is
-    added (Theis et al. 2016, arXiv:1511.01844, section 3.1): the number is an upper bound. For binarised data it is the
-    log probability already.
-
-    Args:
-        nats: value and error of a mean log-likelihood, per image.
-        data: the images, with levels; :func:`has_bits` says whether the number means something.
-
-    Returns:
-        Value and error; lower is better, and the uniform distribution has ``log2(levels)``.
+    For dequantised data it is an upper bound for the discretised ones, once ``log(2 / levels)`` per coordinate is added
+    (Theis et al. 2016, arXiv:1511.01844, section 3.1). The uniform distribution has ``log2(levels)``.
     """
     assert data.levels is not None
     num = data.event_shape.numel()
@@ -190,14 +171,9 @@ class Scores(NamedTuple):
 
 
 def score(loaded: LoadedRun, x: Tensor, num_draws: int, seed: int) -> Scores:
-    """Score points.
+    """Score points ``(n, *event_shape)``, with dequantisation noise if the data have it; the scores are on the CPU.
 
-    Args:
-        x: ``(n, *event_shape)``, with the dequantisation noise that the data have.
-        num_draws: of the guide per point; the bound is the looser, and log p the lower, the fewer there are.
-
-    Returns:
-        The scores, on the CPU.
+    Fewer draws of the guide per point give a looser bound, and so a lower log p.
     """
     x = x.to(loaded.config.device)
     density = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), num_draws).value
@@ -206,11 +182,7 @@ def score(loaded: LoadedRun, x: Tensor, num_draws: int, seed: int) -> Scores:
 
 
 def score_data(loaded: LoadedRun, part: str, effort: Effort, seed: int) -> Scores:
-    """Score points of the part train or test, the first ones of a random order.
-
-    Args:
-        effort: points, and draws of the guide.
-    """
+    """Score the first points of the part train or test in a random order."""
     split = {"train": loaded.data.train, "test": loaded.data.test}[part]
     indices = random_order(split, seed, part)[: effort.num_scored]
     x = split.batch(indices, stream(seed, "dequantise", "scored", part))
@@ -218,10 +190,9 @@ def score_data(loaded: LoadedRun, part: str, effort: Effort, seed: int) -> Score
 
 
 def histograms(train: Scores, test: Scores, num_draws: int) -> Measured:
-    """Compare the scores of training and test data: apart, the model has learned the training data by heart.
+    """Compare the scores of training and test data, which differ if the model overfits.
 
-    Returns:
-        Means, their difference, and the two-sample Kolmogorov-Smirnov statistic with its p-value, for each score.
+    Each score has means, their difference, and the two-sample Kolmogorov-Smirnov statistic with its p-value.
     """
     columns: dict[str, Rows] = {}
     arrays: Arrays = {}

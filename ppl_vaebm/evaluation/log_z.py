@@ -1,10 +1,9 @@
-"""What log h of test data is at least, with log Z estimated in every way.
+"""Lower bounds on log h of test data, with log Z estimated by several methods.
 
-For an energy of x alone log h is log p - E - log Z, so a lower bound of log p and an upper bound of log Z make a lower
-bound of it. An energy of x and z stands inside the integral over z: log h + log Z is the log of the integral of
-``p(x, z) exp(-E(x, z))``. Importance weights of that product bound it from below on average, and so does the ELBO less
-E at draws of the guide. The importance-weighted log p less E at draws of the guide does not: the first is nearly
-exact whatever the guide, and the second is the guide's.
+With an energy of x alone, ``log h = log p - E - log Z``: a lower bound on log p and an upper bound on log Z give a
+lower bound on log h. With an energy of x and z, ``log h + log Z`` is the log of the integral over z of
+``p(x, z) exp(-E(x, z))``. Importance weights of that product bound it from below on average, and so does the ELBO minus
+E at draws of the guide; the importance-weighted log p minus that E does not.
 """
 
 from __future__ import annotations
@@ -27,50 +26,46 @@ from ppl_vaebm.rng import global_rng, seed_for
 from ppl_vaebm.runs.loading import LoadedRun
 
 CERTIFIED_WIDTH_NATS = 0.5
-"""Largest distance of the bounds, two standard errors added on either side, at which log Z is certified: an error of
-0.25 nats is a hundredth of a bit per dimension on the smallest images here. Chosen by us."""
+"""Largest distance of the bounds, two standard errors added on either side, at which log Z is certified. Chosen by us:
+0.25 nats are 0.01 bits per dimension of the smallest images here."""
 MAX_ERRORS = 3.0
 """Standard errors by which an estimate may lie outside the bounds and still agree with them."""
 NUM_JOINT_DRAWS = 100
-"""Draws of the guide per test point behind the bound for an energy of x and z. Any number makes a bound, more a tighter
-one. Chosen by us: each takes a pass of the energy too, so they are fewer than those for log p."""
+"""Draws of the guide per test point for the bound with an energy of x and z. More give a tighter bound. Chosen by us:
+fewer than those for log p, because each needs a pass of the energy too."""
 
 
 def normaliser_sections(loaded: LoadedRun, effort: LogZEffort, terms: Terms, seed: int) -> list[Section]:
-    """Estimate log Z in every way, and bound log h of the test data.
-
-    Args:
-        terms: of the test data, and energies of draws of the VAE.
+    """Estimate log Z by all methods, and bound log h of the test data.
 
     Returns:
-        Three sections: the estimates, how they were made, and log h. Where annealing failed, one that says so.
+        Three sections: the estimates, how they were made, and log h. One with the reason where annealing failed.
     """
     try:
         found = estimate_log_z(loaded.potential, effort, terms.reference_energy, seed)
     except InputError as error:
-        return [Section("log Z by every way (nats)", {"": {"none": str(error)}})]
+        return [Section("log Z by all methods (nats)", {"": {"none": str(error)}})]
     return [
-        Section("log Z by every way (nats)", {"": estimate_section(found)}),
+        Section("log Z by all methods (nats)", {"": estimate_section(found)}),
         Section("how log Z was estimated", {"": how_section(found)}),
         Section("log h of test data, from bounds (nats per point)", {"": bound_section(loaded, found, terms, seed)}),
     ]
 
 
 def estimate_section(found: LogZEstimates) -> Rows:
-    """List every estimate of log Z with its error, the gap of the bounds, and the verdict."""
-    section: Rows = {}
-    for name, estimate in found.estimates.items():
-        section[name] = estimate if isinstance(estimate, str) else _cell(estimate)
-    section["mean log weight, forward: a wider lower bound"] = _cell(found.lower.mean_log_weight)
-    section["mean log weight, reverse: a wider upper bound"] = _cell(found.upper.mean_log_weight)
+    """List all estimates of log Z with their errors, the gap of the bounds, and the verdict."""
     low, high = found.lower.log_z, found.upper.log_z
-    gap_error = math.hypot(low.error, high.error)
-    section["gap, upper bound less lower"] = {"value": high.value - low.value, "error": gap_error}
-    section["middle of the bounds"] = _cell(found.middle)
-    section["discretisation of thermodynamic integration"] = found.integral.discretisation
-    section["agree with the bounds"] = ", ".join(agreeing(found)) or "none"
-    section["log Z certified"] = verdict(found)
-    return section
+    gap = LogZ(high.value - low.value, math.hypot(low.error, high.error), math.nan)
+    return {
+        **{name: value if isinstance(value, str) else _cell(value) for name, value in found.estimates.items()},
+        "mean log weight, forward: a wider lower bound": _cell(found.lower.mean_log_weight),
+        "mean log weight, reverse: a wider upper bound": _cell(found.upper.mean_log_weight),
+        "gap, upper bound less lower": _cell(gap),
+        "middle of the bounds": _cell(found.middle),
+        "discretisation of thermodynamic integration": found.integral.discretisation,
+        "agree with the bounds": ", ".join(agreeing(found)) or "none",
+        "log Z certified": verdict(found),
+    }
 
 
 def _cell(estimate: LogZ) -> dict[str, float]:
@@ -78,7 +73,7 @@ def _cell(estimate: LogZ) -> dict[str, float]:
 
 
 def how_section(found: LogZEstimates) -> Rows:
-    """Say what stands behind the estimates."""
+    """Report the diagnostics of the estimates."""
     down, up = found.down, found.up
     ladder = found.ladder_report
     return {
@@ -121,9 +116,7 @@ def _listed(values: Tensor) -> str:
 def agreeing(found: LogZEstimates) -> list[str]:
     """Name the other estimates that lie between the bounds, or within their joint error of them.
 
-    Returns:
-        Names; those with too few effective draws are not asked, nor is one whose error reaches further than
-        :data:`CERTIFIED_WIDTH_NATS`, which would agree with anything.
+    Estimates with few effective draws, or with an error above :data:`CERTIFIED_WIDTH_NATS`, are left out.
     """
     return [name for name, estimate in _asked(found).items() if _agrees(estimate, found)]
 
@@ -152,7 +145,7 @@ def _agrees(estimate: LogZ, found: LogZEstimates) -> bool:
 
 
 def verdict(found: LogZEstimates) -> str:
-    """Say whether log Z is known, and by what it would be wrong if not."""
+    """Say whether log Z is certified, with the reason."""
     low, high = found.lower.log_z, found.upper.log_z
     num_bad = found.lower.num_not_finite + found.upper.num_not_finite
     if num_bad:
@@ -175,15 +168,11 @@ def verdict(found: LogZEstimates) -> str:
 
 
 def bound_section(loaded: LoadedRun, found: LogZEstimates, terms: Terms, seed: int) -> Rows:
-    """Put log h of the test data together, every term's error beside it.
-
-    Args:
-        seed: of the ELBO's draws, and of those behind the joint bound.
+    """Compute log h of the test data and the errors of its terms.
 
     Returns:
-        Bounds from the ELBO and from importance weights, with the upper bound of log Z; the estimate with the middle;
-        in nats, and in bits per dimension where these mean something. For an energy of x and z the importance weights
-        are those of :func:`joint_bound`.
+        Bounds by the ELBO and by importance weights (of :func:`joint_bound` for an energy of x and z) with the upper
+        bound on log Z, and the estimate with the middle; in nats, and in bits per dimension where these are defined.
     """
     elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), by_level=False)
     high, middle = found.upper.log_z, found.middle
@@ -220,10 +209,7 @@ def bound_section(loaded: LoadedRun, found: LogZEstimates, terms: Terms, seed: i
 
 
 def _log_h(unnormalised: Tensor, log_z: LogZ) -> dict[str, float]:
-    """Average log h + log Z of points less log Z; the error joins that over points and that of log Z.
-
-    Over points the Monte Carlo error of each is part of the spread already.
-    """
+    """Return the mean of ``log h + log Z`` minus log Z; its error joins the one over test points and that of log Z."""
     return mean_value(unnormalised - log_z.value, log_z.error)
 
 
@@ -235,9 +221,8 @@ def _joined_error(rows: LogLikelihood) -> float:
 def joint_bound(vaebm: VAEBM, x: Tensor, seed: int, num_draws: int) -> LogLikelihood:
     """Bound log h + log Z of every point from below, for an energy of x and z or of x alone.
 
-    ``log mean exp(log p(x, z) - log q(z | x) - E(x, z))`` over draws of the guide (Burda et al. 2016, with the
-    unnormalised h in the place of p). By Jensen's inequality its expectation is at most ``log h + log Z``, at any
-    number of draws.
+    ``log mean exp(log p(x, z) - log q(z | x) - E(x, z))`` over draws of the guide (Burda et al. 2016, with unnormalized
+    h instead of p). Its expectation is at most ``log h + log Z`` with any number of draws (Jensen).
 
     Args:
         x: ``(n, *event_shape)``, on the model's device.

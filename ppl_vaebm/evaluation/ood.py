@@ -1,7 +1,7 @@
-"""Whether a VAEBM's scores tell the data's distribution from others: the area under the ROC curve, set by set.
+"""Detection of images of other distributions by a VAEBM's scores: the area under the ROC curve for each set.
 
-For kinds of images that it never saw the guide is worse and the bound on log p looser, which helps log p and log h
-alike. So all sets get the same number of draws of the guide.
+The guide is worse for such images and the bound on log p looser, which lowers log p and log h alike. Therefore all sets
+get the same number of draws of the guide.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ppl_vaebm.config import DataConfig, DataName
+from ppl_vaebm.config import DataConfig
+from ppl_vaebm.config.evaluation import OOD_SETS
+from ppl_vaebm.config.options import split_names
 from ppl_vaebm.data.archives import FOLDERS
 from ppl_vaebm.data.decoding import root_folder
 from ppl_vaebm.data.load import Data, form_without_files, load_data
@@ -33,11 +35,9 @@ from ppl_vaebm.runs.loading import LoadedRun
 def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], effort: Effort, seed: int) -> Measured:
     """Compare the scores of test data with those of other sets.
 
-    Args:
-        sets: of :func:`~ppl_vaebm.evaluation.ood.ood_sets`.
-
     Returns:
-        A section for each score, of areas with the standard error of DeLong et al. 1988; and what the sets are.
+        A section with a column of areas for each score, with the standard error of DeLong et al. 1988; and one that
+        describes the sets.
     """
     outside = {
         name: score(loaded, found.x, effort.num_score_draws, seed_for(seed, "ood", name))
@@ -57,13 +57,10 @@ def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], e
 
 
 def auroc_value(inside: Scores, outside: Scores, score_name: str) -> Value:
-    """Measure how often a point of the distribution scores higher than one from outside.
-
-    Args:
-        score_name: one of :data:`~ppl_vaebm.evaluation.likelihood.SCORES`.
+    """Estimate the probability that a point of the distribution has a higher score than one from outside.
 
     Returns:
-        The area and its error; or, where a score is NaN or plus infinity, a text that says how many are.
+        The area and its error; or, where scores are NaN or plus infinity, a text with their number.
     """
     a, b = inside.by_name()[score_name], outside.by_name()[score_name]
     num_bad = [int((scores.isnan() | scores.isposinf()).sum()) for scores in (a, b)]
@@ -78,7 +75,7 @@ def _flag(scores: Scores) -> str:
 
 
 def _arrays(inside: Scores, outside: Mapping[str, Scores], areas: Mapping[str, Rows]) -> Arrays:
-    """Keep the areas as ``(sets, scores)``, for a picture, and all scores, for who wants other numbers."""
+    """Return the areas as ``(sets, scores)``, for a picture, and all scores."""
 
     def column(key: str) -> list[list[float]]:
         values = [[rows[name] for rows in areas.values()] for name in outside]
@@ -179,39 +176,29 @@ was chosen by us."""
 # --- other data sets -----------------------------------------------------------------------------
 
 
-def known_names() -> tuple[str, ...]:
-    """Name the sets that can be asked for."""
-    return (*SYNTHETIC, *DataName.__args__)  # type: ignore[attr-defined]
-
-
 def check_sets(names: Sequence[str], loaded: LoadedRun, root: str | None = None) -> None:
     """Refuse sets before anything slow is done.
 
     Args:
-        root: where the files of other data sets lie; where the run's own do, if not given.
+        root: folder of the files of other data sets; the default is the run's own.
 
     Raises:
-        InputError: the run's data are not images, a name is unknown, given twice, or that of the run's own data, or no
-            set has files to look for in the root. A folder of images is known by its place, other sets by their name.
+        InputError: the run's data are not images; a name is unknown, repeated, or that of the run's own data; or a root
+            is given and no set has files. Folders of images are the same if their paths are, other sets if their names.
     """
     if names and loaded.data.levels is None:
         raise InputError(
             f"--ood compares images with other images, and the data of this run, {loaded.data.name}, are points; "
             "leave it out"
         )
-    unknown = [name for name in names if name not in known_names()]
-    if unknown:
-        raise InputError(f"--ood: expected some of {', '.join(known_names())}, found {', '.join(unknown)}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"--ood: expected every set once, found {', '.join(twice)} more often; name it once")
+    split_names(",".join(names), OOD_SETS, "set")
     own = next((name for name in names if _is_own(name, loaded, root)), None)
     if own is not None:
         instead = "leave it out, or name another folder with --ood-root" if own in FOLDERS else "leave it out"
         raise InputError(
             f"--ood: expected sets of another distribution, found {own}, which the run was fitted to; {instead}"
         )
-    if root is not None and names and all(name in SYNTHETIC for name in names):
+    if root is not None and all(name in SYNTHETIC for name in names):
         raise InputError(
             f"--ood-root: expected data sets whose files lie in {root}, found only {', '.join(names)}; name one with "
             "--ood, or leave the folder out"
@@ -227,16 +214,10 @@ def _is_own(name: str, loaded: LoadedRun, root: str | None) -> bool:
 
 
 def load_other(name: str, loaded: LoadedRun, root: str | None) -> tuple[Data, str]:
-    """Load another data set at the shape of the run's images.
-
-    Args:
-        root: where its files lie; where the run's own do, if not given.
-
-    Returns:
-        The data set, and what it is.
+    """Load another data set at the shape of the run's images, with a description of it.
 
     Raises:
-        InputError: its images are points, of other channels, or of a size that cannot be changed; or its files are
+        InputError: the data are points, or images of other channels or of a size that cannot be changed; or files are
             missing or unreadable.
     """
     shape, own = loaded.data.event_shape, loaded.config.data
@@ -294,12 +275,7 @@ class OodSet(NamedTuple):
 def ood_sets(
     loaded: LoadedRun, names: Sequence[str], num: int, seed: int, root: str | None = None
 ) -> dict[str, OodSet]:
-    """Load or make the sets that are asked for, all of them before any is scored.
-
-    Args:
-        loaded: the fitted VAEBM, of images.
-        num: images of each, at most.
-        root: where the files of other data sets lie; where the run's own do, if not given.
+    """Load or make sets of at most ``num`` images each.
 
     Raises:
         InputError: as :func:`check_sets` and :func:`load_other`, or a set has too few images.

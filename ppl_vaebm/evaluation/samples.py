@@ -1,7 +1,7 @@
-"""Image samples of a VAEBM at several chain lengths: how good they are, what the chains did, and how fast they were.
+"""Image samples of a VAEBM at several chain lengths: their metrics, and the statistics and speed of the chains.
 
-A sampler can be tuned to one length while the density behind it is wrong, and then longer chains are worse. So every
-number stands at the run's own length and at a longer one, and at none, which is the VAE.
+If a density is right only for chains of the length that it was trained with, longer chains are worse. Therefore samples
+are measured at the run's own length, at a longer one, and at 0, which gives VAE samples.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.loading import LoadedRun
 
 NUM_KEPT = 500
-"""Samples that are kept as images, for their neighbours among the training images; chosen by us, for a standard error
-of a median distance of about 5 % of the distances' spread."""
+"""Samples kept as images, for their nearest training images. Chosen by us: the standard error of a median distance is
+about 5 % of the distances' spread."""
 VAE_STEPS = 0
-"""Steps after which a chain still stands at a draw of the VAE."""
+"""Number of steps at which a chain's position is a VAE sample."""
 
 
 class Drawn(NamedTuple):
@@ -70,12 +70,11 @@ class Samples(NamedTuple):
 
 
 def draw_samples(loaded: LoadedRun, judge: Judge | None, num: int, steps: Sequence[int], seed: int) -> Samples:
-    """Draw images by chains from fresh noise, and describe them block by block.
+    """Draw images by chains from N(0, I), and compute their features block by block.
 
     Args:
-        loaded: the fitted VAEBM, of images.
-        judge: network and data; ``None`` where the first images are enough.
-        steps: chain lengths; the VAE's own draws come on top.
+        judge: ``None`` where only images are needed.
+        steps: chain lengths; VAE samples are added.
     """
     kernel, potential = loaded.config.sampling.kernel, loaded.potential
     lengths = sorted({VAE_STEPS, *steps})
@@ -127,12 +126,7 @@ def _joined(parts: list[Drawn]) -> Drawn:
 
 
 def measure_samples(loaded: LoadedRun, judge: Judge, samples: Samples, effort: Effort) -> Measured:
-    """Measure samples at every chain length.
-
-    Returns:
-        A section for each metric, with rows for data, the VAE and the VAEBM; the Frechet distance over the VAE's own;
-        classes of StackedMNIST; what the chains did.
-    """
+    """Measure data, VAE samples and samples at each chain length, and report the chains."""
     num, kernel = effort.num_samples, loaded.config.sampling.kernel.name
     names = {count: f"VAEBM, {count} {kernel} steps" if count else "VAE" for count in samples.after}
     sets = {names[count]: _described(drawn) for count, drawn in samples.after.items()}
@@ -161,15 +155,10 @@ def _over_the_vae(rows: list[MetricRow]) -> Rows:
 
 
 def chain_section(samples: Samples, kernel: str) -> Section:
-    """Say what the chains behind samples did, and how fast.
+    """Report the statistics and speed of the chains at each length.
 
-    Times are of this machine; they include the drawing of noise and the decoding of the last position, and neither the
-    warm-up that tunes the step size nor the metrics.
-
-    Returns:
-        For the VAE and for every length cost and speed, the mean square of every noise, which is 1 on average under the
-        VAE, and the mean energy; for the chains also their step size, acceptance and divergent moves until then, and
-        how often they exchanged the first latent, over the longest chains.
+    Times include the drawing of noise and the decoding of the last position, but neither warm-up nor metrics. The mean
+    square of each noise is 1 on average under the VAE. Swaps of the first latent are those of the longest chains.
     """
     columns = {f"{count} steps" if count else "VAE": _chain_rows(samples, count) for count in samples.after}
     return Section(f"chains of {kernel}, {len(samples.after[VAE_STEPS].energy)} samples", columns)
@@ -200,13 +189,9 @@ def _chain_rows(samples: Samples, count: int) -> Rows:
 
 
 def modes(loaded: LoadedRun, effort: Effort, seed: int) -> list[Section]:
-    """Count modes of the VAE, of exact draws of the VAEBM, and of its chains.
+    """Count modes of VAE samples, of exact draws of the VAEBM, and of its chains, on data with known modes.
 
-    Args:
-        loaded: the fitted VAEBM, on data with known modes.
-
-    Returns:
-        A section for each set of draws; where rejection gives up, that of the exact draws says so.
+    A second section has the reason where there are no exact draws.
     """
     chains = sample_by_chains(
         loaded.potential,
@@ -231,14 +216,7 @@ def modes(loaded: LoadedRun, effort: Effort, seed: int) -> list[Section]:
 
 
 def mode_rows(loaded: LoadedRun, position: Tensor) -> Rows:
-    """Describe one set of draws on data with known modes.
-
-    Args:
-        position: noise, ``(num, D)``.
-
-    Returns:
-        Share of good points, modes found, evenness of the modes, mean energy.
-    """
+    """Return the rows of :func:`data_mode_rows` and the mean energy of noise ``(num, D)``."""
     return {
         **data_mode_rows(decode_in_blocks(loaded.potential, position), loaded.data),
         "mean energy": mean_value(_energies(loaded.potential, position)),
@@ -246,14 +224,7 @@ def mode_rows(loaded: LoadedRun, position: Tensor) -> Rows:
 
 
 def data_mode_rows(x: Tensor, data: Data) -> Rows:
-    """Describe samples of data with known modes.
-
-    Args:
-        x: samples, ``(n, d)``.
-
-    Returns:
-        Share of good points, modes found, evenness of the modes.
-    """
+    """Return the fraction of samples ``(n, d)`` near a mode, the modes found, and the evenness of the modes."""
     assert data.modes is not None and data.mode_std is not None
     found = mode_statistics(x, data.modes, data.mode_std)
     share = found.high_quality

@@ -1,7 +1,6 @@
 """Results of an evaluation in the run's folder: sections in evaluate.json, and arrays for the report's pictures.
 
-Parts may be measured in different calls. Results stay as long as they are of the same weights, and until their part is
-measured again.
+Results stay until the weights change or their part is measured again.
 """
 
 from __future__ import annotations

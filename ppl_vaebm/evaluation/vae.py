@@ -1,4 +1,4 @@
-"""The numbers that stage 1 is judged by on its own: bounds on the likelihood of test data, and its draws."""
+"""Evaluation of a VAE without an energy: bounds on the likelihood of test data, and metrics of its samples."""
 
 from __future__ import annotations
 
@@ -34,14 +34,10 @@ VAE_PARTS: tuple[Part, ...] = ("likelihood", "samples")
 
 
 def evaluate_vae(fitted: FittedVAE, plan: Plan) -> Iterator[tuple[Part, Measured]]:
-    """Measure what can be measured of a VAE without an energy.
+    """Measure the parts of a plan, and yield each with its name.
 
-    Args:
-        plan: what to measure; draws for log Z and lengths of chains are not used.
-
-    Yields:
-        Name and findings of each part: bounds, with each set of batch statistics that the VAE has; modes where the
-        data's are known, and metrics of its draws where the data are images.
+    The bounds have a column for each set of batch statistics. Samples have modes where the data's are known, and
+    metrics where the data are images.
 
     Raises:
         InputError: a part needs an energy, or as :func:`~ppl_vaebm.evaluation.evaluation.judge_of`.
@@ -71,17 +67,13 @@ def _bounds(fitted: FittedVAE, plan: Plan) -> Measured:
 
 
 def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -> Rows:
-    """Bound the likelihood of test data from below, by the decoder's law of levels where it has one.
+    """Bound the likelihood of test data from below, discretised where the decoder is, with standard errors over points.
 
     Args:
-        fitted: where the data come from.
-        vae: the VAE, with either statistics.
-        effort: test points, and draws of the guide per point.
-        seed: of the choice of test points where there are more, of the dequantisation and of the draws; two VAEs get
-            the same.
+        vae: with either batch statistics; VAEs with the same seed get the same test points and draws.
 
     Returns:
-        The ELBO, the importance-weighted bound and the KL of every group, with standard errors over test points.
+        The ELBO, the importance-weighted bound and the KL of each latent group.
     """
     elbos, bests, kls = [], [], []
     for block, x in enumerate(_test_blocks(fitted, effort.num_test, seed)):
@@ -132,7 +124,7 @@ def _samples(fitted: FittedVAE, plan: Plan, judge: Judge | None) -> Measured:
 
 
 def _samplers(fitted: FittedVAE) -> dict[str, tuple[HierarchicalVAE, float]]:
-    """Name what draws are made with: temperature 1, and with statistics of prior draws 1 and that of these."""
+    """Return VAEs and temperatures by name: temperature 1, with prior statistics also the temperature of these."""
     found = {"VAE, temperature 1": (fitted.vae, 1.0)}
     if fitted.prior_vae is not None and fitted.norm_temperature is not None:
         for temperature in sorted({1.0, fitted.norm_temperature}, reverse=True):

@@ -297,7 +297,7 @@ def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Pat
     loaded = replace(loaded, vaebm=vaebm, potential=noise_potential(vaebm))
     few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200)
     sections = normaliser_sections(loaded, LogZEffort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
-    section: dict[str, object] = {**columns_of(sections, "log Z by every way (nats)")[""]}
+    section: dict[str, object] = {**columns_of(sections, "log Z by all methods (nats)")[""]}
     assert cell(section, UPPER) == cell(section, LOWER) == (0.0, 0.0)
     assert "draws of the VAE" in str(section["agree with the bounds"])
 
@@ -305,7 +305,7 @@ def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Pat
 def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     loaded, terms, _ = measured
     sections = normaliser_sections(loaded, LogZEffort(1), terms, seed=0)
-    assert "at least 2 particles" in str(columns_of(sections, "log Z by every way (nats)")[""]["none"])
+    assert "at least 2 particles" in str(columns_of(sections, "log Z by all methods (nats)")[""]["none"])
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def test_other_data_are_brought_to_the_shape_or_refused(tmp_path: Path) -> None:
 def test_sets_that_make_no_sense_are_refused_before_anything_else(tmp_path: Path) -> None:
     config = Config(data=DataConfig(name="digits"))
     loaded = image_run(tmp_path, load_data(config.data, 0))
-    cases = {("nosie",): "expected some of rotated.*found nosie", ("vae", "vae"): "once", ("digits",): "another"}
+    cases = {("nosie",): "unknown set 'nosie': expected some of", ("vae", "vae"): "different", ("digits",): "another"}
     for names, message in cases.items():
         with pytest.raises(InputError, match=message):
             check_sets(names, loaded)
