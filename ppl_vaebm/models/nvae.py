@@ -59,7 +59,7 @@ def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, m
 
 
 class AutoregressiveShift(TransformModule):
-    """``z' = z - m(z)``, where every element of m sees earlier elements of z only (Kingma et al. 2016).
+    """``z' = z - m(z)``, where every element of m depends on earlier elements of z only (Kingma et al. 2016).
 
     The Jacobian is triangular with a unit diagonal, so the log determinant is 0.
 
@@ -74,7 +74,7 @@ class AutoregressiveShift(TransformModule):
     sign = 1
 
     def __init__(self, num_latents: int, mirror: bool) -> None:
-        # The cache spares Pyro the inverse of a value that this transform has just made.
+        # With the cache, Pyro does not invert a value that this transform has just computed.
         super().__init__(cache_size=1)
         hidden = FLOW_EXPANSION * num_latents
         first = autoregressive_mask(hidden, num_latents, 3, is_strict=True, mirror=mirror)
@@ -89,6 +89,15 @@ class AutoregressiveShift(TransformModule):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the cached pair: it is part of a graph, which cannot be copied."""
         return {**super().__getstate__(), "_cached_x_y": (None, None)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Refuse the weights of earlier versions, whose first two layers have no gain and which mirror channels too."""
+        if f"{prefix}first.weight" in state_dict and f"{prefix}first.log_gain" not in state_dict:
+            raise InputError(
+                f"expected a gain of every masked convolution of the NVAE's flows, found none in {prefix}first: "
+                "these weights are of an earlier version; fit stage svi again with --overwrite, then stage ebm"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def shift(self, z: Tensor) -> Tensor:
         """Compute m, ``(n, num_latents, h, w)`` to the same shape."""

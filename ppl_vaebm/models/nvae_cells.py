@@ -211,7 +211,7 @@ class SmoothUp(nn.Module):
         return out
 
 
-class Cell(nn.Module):
+class ResidualCell(nn.Module):
     """``skip(x) + 0.1 * excite(branch(x))``.
 
     Args:
@@ -230,7 +230,7 @@ class Cell(nn.Module):
         return out
 
 
-def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> Cell:
+def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> ResidualCell:
     """Make a cell of the bottom-up tower: twice batch norm, swish, 3x3 convolution (``res_bnswish``).
 
     Args:
@@ -251,10 +251,12 @@ def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> Cell
         Conv2d(num_out, num_out, 3),
     )
     skip = ShiftedDown(num_channels, num_out) if is_down else nn.Identity()
-    return Cell(skip, branch, _excite(num_out, squeeze_excite))
+    return ResidualCell(skip, branch, _excite(num_out, squeeze_excite))
 
 
-def decoder_cell(num_channels: int, is_up: bool, squeeze_excite: bool, expansion: int = TOWER_EXPANSION) -> Cell:
+def decoder_cell(
+    num_channels: int, is_up: bool, squeeze_excite: bool, expansion: int = TOWER_EXPANSION
+) -> ResidualCell:
     """Make a cell of the top-down tower: an inverted bottleneck with a depthwise 5x5 convolution (``mconv_e6k5``).
 
     The convolutions in it have neither bias nor weight norm, and its first and last batch norm no activation.
@@ -284,7 +286,7 @@ def decoder_cell(num_channels: int, is_up: bool, squeeze_excite: bool, expansion
         BatchNorm2d(num_out),
     )
     skip = SmoothUp(num_channels, num_out) if is_up else nn.Identity()
-    return Cell(skip, branch, _excite(num_out, squeeze_excite))
+    return ResidualCell(skip, branch, _excite(num_out, squeeze_excite))
 
 
 def _excite(num_channels: int, squeeze_excite: bool) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from pyro.distributions import TransformedDistribution
 from torch import Tensor, nn
 
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.models.decoders import diagonal_normal
 from ppl_vaebm.models.nvae import AutoregressiveShift, autoregressive_mask, flow
 from ppl_vaebm.rng import global_rng
@@ -84,14 +85,17 @@ def test_the_jacobian_is_triangular_with_a_unit_diagonal(mirror: bool, generator
     in_a_pixel_or_row = (torch.arange(SIZE - 1) + 1) % 12 != 0
     assert seen.diagonal(-1)[in_a_pixel_or_row].all()
     assert earlier.abs().max() > 0.1
+    # Negative control: in the other order of the pixels it is not triangular.
+    assert jacobian(shift_of(mirror), draws(generator, 1)[0], not mirror).triu(1).abs().max() > 0.1
 
 
 @ORDERS
-def test_without_its_masks_it_is_not(mirror: bool, generator: torch.Generator) -> None:
+def test_the_jacobian_without_masks_is_not_triangular(mirror: bool, generator: torch.Generator) -> None:
     """Negative control."""
     transform = shift_of(mirror)
     for conv in (transform.first, transform.mix, transform.last):
         conv.mask = None
+    strengthen(transform, 2.0)  # the norms are now those of all weights, so every weight is smaller
     matrix = jacobian(transform, draws(generator, 1)[0])
     assert matrix.tril(-1).abs().max() > 0.1 and matrix.triu(1).abs().max() > 0.1
     assert abs(float(torch.linalg.slogdet(matrix).logabsdet)) > 1e-3
@@ -230,7 +234,7 @@ def test_a_fresh_flow_moves_little(generator: torch.Generator) -> None:
     assert spread(loud) == pytest.approx(10 * spread(fresh), rel=0.1)  # negative control: without the gain of a tenth
 
 
-def test_its_output_layer_starts_at_a_tenth_of_its_norm() -> None:
+def test_gains_start_at_the_norms_and_that_of_the_output_layer_at_a_tenth() -> None:
     for transform in new_flow(gain=1.0):
         last = transform.last
         norm = last.direction().flatten(1).norm(dim=1)
@@ -254,6 +258,14 @@ def test_it_can_be_copied_after_a_forward_pass(generator: torch.Generator) -> No
             twin[0].last.bias += 1
         assert not torch.equal(through(twin, z.clone()), y)
     assert torch.equal(through(transforms, z.clone()), y)
+
+
+def test_weights_of_flows_without_gains_are_refused() -> None:
+    weights = new_flow().state_dict()
+    new_flow().load_state_dict(weights)
+    earlier = {name: value for name, value in weights.items() if not name.endswith(("first.log_gain", "mix.log_gain"))}
+    with pytest.raises(InputError, match=r"found none in 0\.first: .* fit stage svi again with --overwrite"):
+        new_flow().load_state_dict(earlier)
 
 
 def test_without_pairs_there_is_no_flow() -> None:

@@ -16,8 +16,8 @@ from ppl_vaebm.devices import Process
 from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.models.nvae_cells import (
     BatchNorm2d,
-    Cell,
     Conv2d,
+    ResidualCell,
     ShiftedDown,
     SmoothUp,
     SqueezeExcite,
@@ -237,11 +237,11 @@ def test_the_skip_up_interpolates_between_aligned_corners(generator: torch.Gener
 
 def test_a_cell_adds_a_tenth_of_its_gated_branch_to_its_skip(generator: torch.Generator) -> None:
     x = images(generator, 2, 2, 4, 4)
-    cell = Cell(nn.Identity(), nn.Tanh(), nn.Softplus())
+    cell = ResidualCell(nn.Identity(), nn.Tanh(), nn.Softplus())
     torch.testing.assert_close(cell(x), x + 0.1 * functional.softplus(x.tanh()))
 
 
-CELLS: dict[str, tuple[Callable[..., Cell], bool]] = {
+CELLS: dict[str, tuple[Callable[..., ResidualCell], bool]] = {
     "encoder": (encoder_cell, False),
     "encoder, down": (encoder_cell, True),
     "decoder": (decoder_cell, False),

@@ -128,7 +128,7 @@ def test_the_table_follows_the_computation() -> None:
         "model.head",
     ]
     assert rows[0] == LayerRow("guide.stem", "Conv2d", torch.Size([4, 16, 16]), 3 * 4 * 9 + 4 + 4)
-    assert rows[4][1:3] == ("2 x Cell", torch.Size([16, 4, 4]))
+    assert rows[4][1:3] == ("2 x ResidualCell", torch.Size([16, 4, 4]))
     assert rows[9][1:3] == ("2 x AutoregressiveShift", torch.Size([3, 4, 4])) and rows[9].num_alike == 2
 
 
