@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     Run.open(options.run)
 
     from ppl_vaebm.devices import set_threads
-    from ppl_vaebm.evaluation import kernel_files as comparison_files
-    from ppl_vaebm.evaluation import kernel_table as comparison_table
-    from ppl_vaebm.evaluation import kernel_table as comparison_text
-    from ppl_vaebm.evaluation import kernels as comparison
+    from ppl_vaebm.evaluation import kernel_files, kernel_table, kernels
     from ppl_vaebm.files import write_atomic
     from ppl_vaebm.reports import comparison_page
     from ppl_vaebm.reports.report import write_report
@@ -81,31 +78,31 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_run(options.run)
     set_threads(loaded.config.threads)
     run, seeds = loaded.run, range(options.seed, options.seed + options.num_seeds)
-    budget = comparison.Budget(options.num_chains, options.num_warmup, options.num_evals, options.num_seconds)
+    budget = kernels.Budget(options.num_chains, options.num_warmup, options.num_evals, options.num_seconds)
     outcomes: dict[str, list[Outcome]] = {}
     if options.keep:
-        outcomes = comparison_files.kept_outcomes(run, names, seeds, budget, loaded.fingerprint)
+        outcomes = kernel_files.kept_outcomes(run, names, seeds, budget, loaded.fingerprint)
         print(f"kept: {', '.join(outcomes)}", file=sys.stderr)
-    reference = comparison.reference(loaded.potential, loaded.data, options.seed)
-    rows = [comparison_table.kernel_row(name, kept, budget, reference) for name, kept in outcomes.items()]
+    reference = kernels.reference(loaded.potential, loaded.data, options.seed)
+    rows = [kernel_table.kernel_row(name, kept, budget, reference) for name, kept in outcomes.items()]
     for index, name in enumerate(names):
         outcomes[name] = [_run(loaded, name, seed, budget, f"[{index + 1}/{len(names)}]") for seed in seeds]
-        rows.append(comparison_table.kernel_row(name, outcomes[name], budget, reference))
-        write_atomic(run.comparison_file, comparison_text.to_csv(rows))  # an interrupted run keeps what is done
+        rows.append(kernel_table.kernel_row(name, outcomes[name], budget, reference))
+        write_atomic(run.comparison_file, kernel_table.to_csv(rows))  # an interrupted run keeps what is done
     everything = [outcome for part in outcomes.values() for outcome in part]
-    comparison_files.remove_others(run, everything)
-    print(comparison_text.to_text(rows, budget, reference))
-    print(f"\n{comparison_text.reference_text(reference)}")
+    kernel_files.remove_others(run, everything)
+    print(kernel_table.to_text(rows, budget, reference))
+    print(f"\n{kernel_table.reference_text(reference)}")
     page = comparison_page.write_comparison(run, rows, outcomes, budget, reference)
     print(f"{run.comparison_file}\npictures: {page}\nreport: {write_report(run)}")
 
 
 def _run(loaded: LoadedRun, name: str, seed: int, budget: Budget, progress: str) -> Outcome:
     """Run one kernel with one seed, write its chains and report it; a failure is an outcome too."""
-    from ppl_vaebm.evaluation import kernel_files as comparison_files
+    from ppl_vaebm.evaluation.kernel_files import run_and_save
 
     start = time.perf_counter()
-    outcome = comparison_files.run_and_save(loaded, name, seed, budget)
+    outcome = run_and_save(loaded, name, seed, budget)
     result = "failed: " + outcome.error if outcome.error else "done"
     print(f"{progress} {name}, seed {seed}: {time.perf_counter() - start:.1f} s, {result}", file=sys.stderr, flush=True)
     return outcome

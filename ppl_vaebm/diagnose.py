@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     Run.open(options.run)
 
     from ppl_vaebm.devices import set_threads
-    from ppl_vaebm.evaluation import kernels as comparison
+    from ppl_vaebm.evaluation.kernels import Budget, run_kernel, starts
     from ppl_vaebm.inference.diagnostics import functionals
     from ppl_vaebm.inference.diagnostics import summary as diagnostics
     from ppl_vaebm.inference.diagnostics.arviz_io import save_netcdf, to_inference_data
@@ -63,16 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_run(options.run)
     set_threads(loaded.config.threads)
     potential, config = loaded.potential, loaded.config.sampling.kernel
-    start = comparison.starts(potential, options.num_chains, options.seed, options.chains_per_start)
-    budget = comparison.Budget(options.num_chains, options.num_warmup, options.num_evals)
+    start = starts(potential, options.num_chains, options.seed, options.chains_per_start)
+    budget = Budget(options.num_chains, options.num_warmup, options.num_evals)
     stored = functionals.noise_functionals(potential, loaded.data.modes)
     recorder = None
     if options.all_coordinates:
         dim, max_bytes = potential.packing.dim, options.position_mib * 2**20
         stored = recorder = functionals.record_positions(stored, options.num_chains, dim, max_bytes)
-    chains = comparison.run_kernel(
-        options.kernel or config.name, potential, config, start, budget, options.seed, stored
-    )
+    chains = run_kernel(options.kernel or config.name, potential, config, start, budget, options.seed, stored)
     attrs = {**chains.attrs, "chains_per_start": options.chains_per_start, "fingerprint": loaded.fingerprint}
     inference_data = to_inference_data(replace(chains, attrs=attrs))
     summaries = diagnostics.summarize(inference_data)  # before anything is written, because it refuses too few draws
