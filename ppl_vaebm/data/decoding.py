@@ -74,7 +74,10 @@ def decode(file: Path | io.BytesIO, form: ImageForm, name: str | None = None) ->
     pixels = (pixels.unsqueeze(0) if form.channels == 1 else pixels.permute(2, 0, 1))[(..., *form.crop)]
     if form.is_square:
         # Before the resize, which could not hold a long narrow strip.
-        pixels = _middle_square(pixels)
+        height, width = pixels.shape[-2:]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[:, top : top + side, left : left + side]
     if form.padding:
         pixels = functional.pad(pixels, (form.padding,) * 4)
     if min(pixels.shape[-2:]) != form.size:
@@ -82,13 +85,6 @@ def decode(file: Path | io.BytesIO, form: ImageForm, name: str | None = None) ->
 
         pixels = transforms.resize(pixels, [form.size], antialias=True)
     return pixels if form.num_bits == 8 else pixels >> (8 - form.num_bits)
-
-
-def _middle_square(pixels: Tensor) -> Tensor:
-    height, width = pixels.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return pixels[:, top : top + side, left : left + side]
 
 
 def header(file: Path) -> tuple[str, tuple[int, int]]:

@@ -137,12 +137,11 @@ def _readable(files: Iterable[Path], read: Callable[[Path], T], bad: list[Unread
 
 def _unreadable_files(root: Path, bad: Sequence[UnreadableImage], num_files: int) -> InputError:
     named = [f"{Path(error.name).relative_to(root)} ({error.reason})" for error in bad[:_NUM_NAMED]]
-    rest = f" and {len(bad) - _NUM_NAMED} more" if len(bad) > _NUM_NAMED else ""
-    advice = "remove or replace them"
-    if len(bad) < num_files:
-        advice += ", or leave them out with --data.skip-unreadable"
+    others = f" and {len(bad) - _NUM_NAMED} more" if len(bad) > _NUM_NAMED else ""
+    skip = ", or leave them out with --data.skip-unreadable" if len(bad) < num_files else ""
     return InputError(
-        f"{len(bad)} of the {num_files} images in {root} cannot be read: {', '.join(named)}{rest}; {advice}"
+        f"{len(bad)} of the {num_files} images in {root} cannot be read: {', '.join(named)}{others}; "
+        f"remove or replace them{skip}"
     )
 
 

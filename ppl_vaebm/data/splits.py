@@ -305,11 +305,11 @@ class Data:
 
     def __post_init__(self) -> None:
         """Refuse a part without elements."""
-        sizes = [len(self.train), len(self.validation), len(self.test)]
-        if not all(sizes):
+        train, validation, test = len(self.train), len(self.validation), len(self.test)
+        if not (train and validation and test):
             raise InputError(
-                f"data set {self.name} needs elements for training, validation and test, found {sizes[0]}, {sizes[1]} "
-                f"and {sizes[2]}; add more"
+                f"data set {self.name} needs elements for training, validation and test, found {train}, {validation} "
+                f"and {test}; add more"
             )
 
 

@@ -131,15 +131,14 @@ def _curves(records: Sequence[Record], panels: Sequence[Panel]) -> Figure:
         if panel.level is not None:
             ax.axhline(panel.level, color="black", linestyle="--", linewidth=0.8)
         if len(keys) > 1:
-            _legend(ax, keys if len(keys) <= MAX_LABELS else [key for key in keys if key in panel.keys])
+            _legend(ax, keys if len(keys) <= MAX_LABELS else panel.keys)
         _frame_late_values(ax, np.concatenate(list(curves.values())), panel.level)
     return figure
 
 
 def _legend(ax: Axes, keys: Sequence[str]) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label in keys]
-    ax.legend([handle for handle, _ in shown], [label for _, label in shown], fontsize=7)
+    lines = [line for line in ax.get_lines() if line.get_label() in keys]
+    ax.legend(lines, [str(line.get_label()) for line in lines], fontsize=7)
 
 
 def _present_keys(records: Sequence[Record], panel: Panel) -> list[str]:

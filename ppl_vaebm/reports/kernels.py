@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS, Convergence, 
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
 from ppl_vaebm.reports.chains import autocorrelation_curve, draw_ranks, draw_trace
 from ppl_vaebm.reports.figures import PANELS_PER_ROW, TITLE_POINTS, FloatArray, Picture, axes_grid, panel_axes, picture
-from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid
+from ppl_vaebm.reports.samples import GRID_PIXELS, grid_picture, image_grid, with_margin
 
 NUM_POINTS = 8  # of a curve over cost
 FIRST_FRACTION = 0.05  # of the budget: where such a curve begins
@@ -54,33 +54,27 @@ def colours_of(kernels: Sequence[str]) -> Colours:
     return {kernel: (colour, style) for kernel, (style, colour) in zip(kernels, styles, strict=False)}
 
 
-BARS: tuple[tuple[str, Callable[[Row], tuple[float, float]]], ...] = (
-    ("ESS per 1000 evaluations", lambda row: (row.mean.ess_per_1000_evals, row.sd.ess_per_1000_evals)),
-    ("ESS per second of draws", lambda row: (row.mean.ess_per_second, row.sd.ess_per_second)),
-    (
-        "ESS per second, warm-up included",
-        lambda row: (row.mean.ess_per_second_with_warmup, row.sd.ess_per_second_with_warmup),
-    ),
-)
+BARS = {
+    "ess_per_1000_evals": "ESS per 1000 evaluations",
+    "ess_per_second": "ESS per second of draws",
+    "ess_per_second_with_warmup": "ESS per second, warm-up included",
+}
+"""Titles of the quantities of a row that are drawn as bars."""
 
 
 def bars_picture(rows: Sequence[Row], colours: Colours) -> Picture:
     """Draw the efficiency of every kernel with its spread over seeds; kernels that did not run are marked."""
     figure, (axes,) = axes_grid(1, len(BARS), height=0.6 + 0.24 * max(4, len(rows)))
     places = np.arange(len(rows))
-    for ax, (title, of) in zip(axes, BARS, strict=True):
-        values = np.array([of(row) for row in rows])
-        ax.barh(
-            places,
-            np.nan_to_num(values[:, 0]),
-            xerr=np.nan_to_num(values[:, 1]),
-            color=[colours[row.kernel][0] for row in rows],
-            error_kw={"linewidth": 0.8},
-        )
+    for ax, (name, title) in zip(axes, BARS.items(), strict=True):
+        lengths = np.array([getattr(row.mean, name) for row in rows])
+        spreads = np.nan_to_num([getattr(row.sd, name) for row in rows])
+        colors = [colours[row.kernel][0] for row in rows]
+        ax.barh(places, np.nan_to_num(lengths), xerr=spreads, color=colors, error_kw={"linewidth": 0.8})
         ax.set_title(title, fontsize=TITLE_POINTS)
         ax.set_yticks(places, [row.kernel + _mark(row) for row in rows] if ax is axes[0] else [""] * len(rows))
         ax.invert_yaxis()
-        _scale_bars(ax, values[:, 0])
+        _scale_bars(ax, lengths)
     note = (
         "Effective draws of the quantity that has the fewest, mean over seeds; the line is one standard deviation over "
         f"seeds. Good: long bars, among kernels without a mark. (*) R-hat above {MAX_R_HAT}: the chains do not agree "
@@ -115,13 +109,13 @@ def cost_picture(shown: Mapping[str, Shown], colours: Colours, num_seconds: floa
     )
     for kernel, (idata, within) in shown.items():
         colour, style = colours[kernel]
-        spent, found = _growth(idata, within["posterior"].sizes["draw"])
-        evals = mean_evals(idata)[spent - 1]
-        r_hat = np.minimum([part.r_hat.max() for part in found], MAX_SHOWN_R_HAT)
-        curves = [(evals, _worst_ess(found)), (evals, r_hat - 1)]
+        counts, parts = _growth(idata, within["posterior"].sizes["draw"])
+        evals = mean_evals(idata)[counts - 1]
+        r_hat = np.minimum([part.r_hat.max() for part in parts], MAX_SHOWN_R_HAT)
+        curves = [(evals, _worst_ess(parts)), (evals, r_hat - 1)]
         if num_seconds:
-            spent, found = _growth(idata, draws_within_seconds(idata, num_seconds))
-            curves.append((elapsed_seconds(idata)[spent - 1] if len(spent) else np.empty(0), _worst_ess(found)))
+            counts, parts = _growth(idata, draws_within_seconds(idata, num_seconds))
+            curves.append((elapsed_seconds(idata)[counts - 1] if len(counts) else np.empty(0), _worst_ess(parts)))
         for ax, curve in zip(axes, curves, strict=False):
             ax.plot(*curve, color=colour, linestyle=style, marker=".", markersize=3, linewidth=1, label=kernel)
     for ax, title in zip(axes, titles, strict=True):
@@ -153,11 +147,11 @@ def _growth(idata: InferenceData, num_draws: int) -> tuple[NDArray[np.int64], li
     return counts, [diagnose_columns(columns[:, :count]) for count in counts]
 
 
-def _worst_ess(found: Sequence[Convergence]) -> FloatArray:
-    return np.array([part.ess_bulk.min() for part in found])
+def _worst_ess(parts: Sequence[Convergence]) -> FloatArray:
+    return np.array([part.ess_bulk.min() for part in parts])
 
 
-def _panels(shown: Mapping[str, Shown], height: float) -> tuple[Figure, list[tuple[Axes, str, Shown]]]:
+def _kernel_panels(shown: Mapping[str, Shown], height: float) -> tuple[Figure, list[tuple[Axes, str, Shown]]]:
     """Make a figure with a panel for every kernel."""
     figure, axes = panel_axes(len(shown), height)
     return figure, [(ax, kernel, run) for ax, (kernel, run) in zip(axes, shown.items(), strict=True)]
@@ -165,7 +159,7 @@ def _panels(shown: Mapping[str, Shown], height: float) -> tuple[Figure, list[tup
 
 def energy_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
     """Draw the energies of every kernel's chains by evaluations; the exact mean energy is dashed."""
-    figure, panels = _panels(shown, height=1.9)
+    figure, panels = _kernel_panels(shown, height=1.9)
     energies = {kernel: scalar_draws(run.within)["energy"] for kernel, run in shown.items()}
     finite = np.concatenate([values[np.isfinite(values)] for values in energies.values()])
     for ax, kernel, run in panels:
@@ -185,7 +179,7 @@ def energy_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
 
 def ranks_picture(shown: Mapping[str, Shown]) -> Picture:
     """Draw the ranks of the energies of every kernel's chains."""
-    figure, panels = _panels(shown, height=1.7)
+    figure, panels = _kernel_panels(shown, height=1.7)
     for ax, kernel, run in panels:
         draw_ranks(ax, scalar_draws(run.within)["energy"])
         ax.set_title(f"{kernel}: ranks of E, every chain", fontsize=TITLE_POINTS)
@@ -218,10 +212,11 @@ def correlation_picture(shown: Mapping[str, Shown], colours: Colours) -> Picture
 
 def path_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
     """Draw the paths of a few chains of every kernel in the plane, dark at their start and bright at their end."""
-    figure, panels = _panels(shown, height=3.3)
+    figure, panels = _kernel_panels(shown, height=3.3)
     paths = {kernel: run.within["posterior"]["x"].to_numpy()[:NUM_PATHS] for kernel, run in shown.items()}
     points = np.concatenate([path.reshape(-1, 2) for path in paths.values()])
     points = points[np.isfinite(points).all(axis=1)]
+    frame = with_margin(*np.quantile(points, [0.002, 0.998], axis=0)) if len(points) else None
     for ax, kernel, _ in panels:
         path = paths[kernel][:, :: math.ceil(paths[kernel].shape[1] / MAX_PATH_DRAWS)]
         if reference.modes is not None:
@@ -231,10 +226,8 @@ def path_picture(shown: Mapping[str, Shown], reference: Reference) -> Picture:
             ax.scatter(
                 chain[:, 0], chain[:, 1], c=np.linspace(0, 1, len(chain)), cmap=PATH_MAP, s=4, linewidths=0, zorder=2
             )
-        if len(points):
-            low, high = np.quantile(points, [0.002, 0.998], axis=0)
-            margin = 0.08 * float((high - low).max()) or 1.0
-            ax.set(xlim=(low[0] - margin, high[0] + margin), ylim=(low[1] - margin, high[1] + margin))
+        if frame is not None:
+            ax.set(xlim=frame[:, 0], ylim=frame[:, 1])
         ax.set_aspect("equal")
         ax.set_title(f"{kernel}: {len(path)} chains over time", fontsize=TITLE_POINTS)
     note = (

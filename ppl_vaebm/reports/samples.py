@@ -93,21 +93,23 @@ def _scatters(sets: Mapping[str, FloatArray]) -> Figure:
     return figure
 
 
-def _frame(points: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return the lower and the upper corner of a box around the finite points, with a margin."""
+def _frame(points: FloatArray) -> FloatArray:
+    """Return the lower and the upper corner, ``(2, 2)``, of a box around the finite points, with a margin."""
     finite = points[np.isfinite(points).all(axis=1)]
-    if not len(finite):
-        return np.full(2, -1.0), np.full(2, 1.0)
-    low, high = finite.min(axis=0), finite.max(axis=0)
+    return with_margin(finite.min(axis=0), finite.max(axis=0)) if len(finite) else np.array([[-1.0, -1.0], [1.0, 1.0]])
+
+
+def with_margin(low: FloatArray, high: FloatArray) -> FloatArray:
+    """Widen a box in the plane, given by two corners, by 8 % of its longer side; return its corners, ``(2, 2)``."""
     margin = 0.08 * (high - low).max() or 1.0
-    return low - margin, high + margin
+    return np.stack([low - margin, high + margin])
 
 
-def _scatter(ax: Axes, title: str, points: FloatArray, frame: tuple[FloatArray, FloatArray]) -> None:
+def _scatter(ax: Axes, title: str, points: FloatArray, frame: FloatArray) -> None:
     low, high = frame
     num_outside = len(points) - int(((points >= low) & (points <= high)).all(axis=1).sum())
     ax.plot(*points.T, linestyle="none", marker=".", markersize=2, alpha=0.5, markeredgewidth=0)
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+    ax.set(xlim=frame[:, 0], ylim=frame[:, 1], aspect="equal")
     ax.set_title(
         f"{title}: {len(points)} points" + (f", {num_outside} of them outside" if num_outside else ""),
         fontsize=TITLE_POINTS,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ppl_vaebm.evaluation.kernel_table import with_spread
 from ppl_vaebm.evaluation.sections import table_cells
-from ppl_vaebm.evaluation.store import StoredPart, load_arrays, read_parts
+from ppl_vaebm.evaluation.store import load_arrays, read_parts
 from ppl_vaebm.inference.diagnostics import summary as diagnostics
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
@@ -100,7 +100,8 @@ def evaluation_contents(run: Run) -> Contents | None:
         for part in parts.values()
         for section in part.sections
     ]
-    return Contents(pictures, tables, _origins(parts))
+    origins = [f"{name}: seed {part.seed}, weights {part.weights}" for name, part in parts.items() if part.weights]
+    return Contents(pictures, tables, origins)
 
 
 def _measured_text(value: object) -> str:
@@ -112,11 +113,6 @@ def _measured_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
     return "none" if value is None else str(value)
-
-
-def _origins(parts: dict[str, StoredPart]) -> list[str]:
-    """Describe with which seed, and on which weights, each part was measured."""
-    return [f"{name}: seed {part.seed}, weights {part.weights}" for name, part in parts.items() if part.weights]
 
 
 def chains_contents(run: Run) -> Contents | None:
@@ -172,14 +168,14 @@ def comparison_contents(run: Run) -> Contents | None:
     header = [title for name, title in COMPARED.items() if lines and name in lines[0]]
     rows = [[_compared_text(name, line) for name in COMPARED if name in line] for line in lines]
     header, *rows = diagnostics.without_empty_columns([header, *rows], num_header=1)
-    misses = {(i, header.index(COMPARED["max_r_hat"])) for i, line in enumerate(lines) if _misses(line)}
+    misses = {
+        (i, header.index(COMPARED["max_r_hat"]))
+        for i, line in enumerate(lines)
+        if "max_r_hat" in line and not float(line["max_r_hat"]) <= diagnostics.MAX_R_HAT
+    }
     notes = [f"{line['kernel']}: {line['note']}" for line in lines if line.get("note")]
     link = run.comparison_page.relative_to(run.path).as_posix() if run.comparison_page.exists() else ""
     return Contents(tables=[Table("kernels", header, rows, frozenset(misses))], notes=notes, link=link)
-
-
-def _misses(line: dict[str, str]) -> bool:
-    return "max_r_hat" in line and not float(line["max_r_hat"]) <= diagnostics.MAX_R_HAT
 
 
 def _compared_text(name: str, line: dict[str, str]) -> str:

@@ -45,8 +45,7 @@ class LayerRow(NamedTuple):
 def describe(config: Config) -> list[str]:
     """Describe a run before it starts.
 
-    Returns:
-        Lines to print: the layers of both networks, then sizes, then memory.
+    The lines to print are the layers of both networks, then sizes, then memory.
 
     Raises:
         InputError: a network that does not fit the data, or an image folder of unknown size.
@@ -102,13 +101,8 @@ class _WithLatents(nn.Module):
 def layer_rows(vae: HierarchicalVAE, energy: Energy | None, shapes: dict[nn.Module, torch.Size]) -> list[LayerRow]:
     """List the modules with parameters, in the order of the computation.
 
-    Args:
-        vae: its model and guide take turns.
-        energy: listed last.
-        shapes: of a pass through them.
-
-    Returns:
-        One row per layer, or per child of a stack of layers; equal rows that follow each other are merged.
+    ``shapes`` are those of a pass through them. One row is a layer, or a child of a stack of layers; equal rows that
+    follow each other are merged. The energy stands last.
     """
     position = {module: index for index, module in enumerate(shapes)}
 
@@ -228,7 +222,7 @@ def _by(shape: torch.Size) -> str:
 
 def _human(number: int) -> str:
     """Shorten a count: 130.73 M."""
-    return _short(number, ("", "k", "M", "G"), 1000, 2)
+    return _short(number, ("", " k", " M", " G"), 1000, 2)
 
 
 def _exact(number: int) -> str:
@@ -237,11 +231,9 @@ def _exact(number: int) -> str:
 
 def _human_bytes(number: int) -> str:
     """Shorten a number of bytes: 1.2 GiB."""
-    return _short(number, ("B", "KiB", "MiB", "GiB"), 1024, 1)
+    return _short(number, (" B", " KiB", " MiB", " GiB"), 1024, 1)
 
 
-def _short(number: float, units: tuple[str, ...], step: int, digits: int) -> str:
-    power = 0
-    while number >= step and power < len(units) - 1:
-        number, power = number / step, power + 1
-    return f"{number:,.{digits if power else 0}f} {units[power]}".rstrip()
+def _short(number: int, units: tuple[str, ...], base: int, digits: int) -> str:
+    power = next(power for power in reversed(range(len(units))) if number >= base**power or not power)
+    return f"{number / base**power:,.{digits if power else 0}f}{units[power]}"
