@@ -17,11 +17,7 @@ __all__ = ["Data", "DataForm", "form_without_files", "load_data"]
 
 
 def load_data(config: DataConfig, seed: int) -> Data:
-    """Load or draw a data set.
-
-    Args:
-        config: which one, and where its files are.
-        seed: of the run. Only ``gaussians25`` depends on it; every other split is the same in all runs.
+    """Load or draw a data set; only ``gaussians25`` depends on the seed of the run.
 
     Raises:
         InputError: files or a package are missing, or an option does not fit the data set.

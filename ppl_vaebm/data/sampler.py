@@ -16,12 +16,8 @@ class KeyedSampler:
     elements of it, and rank r the r-th ``batch_size`` of those. Elements that do not fill a step are left out of that
     epoch.
 
-    Args:
-        size: elements of the split.
-        batch_size: elements per rank and step.
-        seed: the run's seed.
-        rank: which process this is, in {0, ..., world - 1}.
-        world: number of processes.
+    ``size`` is the number of elements of the split, ``batch_size`` that per rank and step, and ``world`` is the number
+    of processes, with ranks 0 to ``world - 1``.
 
     Raises:
         InputError: one step would need more elements than there are.

@@ -27,10 +27,7 @@ def gaussians25_modes(spacing: float) -> Tensor:
 def gaussians25_log_prob(x: Tensor, spacing: float, std: float) -> Tensor:
     """Return the exact log density of the mixture at points ``(n, 2)``: ``(n,)``, float64, nats.
 
-    Args:
-        x: points.
-        spacing: distance of neighbouring modes.
-        std: standard deviation of each mode, along both axes.
+    Neighbouring modes are ``spacing`` apart, and each has the standard deviation ``std`` along both axes.
     """
     modes = gaussians25_modes(spacing).to(x.device)
     squares = (x.double().unsqueeze(-2) - modes.double()).square().sum(-1)

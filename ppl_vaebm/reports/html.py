@@ -53,12 +53,8 @@ def render(
 ) -> str:
     """Make a page as HTML.
 
-    Args:
-        name: title of the page.
-        subtitle: one line on what it is.
-        chapters: in their order.
-        missing: titles of chapters that the run lacks, with the commands that add them.
-        config: the run's configuration, shown folded.
+    ``missing`` has the titles of chapters that the run lacks, with the commands that add them; the configuration is
+    shown folded.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -52,11 +52,9 @@ def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
 
 
 def samples_png(x: ArrayLike) -> bytes:
-    """Draw samples as a PNG file: points as a scatter plot on equal axes, images as a grid of 10 by 10.
+    """Draw samples as a PNG file: points ``(n, 2)`` as a scatter plot, images ``(n, C, H, W)`` as a grid of 10 by 10.
 
-    Args:
-        x: points ``(n, 2)``, of which at most 5,000 are drawn; or images ``(n, C, H, W)`` in [-1, 1], C 1 or 3, of
-            which the first 100 are drawn pixel by pixel, as in :func:`image_grid`.
+    Images lie in [-1, 1] and have 1 or 3 channels. At most 5,000 points and 100 images are drawn.
 
     Raises:
         InputError: neither points nor images.

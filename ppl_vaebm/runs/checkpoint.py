@@ -85,7 +85,7 @@ def save(
 
     Args:
         folder: of the checkpoints of this stage; made if missing.
-        stage: of training.
+        stage: name of the stage, svi or ebm or a part of one.
         step: updates done, at least 0; a checkpoint of the same step is replaced.
         weights: named sets ("model", "ema") of named weights; the name of a set has no "/".
         state: plain types and tensors, :data:`ALLOWED_IN_STATE`.

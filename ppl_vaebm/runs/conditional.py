@@ -143,11 +143,7 @@ def kernel_of(loaded: LoadedRun, name: KernelName | None) -> KernelConfig:
 
 
 def open_run(path: str, stage: Stage) -> LoadedRun:
-    """Load a run for conditioning; with stage svi, the VAE with an energy of zero.
-
-    Raises:
-        InputError: not a run, or the stage is missing.
-    """
+    """Load a run for conditioning; with stage svi, the VAE with an energy of zero."""
     if stage == "ebm":
         return load_run(path)
     fitted = open_fitted_vae(path)

@@ -44,7 +44,7 @@ MAX_NAMED = 5
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for."""
+    """Options of ``fit`` beside the configuration."""
 
     stage: Literal["svi", "ebm"]
     folder: Path
@@ -65,13 +65,8 @@ def fit_stage(
 ) -> None:
     """Fit a stage; of several processes the first prints and writes.
 
-    Args:
-        request: what is asked for.
-        config: the run's configuration.
-        process: this process's place.
-        device: this process's own.
-        announce: prints a configuration with its steps resolved, and returns it as it is written to the run.
-        grids_of: draws what TensorBoard shows of stage 1.
+    ``announce`` prints a configuration with its steps resolved and returns it as it is written to the run, and
+    ``grids_of`` draws what TensorBoard shows of stage 1.
 
     Raises:
         InputError: options, data or the run do not fit; nothing was changed.

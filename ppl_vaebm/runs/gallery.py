@@ -51,17 +51,10 @@ def check_group(vae: HierarchicalVAE, group: str | None) -> None:
 
 
 def gallery(fitted: FittedVAE, split: Split, seed: int, choices: Choices = DEFAULT) -> dict[str, Arrays]:
-    """Compute the arrays of the pictures of a VAE.
+    """Compute the arrays of the pictures of a VAE, by file name.
 
-    Args:
-        fitted: the VAE; its sampler draws from the prior.
-        split: held-out data, for reconstructions and KL.
-        seed: of all draws, and of the choice of data.
-        choices: of the user.
-
-    Returns:
-        Arrays by file name: for images reconstructions, prior samples and the traversal of one group; for points
-        samples; for both the KL of every group.
+    They are for images reconstructions, prior samples and the traversal of one group; for points samples; for both the
+    KL of every group. Reconstructions and KL are of held-out data, chosen from ``split``.
 
     Raises:
         InputError: a latent group that the VAE does not have.

@@ -95,11 +95,7 @@ def fingerprint(vaebm: VAEBM, config: Config) -> str:
 
 
 def run_config(run: Run) -> Config:
-    """Read a run's configuration.
-
-    Raises:
-        InputError: an unknown key, a wrong value, or not YAML.
-    """
+    """Read a run's configuration; InputError for an unknown key, a wrong value, or a file that is not YAML."""
     return from_dict(load_yaml(run.config_file), str(run.config_file))
 
 

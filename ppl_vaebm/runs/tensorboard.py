@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-    """Refuse to start without the package.
-
-    Raises:
-        InputError: the package tensorboard is missing.
-    """
+    """Refuse, as InputError, to start without the package tensorboard."""
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError(
             "option tensorboard needs the package tensorboard, which is not installed; "
