@@ -42,6 +42,14 @@ def check_device(device: str) -> None:
         ) from None
 
 
+def without_tf32() -> None:
+    """Let the convolutions of this process compute in float32 on NVIDIA GPUs; products of matrices do so by default.
+
+    TF32, PyTorch's default for them, has 10 bits of mantissa: too few for differences of energies.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def free_bytes(device: torch.device) -> int:
     """Return the bytes of memory that new tensors can take on a device."""
     if device.type != "cpu":

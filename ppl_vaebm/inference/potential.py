@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ppl_vaebm.devices import without_tf32
 from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.models.saved_bytes import rows_that_fit
 from ppl_vaebm.models.vaebm import VAEBM
@@ -66,6 +67,8 @@ def noise_potential(vaebm: VAEBM) -> NoisePotential:
     Up to the Gaussian constant, ``Phi(eps) + |eps|^2 / 2`` is minus the log density of the program
     :class:`~ppl_vaebm.models.vaebm.VAEBM` with all its sites decentred.
 
+    From then on this process computes convolutions in float32, not in TF32: kernels compare energies.
+
     Args:
         vaebm: the model; its VAE must be in evaluation mode, or rows would depend on each other.
 
@@ -77,4 +80,5 @@ def noise_potential(vaebm: VAEBM) -> NoisePotential:
     """
     if vaebm.vae.training:
         raise ValueError("the VAE is in training mode, where batch statistics tie chains together: call vaebm.eval()")
+    without_tf32()
     return NoisePotential(vaebm)

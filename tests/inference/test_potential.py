@@ -333,3 +333,9 @@ def test_free_memory_decides_passes_but_no_draw(kernel: KernelName, monkeypatch:
         passes.append(most[0])
     assert passes[0] >= 30 and passes[1] == 7
     assert all(torch.equal(found[0].positions[step], found[1].positions[step]) for step in (0, 3))
+
+
+def test_energies_are_computed_without_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    noise_potential(VAEBM(linear_vae(), ZeroEnergy()))
+    assert not torch.backends.cudnn.allow_tf32
