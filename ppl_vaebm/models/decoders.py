@@ -32,6 +32,11 @@ CLAMP = 5.0
 MIN_SCALE = 0.01
 
 
+def at_least_float32(raw: Tensor) -> Tensor:
+    """Convert half precision, which networks may return, to float32, in which every density is computed."""
+    return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
+
+
 def soft_clamp(raw: Tensor) -> Tensor:
     """Bound a raw network output smoothly to (-5, 5); near 0 it is the identity."""
     return CLAMP * torch.tanh(raw / CLAMP)
@@ -272,7 +277,7 @@ def decoded(decoder: str, out: Tensor, num_channels: int, num_mixtures: int, lev
     Returns:
         The distribution.
     """
-    raw = out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+    raw = at_least_float32(out)
     if decoder == "bernoulli":
         return DecodedBernoulli(raw)
     if decoder == "normal":

@@ -6,7 +6,6 @@ An energy is called as ``energy(x, z)`` and returns nats per row. One of x alone
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ from ppl_vaebm.models.layers import (
     FourierFeatures,
     LipSwish,
     bound_spectral_norm,
+    full_precision,
     hold_spectral_norms,
     mlp,
     spectral_layers,
@@ -134,8 +134,7 @@ class Energy(nn.Module):
 
     def _of_first_latent(self, net: nn.Sequential, z: Mapping[str, Tensor]) -> Tensor:
         first = z[self.first_latent].flatten(1)
-        # In the weights' precision, as the heads of image energies.
-        with nullcontext() if first.is_meta else torch.autocast(first.device.type, enabled=False):
+        with full_precision(first):
             out: Tensor = net(first.to(next(net.parameters()).dtype))
         return out.squeeze(-1)
 
@@ -175,7 +174,9 @@ class VectorEnergy(Energy):
         if self.latent_names:
             given = _given(z)
             features = torch.cat([features, *(given[name].flatten(1) for name in self.latent_names)], dim=1)
-        out: Tensor = self.net(features)
+        hidden = self.net[:-1](features)
+        with full_precision(x):  # as in ImageEnergy
+            out: Tensor = self.net[-1](hidden.to(self.last_layer().weight.dtype))
         return out.squeeze(-1)
 
 
@@ -230,9 +231,8 @@ class ImageEnergy(Energy):
             if index in self.entries:
                 features = features + self._entering(index, _given(z))
             features = block(features)
-        # Sum and head in the weights' precision: an energy in bfloat16 would have steps of a sixteenth at 16 nats.
-        # Autocast knows no tensors without storage.
-        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+        # An energy in bfloat16 would have steps of a sixteenth at 16 nats.
+        with full_precision(x):
             out: Tensor = self.head(features.to(self.head.weight.dtype).sum(dim=(-2, -1)))
         return out.squeeze(-1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d, normalized
 
 LEAK = 0.1  # of LeakyReLU: with SiLU the VAE of a staircase-like density reached -2.5 nats, with this -0.7
 LIPSWISH_SCALE = 1.1  # swish(u) / 1.1 has a Lipschitz constant of about 1 (Chen et al. 2019, residual flows)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[object]:
+    """Switch autocast off for a block on a tensor's device; tensors without storage have no autocast."""
+    return nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 class LipSwish(nn.Module):
@@ -45,7 +51,8 @@ class FourierFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, dim)`` to ``(n, 2 num)``."""
-        angles = x @ self.frequencies
+        with full_precision(x):  # bfloat16 would round an angle of 10 radians by up to 0.03
+            angles = x.to(self.frequencies.dtype) @ self.frequencies
         return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

@@ -22,7 +22,15 @@ from torch.nn import functional
 
 from ppl_vaebm.config import NvaeConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.decoders import Decoded, decoded, diagonal_normal, num_decoder_outputs, positive_scale, soft_clamp
+from ppl_vaebm.models.decoders import (
+    Decoded,
+    at_least_float32,
+    decoded,
+    diagonal_normal,
+    num_decoder_outputs,
+    positive_scale,
+    soft_clamp,
+)
 from ppl_vaebm.models.nvae_cells import POST_EXPANSION, Conv2d, decoder_cell, encoder_cell
 from ppl_vaebm.models.vae import Choose, Generator, Guide, HierarchicalVAE, Prior
 
@@ -256,7 +264,7 @@ class NVAEGenerator(Generator):
         state = self._combine(0, state, z["z_1"])
         for index, (cells, head) in enumerate(zip(self.cells, self.priors, strict=True), 1):
             state = cells(state)
-            raw_loc, raw_scale = _wide(head(functional.elu(state))).chunk(2, dim=1)
+            raw_loc, raw_scale = at_least_float32(head(functional.elu(state))).chunk(2, dim=1)
             prior = Prior(soft_clamp(raw_loc), positive_scale(raw_scale), (raw_loc, raw_scale))
             name = self.layout.name(index)
             z[name] = choose(name, prior, state)
@@ -342,18 +350,13 @@ class NVAEGuide(Guide):
         index = len(self.combiners) - int(name.removeprefix("z_")) + 1
         if index < len(self.combiners):
             features = features + self.combiners[index](state)
-        raw_loc, raw_scale = _wide(self.heads[name](features)).chunk(2, dim=1)
+        raw_loc, raw_scale = at_least_float32(self.heads[name](features)).chunk(2, dim=1)
         if self.config.residual_posterior:
             assert prior.raw is not None
             raw_loc, raw_scale = raw_loc + prior.raw[0], raw_scale + prior.raw[1]
         normal = diagonal_normal(soft_clamp(raw_loc), positive_scale(raw_scale))
         transforms = [*self.flows[name].children()]
         return TransformedDistribution(normal, transforms) if transforms else normal
-
-
-def _wide(raw: Tensor) -> Tensor:
-    """Bring half precision to float32, in which densities are computed."""
-    return raw.float() if raw.dtype in (torch.bfloat16, torch.float16) else raw
 
 
 def build_nvae(config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> HierarchicalVAE:

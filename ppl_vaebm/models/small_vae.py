@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.decoders import Decoded, DecodedNormal, XScale, positive_scale, soft_clamp
+from ppl_vaebm.models.decoders import Decoded, DecodedNormal, XScale, at_least_float32, positive_scale, soft_clamp
 from ppl_vaebm.models.layers import ResidualBlock, check_side, leaky_relu, mlp, net_kind, num_halvings
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, Prior, RelativeGuide
 
@@ -50,7 +50,7 @@ class VectorGenerator(Generator):
             if index == 0:
                 prior = self.first_prior(num)
             else:
-                raw_loc, raw_scale = self.priors[index - 1](state).chunk(2, dim=-1)
+                raw_loc, raw_scale = at_least_float32(self.priors[index - 1](state)).chunk(2, dim=-1)
                 prior = Prior(soft_clamp(raw_loc), positive_scale(raw_scale))
             z[name] = choose(name, prior, state)
             state = torch.cat([state, z[name]], dim=-1)
@@ -58,7 +58,7 @@ class VectorGenerator(Generator):
 
     def decode(self, state: Tensor) -> Decoded:
         """Decode; see :meth:`Generator.decode`."""
-        return DecodedNormal(*self.x_scale(self.decoder(state)))
+        return DecodedNormal(*self.x_scale(at_least_float32(self.decoder(state))))
 
 
 class VectorGuide(RelativeGuide):
@@ -133,7 +133,7 @@ class ImageGenerator(Generator):
         for index, up in enumerate(self.ups):
             state = up(state)
             if index < len(self.priors):
-                raw_loc, raw_scale = self.priors[index](state).chunk(2, dim=1)
+                raw_loc, raw_scale = at_least_float32(self.priors[index](state)).chunk(2, dim=1)
                 name = f"z_{index + 2}"
                 z[name] = choose(name, Prior(soft_clamp(raw_loc), positive_scale(raw_scale)), state)
                 state = state + self.combiners[index](z[name])
@@ -141,7 +141,7 @@ class ImageGenerator(Generator):
 
     def decode(self, state: Tensor) -> Decoded:
         """Decode; see :meth:`Generator.decode`."""
-        return DecodedNormal(*self.x_scale(functional.pixel_shuffle(self.head(state), self.patch)))
+        return DecodedNormal(*self.x_scale(functional.pixel_shuffle(at_least_float32(self.head(state)), self.patch)))
 
 
 class ImageGuide(RelativeGuide):

@@ -20,7 +20,7 @@ from pyro.infer.autoguide.effect import GuideMessenger  # type: ignore[attr-defi
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from ppl_vaebm.models.decoders import Decoded, diagonal_normal, soft_clamp
+from ppl_vaebm.models.decoders import Decoded, at_least_float32, diagonal_normal, soft_clamp
 
 MAX_VALUES_PER_BLOCK = 1 << 21
 """Values of noise that are drawn together on a CPU. Chosen by us."""
@@ -222,7 +222,7 @@ class RelativeGuide(Guide):
 
     def posterior(self, name: str, prior: Prior, features: Tensor, state: Tensor) -> TorchDistribution:
         """Shift and scale the prior; see :meth:`Guide.posterior`."""
-        shift, log_ratio = self.head(name, features, state).chunk(2, dim=1)
+        shift, log_ratio = at_least_float32(self.head(name, features, state)).chunk(2, dim=1)
         return diagonal_normal(prior.loc + prior.scale * shift, prior.scale * soft_clamp(log_ratio).exp())
 
 

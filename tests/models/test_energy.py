@@ -259,3 +259,20 @@ def test_a_latent_on_a_finer_grid_enters_by_its_means(generator: torch.Generator
     means = nn.functional.avg_pool2d(z, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
     torch.testing.assert_close(energy(x, {"z_1": z}), energy(x, {"z_1": means}))
     assert (energy(x, {"z_1": z}) - energy(x, {"z_1": z.roll(1, 3)})).abs().min() > 1e-6  # negative control
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": "x-and-z", "latent_term": True}], ids=["x", "x and z"])
+def test_energies_of_vectors_keep_float32_under_autocast(options: dict[str, Any], generator: torch.Generator) -> None:
+    with global_rng(0):
+        energy = build_energy(EnergyConfig(**options), torch.Size([2]), {"z_1": torch.Size([3])})
+    last = energy.last_layer()
+    assert last is not None
+    last.bias.data += 300.0  # where bfloat16 has steps of 2 nats
+    x, z = torch.randn(200, 2, generator=generator), {"z_1": torch.randn(200, 3, generator=generator)}
+    with torch.no_grad():
+        exact = energy(x, z)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = energy(x, z)
+    assert half.dtype == torch.float32
+    assert (half - exact).abs().max() < 0.01
+    assert (half.bfloat16().float() - exact).abs().max() > 0.1  # negative control

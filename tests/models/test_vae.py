@@ -39,6 +39,7 @@ from tests.small_models import (
     shipped_vae,
     sites_of,
 )
+from tests.tiny import needs_bfloat16
 
 IMAGE = "image (1, 8, 8), 3 groups, local scale"
 
@@ -417,3 +418,34 @@ def test_every_group_matters_to_x(name: str) -> None:
     x, _ = vae.transport(eps)
     for site, grad in zip(eps, torch.autograd.grad(x.square().sum(), [*eps.values()]), strict=True):
         assert grad.abs().amax(dim=tuple(range(1, grad.dim()))).min() > 1e-3, site
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vector, 3 groups, local scale",
+        "vector, 3 groups, global scale",
+        pytest.param(IMAGE, marks=needs_bfloat16),
+    ],
+)
+def test_every_normal_is_formed_in_float32_under_autocast(name: str) -> None:
+    vae = shipped_vae(name).float()
+    with global_rng(0), torch.no_grad():
+        x = torch.randn(64, *vae.model.event_shape)
+        guide = poutine.trace(vae.guide).get_trace(x)
+        exact = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            half_guide = poutine.trace(poutine.replay(vae.guide, trace=guide)).get_trace(x)
+            half = poutine.trace(poutine.replay(vae.model, trace=guide)).get_trace(x)
+            half.compute_log_prob()
+    pairs = [(sites_of(half)[site], sites_of(exact)[site]) for site in (*vae.model.latent_shapes, "x")]
+    pairs += [(sites_of(half_guide)[site], sites_of(guide)[site]) for site in vae.model.latent_shapes]
+    for one, other in pairs:
+        for key in ("loc", "scale"):
+            value, expected = (getattr(node["fn"].base_dist, key) for node in (one, other))
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value, expected, rtol=0.1, atol=0.1)
+    # Values that bfloat16 cannot hold: what follows the networks is computed in float32.
+    scale = sites_of(half)["z_2"]["fn"].base_dist.scale
+    assert not torch.equal(scale, scale.bfloat16().float())
+    assert sites_of(half)["x"]["log_prob"].dtype == torch.float32
