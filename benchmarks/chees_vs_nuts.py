@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.common import parser_of, ratio, write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import summarize
 from ppl_vaebm.inference.kernels import targets
@@ -69,11 +70,9 @@ def _nuts(seed: int) -> Chains:
         TARGET.potential,
         None,
         _start(NUTS_CHAINS, seed),
+        SamplerOptions(NUTS_WARMUP, STEP_SIZE),
+        Limits(NUTS_DRAWS),
         seed=seed,
-        num_draws=NUTS_DRAWS,
-        num_warmup=NUTS_WARMUP,
-        step_size=STEP_SIZE,
-        trajectory_length=1.0,
         functionals=_store,
     )
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.common import parser_of, write
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference.bridges.pyro_samplers import run_pyro
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.diagnostics.arviz_io import to_inference_data
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT, summarize
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
@@ -95,14 +96,10 @@ def _run(name: str, target: Modes, seed: int) -> Chains:
             target.potential,
             None,
             start,
+            SamplerOptions(NUM_WARMUP, DEFAULT_STEP_SIZES["hmc"], max_tree_depth=MAX_TREE_DEPTH),
+            Limits(NUM_EVALS, max_evals=NUM_EVALS),
             seed=seed,
-            num_draws=NUM_EVALS,
-            num_warmup=NUM_WARMUP,
-            step_size=DEFAULT_STEP_SIZES["hmc"],
-            trajectory_length=1.0,
-            max_tree_depth=MAX_TREE_DEPTH,
             functionals=_store(target),
-            max_evals=NUM_EVALS,
         )
     (config,) = (config for config in OURS if config.name == name)
     return run_chains(

@@ -15,6 +15,7 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.evaluation.metrics.modes import mode_counts
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.diagnostics.convergence import FloatArray
 from ppl_vaebm.inference.diagnostics.functionals import noise_functionals
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals, run_chains
@@ -96,39 +97,26 @@ def run_kernel(
     Returns:
         The chains; ``attrs`` has the seed, and ``is_adjusted``: whether a Metropolis test makes the kernel exact.
     """
-    limits: dict[str, Any] = {
-        "num_draws": max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals,
-        "num_warmup": budget.num_warmup,
-        "functionals": functionals or noise_functionals(potential),
-        "max_evals": budget.num_evals,
-        "min_seconds": budget.num_seconds * (PYRO_SLACK if name in get_args(PyroKernelName) else 1),
-    }
+    num_draws = max(budget.num_evals, MAX_DRAWS) if budget.num_seconds else budget.num_evals
+    functionals = functionals or noise_functionals(potential)
+    options = SamplerOptions(budget.num_warmup, max_tree_depth=COMPARED_MAX_TREE_DEPTH)
+    limits = Limits(num_draws, budget.num_evals, budget.num_seconds)
+    common: dict[str, Any] = {"seed": seed_for(seed, name), "functionals": functionals}
     if name in get_args(PyroKernelName):
-        chains = run_pyro(
-            cast(PyroKernelName, name),
-            potential,
-            potential.packing,
-            start,
-            seed=seed_for(seed, name),
-            step_size=DEFAULT_STEP_SIZES["hmc"],
-            trajectory_length=(config.num_steps or COMPARED_MAX_NUM_STEPS) * DEFAULT_STEP_SIZES["hmc"],
-            max_tree_depth=COMPARED_MAX_TREE_DEPTH,
-            **limits,
-        )
+        step_size = DEFAULT_STEP_SIZES["hmc"]
+        length = (config.num_steps or COMPARED_MAX_NUM_STEPS) * step_size
+        options = options._replace(step_size=step_size, trajectory_length=length)
+        limits = limits._replace(min_seconds=PYRO_SLACK * budget.num_seconds)
+        pyro_name = cast(PyroKernelName, name)
+        chains = run_pyro(pyro_name, potential, potential.packing, start, options, limits, **common)
     elif name in get_args(JaxKernelName):
-        chains = run_jax(
-            cast(JaxKernelName, name),
-            potential,
-            start,
-            seed=seed_for(seed, name),
-            max_tree_depth=COMPARED_MAX_TREE_DEPTH,
-            **limits,
-        )
+        chains = run_jax(cast(JaxKernelName, name), potential, start, options, limits, **common)
     else:
         config = _own_config(name, config)
         kernel = with_swaps(build_kernel(config, potential), potential)
         generator = stream(seed, "chains", name, device=start.device)
-        chains = run_chains(kernel, generator, start, start_params(config, start), **limits)
+        settings: dict[str, Any] = {"num_warmup": budget.num_warmup, "functionals": functionals, **limits._asdict()}
+        chains = run_chains(kernel, generator, start, start_params(config, start), **settings)
     return replace(
         chains, kernel=name, attrs={"is_adjusted": int(name not in UNADJUSTED), **chains.attrs, "seed": seed}
     )

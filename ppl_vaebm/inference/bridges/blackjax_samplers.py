@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, SamplerOptions, Tuned, log_density
-from ppl_vaebm.inference.bridges.transitions import Transition
+from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, Tuned, log_density
+from ppl_vaebm.inference.bridges.transitions import SamplerOptions, Transition
 from ppl_vaebm.inference.kernels.base import DIVERGENCE_THRESHOLD_NATS
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ each chain's own trajectory, the attribute ``num_evals_computed`` all evaluation
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
@@ -27,9 +26,9 @@ from ppl_vaebm.inference.bridges.jax_potential import (
     numbered_potential,
     require,
 )
-from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, SamplerOptions
+from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler
 from ppl_vaebm.inference.bridges.numpyro_samplers import NUMPYRO_TARGET_ACCEPTANCE, NumpyroKernelName, build_numpyro
-from ppl_vaebm.inference.bridges.transitions import Transition, states, tensor, to_chains
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions, Transition, states, tensor, to_chains
 from ppl_vaebm.inference.kernels.base import KernelParams, Potential, value_only
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals
 from ppl_vaebm.rng import seed_for
@@ -39,9 +38,6 @@ if TYPE_CHECKING:
 
 JaxKernelName = Literal[NumpyroKernelName, BlackjaxKernelName]
 
-JAX_MAX_TREE_DEPTH = 10  # default of NumPyro and BlackJAX, which is Stan's
-JAX_STEP_SIZE = 0.1  # where the warm-up of this package's kernels starts too
-JAX_TRAJECTORY_LENGTH = math.pi / 2  # a quarter turn, as in kernels.base.init_params
 # Most draws of one call of a compiled block, and most numbers in their positions (32 MiB of float64). Chosen by us:
 # with a call for every draw of one step, a Gaussian took 1.3 to 3 times as long as with 64.
 MAX_BLOCK, MAX_BLOCK_VALUES = 64, 2**22
@@ -63,21 +59,13 @@ class Program(NamedTuple):
     sampler: JaxSampler
 
 
-class _Limits(NamedTuple):
-    """Conditions at which the draws end; see :func:`run_jax`."""
-
-    num_draws: int
-    max_evals: int | None
-    min_seconds: float
-
-
 class _Block(NamedTuple):
     """Draws of one call of a program, ``n`` of them; rows are draws."""
 
     draws: Transition
     """``(n, C, ...)``."""
     rows: list[Mapping[str, Tensor]]
-    """Functionals of each draw."""
+    """Scalar summaries of each draw."""
     end_times: NDArray[np.float64]
     """Seconds from the start of all draws, ``(n,)``."""
     num_computed: float
@@ -88,34 +76,19 @@ def run_jax(
     kernel: JaxKernelName,
     potential: Potential,
     position: Tensor,
+    options: SamplerOptions,
+    limits: Limits,
     *,
     seed: int,
-    num_draws: int,
-    num_warmup: int,
     functionals: Functionals,
-    step_size: float = JAX_STEP_SIZE,
-    trajectory_length: float = JAX_TRAJECTORY_LENGTH,
-    target_acceptance: float | None = None,
-    max_tree_depth: int = JAX_MAX_TREE_DEPTH,
-    max_evals: int | None = None,
-    min_seconds: float = 0.0,
 ) -> Chains:
     """Sample with NumPyro or BlackJAX, all chains at once, each from its own random keys.
 
     Args:
-        kernel: name of the sampler.
         potential: Phi, relative to N(0, I).
         position: starts, ``(C, D)``, float32 or float64.
-        seed: seed of the run.
-        num_draws: as in :func:`~ppl_vaebm.inference.kernels.chains.run_chains`, like ``max_evals`` and ``min_seconds``.
-        num_warmup: steps in which the library adapts; 0 keeps ``step_size`` and unit mass.
-        functionals: as in ``run_chains``. Phi is U, which the libraries keep, less ``|q|^2 / 2``, with rounding errors.
-        step_size: leapfrog step, or where its adaptation starts.
-        trajectory_length: of NumPyro's HMC; of ChEES and MCLMC where they do not tune it.
-        target_acceptance: target of the adaptation; ``None`` for the library's default. MCLMC has none.
-        max_tree_depth: largest number of NUTS's doublings.
-        max_evals: most evaluations per chain.
-        min_seconds: least seconds.
+        functionals: as in :func:`~ppl_vaebm.inference.kernels.chains.run_chains`. Phi is U, which the libraries keep,
+            less ``|q|^2 / 2``, with rounding errors.
 
     Returns:
         The chains. In ``params`` the step is ``(C,)``, the inverse mass ``(C, D)``, the trajectory ``(C,)``. Draws are
@@ -132,8 +105,7 @@ def run_jax(
     """
     position = position.detach()
     _check(kernel, potential, position)
-    target = target_acceptance or _TARGETS[kernel]
-    options = SamplerOptions(num_warmup, step_size, trajectory_length, target, max_tree_depth)
+    options = options._replace(target_acceptance=options.target_acceptance or _TARGETS[kernel])
     host = JaxPotential(potential, position)
     with jax_precision(position.dtype), host.own_errors():
         began = time.perf_counter()
@@ -141,7 +113,6 @@ def run_jax(
         compiled = time.perf_counter()
         state, warmup_evals = _start(program, phi, _keys(kernel, seed, len(position)), position)
         warmed, warmup_computed = time.perf_counter(), host.num_rows
-        limits = _Limits(num_draws, max_evals, min_seconds)
         blocks = _draw(program, phi, host, state, limits, functionals, position)
         step_sizes, inverse_mass, lengths = (tensor(part, position) for part in program.sampler.tuned(state))
     return to_chains(
@@ -190,7 +161,7 @@ def _keys(kernel: str, seed: int, num_chains: int) -> Array:
     from jax import numpy as jnp
 
     seeds = [seed_for(seed, "jax", kernel, chain) for chain in range(num_chains)]
-    halves = [[whole >> 32, whole & 0xFFFFFFFF] for whole in seeds]
+    halves = [[number >> 32, number & 0xFFFFFFFF] for number in seeds]
     keys: Array = jax.random.wrap_key_data(jnp.array(halves, jnp.uint32), impl="threefry2x32")
     return keys
 
@@ -248,7 +219,7 @@ def _draw(
     phi: Any,
     host: JaxPotential,
     state: Any,
-    limits: _Limits,
+    limits: Limits,
     functionals: Functionals,
     like: Tensor,
 ) -> list[_Block]:
@@ -284,7 +255,7 @@ def _cut(block: _Block, fraction: NDArray[np.float64], length: int) -> _Block:
     return _Block(draws, block.rows[:length], block.end_times[:length], block.num_computed * fraction[length - 1])
 
 
-def _next_length(limits: _Limits, num_draws: int, num_evals: float, elapsed: float, block_size: int) -> int:
+def _next_length(limits: Limits, num_draws: int, num_evals: float, elapsed: float, block_size: int) -> int:
     """Estimate the number of draws until the limits are reached, at most a block."""
     left = float(limits.num_draws - num_draws)
     if limits.max_evals is not None:

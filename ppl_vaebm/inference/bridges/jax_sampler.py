@@ -11,21 +11,6 @@ if TYPE_CHECKING:
     from jax import Array
 
 
-class SamplerOptions(NamedTuple):
-    """Options of a sampler; each set of them compiles its own program."""
-
-    num_warmup: int
-    """Steps of the sampler's own adaptation; 0 keeps ``step_size`` and unit mass."""
-    step_size: float
-    """Leapfrog step, or where its adaptation starts."""
-    trajectory_length: float
-    """Length of an HMC trajectory, or where its adaptation starts."""
-    target_acceptance: float
-    """Target of the adaptation of a sampler with an acceptance rate."""
-    max_tree_depth: int
-    """Largest number of NUTS's doublings."""
-
-
 class Tuned(NamedTuple):
     """Parameters after the warm-up; they differ between chains that adapt alone."""
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, SamplerOptions, Tuned, potential_energy
-from ppl_vaebm.inference.bridges.transitions import Transition
+from ppl_vaebm.inference.bridges.jax_sampler import JaxSampler, Tuned, potential_energy
+from ppl_vaebm.inference.bridges.transitions import SamplerOptions, Transition
 
 if TYPE_CHECKING:
     from jax import Array

@@ -17,7 +17,7 @@ import torch
 from pyro.infer import HMC, MCMC, NUTS
 from torch import Tensor
 
-from ppl_vaebm.inference.bridges.transitions import Transition, states, to_chains
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions, Transition, states, to_chains
 from ppl_vaebm.inference.kernels.base import KernelParams, Potential
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals
 from ppl_vaebm.inference.kernels.packing import Packing
@@ -25,9 +25,8 @@ from ppl_vaebm.rng import global_rng, seed_for
 
 PyroKernelName = Literal["pyro-hmc", "pyro-nuts"]
 
-# Pyro's defaults, which are Stan's.
+# Pyro's default, which is Stan's.
 PYRO_TARGET_ACCEPTANCE = 0.8
-PYRO_MAX_TREE_DEPTH = 10
 
 
 def flat_packing(dim: int) -> Packing:
@@ -63,9 +62,10 @@ class _BudgetSpent(Exception):
 class _Recorder:
     """Records the transitions of a kernel of Pyro (which has no types); :meth:`hook` goes to ``pyro.infer.MCMC``."""
 
-    def __init__(self, kernel: Any, potential: SitePotential, max_evals: float, min_seconds: float) -> None:
+    def __init__(self, kernel: Any, potential: SitePotential, limits: Limits) -> None:
         self.potential = potential
-        self.max_evals, self.min_seconds = max_evals, min_seconds
+        self.max_evals = math.inf if limits.max_evals is None else limits.max_evals
+        self.min_seconds = limits.min_seconds
         self.draws: list[Transition] = []
         self.end_times: list[float] = []
         self.draws_evals = 0
@@ -130,37 +130,21 @@ def run_pyro(
     potential: Potential,
     packing: Packing | None,
     position: Tensor,
+    options: SamplerOptions,
+    limits: Limits,
     *,
     seed: int,
-    num_draws: int,
-    num_warmup: int,
-    step_size: float,
-    trajectory_length: float,
-    target_acceptance: float = PYRO_TARGET_ACCEPTANCE,
-    max_tree_depth: int = PYRO_MAX_TREE_DEPTH,
     functionals: Functionals,
-    max_evals: int | None = None,
-    min_seconds: float = 0.0,
 ) -> Chains:
     """Sample with Pyro's HMC or NUTS, one chain after another, each from its own stream of random numbers.
 
     Args:
-        kernel: ``pyro-hmc`` or ``pyro-nuts``.
         potential: Phi, relative to N(0, I).
         packing: the named sites that Pyro samples; ``None`` for one flat site.
         position: starts, ``(C, D)``.
-        seed: seed of the run.
-        num_draws: draws per chain, at least 1; with ``max_evals``, the most of them.
-        num_warmup: steps in which Pyro adapts step size and diagonal mass; 0 keeps ``step_size`` and unit mass.
-        step_size: leapfrog step, or where its adaptation starts.
-        trajectory_length: of HMC; Pyro takes ``int(trajectory_length / step_size)`` steps, at least one.
-        target_acceptance: target of the adaptation.
-        max_tree_depth: largest number of NUTS's doublings.
+        limits: a chain stops when its own evaluations reach ``max_evals`` and it has used its fraction ``1 / C`` of
+            ``min_seconds``; all chains are cut to the shortest.
         functionals: as in :func:`~ppl_vaebm.inference.kernels.chains.run_chains`.
-        max_evals: a chain stops after the draw with which its evaluations reach this number, without the warm-up,
-            and all chains are cut to the shortest.
-        min_seconds: a chain does not stop for ``max_evals`` before it has used its fraction ``1 / C`` of this time;
-            ``num_draws`` bounds both.
 
     Returns:
         The chains. Every chain adapts alone: in ``params`` the step size is ``(C,)`` and the inverse mass ``(C, D)``.
@@ -172,28 +156,29 @@ def run_pyro(
     """
     if kernel not in get_args(PyroKernelName):
         raise ValueError(f"expected one of the kernels {', '.join(get_args(PyroKernelName))}, found {kernel!r}")
-    options: dict[str, Any] = {
-        "step_size": step_size,
-        "target_accept_prob": target_acceptance,
-        "adapt_step_size": num_warmup > 0,
-        "adapt_mass_matrix": num_warmup > 0,
+    is_adapted = options.num_warmup > 0
+    shared: dict[str, Any] = {
+        "step_size": options.step_size,
+        "target_accept_prob": options.target_acceptance or PYRO_TARGET_ACCEPTANCE,
+        "adapt_step_size": is_adapted,
+        "adapt_mass_matrix": is_adapted,
     }
     packing = packing or flat_packing(position.shape[1])
-    limits = math.inf if max_evals is None else max_evals, min_seconds / len(position)
+    limits = limits._replace(min_seconds=limits.min_seconds / len(position))
     chains = []
     for index, row in enumerate(position.detach().split(1)):
         site_potential = SitePotential(potential, packing)
         with global_rng(seed_for(seed, "pyro", index)):
             pyro_kernel = (
-                HMC(potential_fn=site_potential, trajectory_length=trajectory_length, **options)
+                HMC(potential_fn=site_potential, trajectory_length=options.trajectory_length, **shared)
                 if kernel == "pyro-hmc"
-                else NUTS(potential_fn=site_potential, max_tree_depth=max_tree_depth, **options)
+                else NUTS(potential_fn=site_potential, max_tree_depth=options.max_tree_depth, **shared)
             )
-            chains.append(_run_chain(pyro_kernel, site_potential, row, num_draws, num_warmup, *limits))
+            chains.append(_run_chain(pyro_kernel, site_potential, row, options.num_warmup, limits))
     params = KernelParams(
         position.new_tensor([chain.step_size for chain in chains]),
         torch.stack([chain.inverse_mass for chain in chains]),
-        position.new_tensor(trajectory_length),
+        position.new_tensor(options.trajectory_length),
     )
     return _collect(kernel, chains, params, functionals, seed)
 
@@ -202,14 +187,12 @@ def _run_chain(
     kernel: HMC,
     potential: SitePotential,
     start: Tensor,
-    num_draws: int,
     num_warmup: int,
-    max_evals: float,
-    min_seconds: float,
+    limits: Limits,
 ) -> _Chain:
     sites = {name: site.squeeze(0).clone() for name, site in potential.packing.unravel(start).items()}
-    recorder = _Recorder(kernel, potential, max_evals, min_seconds)
-    mcmc = MCMC(kernel, num_draws, num_warmup, initial_params=sites, hook_fn=recorder.hook, disable_progbar=True)
+    recorder = _Recorder(kernel, potential, limits)
+    mcmc = MCMC(kernel, limits.num_draws, num_warmup, initial_params=sites, hook_fn=recorder.hook, disable_progbar=True)
     began = time.perf_counter()
     with contextlib.suppress(_BudgetSpent):
         mcmc.run()

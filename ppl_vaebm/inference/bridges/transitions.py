@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -30,6 +31,33 @@ class Transition(NamedTuple):
     """Evaluations of Phi with gradient in each chain's own trajectory, ``(C,)``."""
 
 
+class SamplerOptions(NamedTuple):
+    """Options of a sampler; of JAX's, each set of them compiles its own program."""
+
+    num_warmup: int
+    """Steps of the library's own adaptation; 0 keeps ``step_size`` and unit mass."""
+    step_size: float = 0.1
+    """Leapfrog step, or where its adaptation starts; by default where this package's kernels start too."""
+    trajectory_length: float = math.pi / 2
+    """Of HMC, and of ChEES and MCLMC where they do not tune it; by default a quarter turn. Pyro's HMC takes
+    ``int(trajectory_length / step_size)`` steps, at least one."""
+    target_acceptance: float | None = None
+    """Target of the adaptation; ``None`` for the library's default. Unadjusted MCLMC has none."""
+    max_tree_depth: int = 10
+    """Largest number of NUTS's doublings; the default is Stan's, and that of all three libraries."""
+
+
+class Limits(NamedTuple):
+    """Conditions at which the draws end, as in :func:`~ppl_vaebm.inference.kernels.chains.run_chains`."""
+
+    num_draws: int
+    """Draws per chain, at least 1; with ``max_evals``, the most of them."""
+    max_evals: int | None = None
+    """Evaluations per chain, without the warm-up, after which no draw begins."""
+    min_seconds: float = 0.0
+    """Draws continue beyond ``max_evals`` until so much time has passed, over all chains."""
+
+
 def tensor(values: Any, like: Tensor) -> Tensor:
     """Copy an array, for JAX's memory is read-only, to the device of a tensor."""
     return torch.from_numpy(np.array(values)).to(like.device)
@@ -54,9 +82,8 @@ def to_chains(
     """Make chains of N draws.
 
     Args:
-        kernel: name of the sampler.
         draws: numpy arrays ``(N, C, ...)``.
-        rows: functionals of each draw.
+        rows: scalar summaries of each draw.
         elapsed: seconds from the start of the draws to the end of each, ``(N,)``.
         params: parameters of the draws.
         like: a tensor on the device of the chains.

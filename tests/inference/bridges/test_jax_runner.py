@@ -20,6 +20,7 @@ from torch import Tensor
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.bridges import jax_potential, jax_runner
 from ppl_vaebm.inference.bridges.jax_runner import JaxKernelName, run_jax
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.kernels import targets
 from ppl_vaebm.inference.kernels.base import KernelState, Potential
 from ppl_vaebm.inference.kernels.chains import Chains
@@ -62,8 +63,11 @@ def stored(state: KernelState) -> dict[str, Tensor]:
 
 
 def run(kernel: str, potential: Potential = AR1.potential, position: Tensor = START, **options: Any) -> Chains:
-    settings = {"seed": 1, "num_draws": 20, "num_warmup": NUM_WARMUP, "functionals": stored}
-    return run_jax(kernel, potential, position, **(settings | options))  # type: ignore[arg-type]
+    """Run with options and limits by name."""
+    settings: dict[str, Any] = {"num_draws": 20, "num_warmup": NUM_WARMUP, "seed": 1, "functionals": stored} | options
+    limits = Limits(**{name: settings.pop(name) for name in Limits._fields if name in settings})
+    own = SamplerOptions(**{name: settings.pop(name) for name in SamplerOptions._fields if name in settings})
+    return run_jax(kernel, potential, position, own, limits, **settings)  # type: ignore[arg-type]
 
 
 def standard_errors_off(draws: Tensor, expected: float | Tensor) -> Tensor:
@@ -163,7 +167,7 @@ def test_shapes_and_names_are_those_of_run_chains(kernel: str) -> None:
     assert chains.stats["lp"].dtype == chains.draws["q"].dtype == chains.draws["phi"].dtype == torch.float64
     assert chains.params.step_size.shape == chains.params.trajectory_length.shape == (NUM_CHAINS,)
     assert chains.params.inverse_mass.shape == (NUM_CHAINS, DIM)
-    assert (chains.params.step_size != jax_runner.JAX_STEP_SIZE).all()
+    assert (chains.params.step_size != SamplerOptions(0).step_size).all()
     assert {"seed": 1, "thin": 1}.items() <= chains.attrs.items()
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, SitePotential, flat_packing, run_pyro
+from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.kernels import hmc, targets
 from ppl_vaebm.inference.kernels.base import KernelState, Potential, init_params
 from ppl_vaebm.inference.kernels.chains import Chains, run_chains
@@ -46,8 +47,17 @@ def stored(state: KernelState) -> dict[str, Tensor]:
 def run(
     kernel: PyroKernelName, potential: Potential, start: Tensor, packing: Packing | None = PACKING, **options: Any
 ) -> Chains:
-    settings = {"seed": 1, "num_draws": 20, "num_warmup": 0, "step_size": 0.25, "trajectory_length": 1.0}
-    return run_pyro(kernel, potential, packing, start, functionals=stored, **(settings | options))
+    """Run with options and limits by name."""
+    settings: dict[str, Any] = {
+        "num_draws": 20,
+        "num_warmup": 0,
+        "step_size": 0.25,
+        "trajectory_length": 1.0,
+        "seed": 1,
+    } | options
+    limits = Limits(**{name: settings.pop(name) for name in Limits._fields if name in settings})
+    own = SamplerOptions(**{name: settings.pop(name) for name in SamplerOptions._fields if name in settings})
+    return run_pyro(kernel, potential, packing, start, own, limits, functionals=stored, **settings)
 
 
 def start(num_chains: int) -> Tensor:
