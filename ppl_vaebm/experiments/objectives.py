@@ -97,11 +97,9 @@ def row(name: str, result: Mapping[str, Any]) -> str:
     """Format one setting as a line of a Markdown table."""
 
     def modes(key: str) -> str:
-        section = result.get(key)
-        if section is None:
-            return "-"
+        section = result.get(key, {"none": ""})
         if "none" in section:
-            return "none"
+            return "none" if key in result else "-"
         share, found = section["share within 3 std of a mode"]["value"], section["modes of 25"]
         return f"{100 * share:.1f} % / {found} / {section['KL of the mode histogram to uniform (nats)']:.4f}"
 

@@ -143,14 +143,14 @@ def main(argv: list[str] | None = None) -> None:
     loaded = load_run(options.run)
     results: dict[str, Any] = {}
     for x_1, noise_sd in CASES:
-        seen = f"x_1 = {x_1:g}" + ("" if noise_sd is None else f" with noise of sd {noise_sd:g}")
+        given_text = f"x_1 = {x_1:g}" + ("" if noise_sd is None else f" with noise of sd {noise_sd:g}")
         given = torch.tensor([x_1, math.nan])
         potential = condition(loaded.vaebm, given=given, mask=~given.isnan(), noise_sd=noise_sd)
         probability = quadrature(loaded, x_1, noise_sd, options.seed)
         for name in options.methods:
-            result = results[f"{seen}, {name}"] = compare(METHODS[name](potential, options.seed), probability)
+            result = results[f"{given_text}, {name}"] = compare(METHODS[name](potential, options.seed), probability)
             print(
-                f"{seen}, {name}: worst |z| {result['worst |z|']:.2f}, R-hat {result['R-hat of x_2']:.4f}, "
+                f"{given_text}, {name}: worst |z| {result['worst |z|']:.2f}, R-hat {result['R-hat of x_2']:.4f}, "
                 f"smallest ESS {result['smallest ESS']:.0f}"
             )
     file = Path(options.out) / "posterior-points.json"

@@ -29,7 +29,7 @@ from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.conditioning import ConditionalPotential, annealed_starts
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.sbc import ranks, uniformity
-from ppl_vaebm.inference.kernels.base import KernelState, init_params, value_only
+from ppl_vaebm.inference.kernels.base import init_params, value_only
 from ppl_vaebm.inference.kernels.chains import run_chains
 from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.likelihood import exact_draws
@@ -50,7 +50,7 @@ THIN = 8  # transitions; long chains have 1 effective draw in 3 to 5 of them
 NUM_BINS = 11
 KERNEL = KernelConfig("hmc", num_steps=10)
 PIXELS = (3, 13, 18, 28)  # of the 32 in the lower half, row by row
-ALPHA = 0.01  # over the number of functionals (Bonferroni)
+ALPHA = 0.01  # over the number of quantities (Bonferroni)
 Setting = Literal["noisy", "noisy, noise-sd halved", "exact", "exact, log scale left out"]
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 
@@ -104,7 +104,7 @@ def upper_half(x: Tensor) -> Tensor:
 
 
 def quantities(potential: NoisePotential, position: Tensor) -> dict[str, Tensor]:
-    """Return what is ranked, ``(C,)`` each: the energy, unobserved pixels, directions in them and in the latents."""
+    """Compute what is ranked, ``(C,)`` each: energy, unobserved pixels, directions in these and in latents."""
     x = potential.decode(position)
     noises = potential.packing.unravel(position)
     latents = torch.cat([value.flatten(1) for name, value in noises.items() if name.startswith("eps_z")], dim=1)
@@ -125,9 +125,6 @@ def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> 
     generator = stream(seed, "sbc-posterior", setting)
     starts, particles = annealed_starts(posterior, generator, NUM_CHAINS, num_particles=NUM_PARTICLES)
 
-    def functionals(state: KernelState) -> dict[str, Tensor]:
-        return quantities(posterior, state.position)
-
     chains = run_chains(
         build_kernel(KERNEL, posterior),
         generator,
@@ -136,7 +133,7 @@ def calibrate(setting: Setting, loaded: LoadedRun, prior: Tensor, seed: int) -> 
         num_draws=NUM_DRAWS,
         num_warmup=NUM_WARMUP,
         thin=THIN,
-        functionals=functionals,
+        functionals=lambda state: quantities(posterior, state.position),
     )
     num_draws = NUM_CHAINS * NUM_DRAWS
     tests = {}
@@ -193,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         "bins": NUM_BINS,
         "noise sd": NOISE_SD,
         "seed": options.seed,
-        "prior": f"exact draws by rejection, {options.num_simulations} of {prior.num_proposals} draws of the VAE",
+        "prior": f"exact draws by rejection, {options.num_simulations} of {prior.num_proposals} VAE samples",
     }
     old = load_results(file)
     settings = old.get("settings", {}) if old.get("setup") == setup else {}

@@ -84,7 +84,7 @@ class Attempt:
 
 @dataclass
 class Keeper:
-    """Mirror of a run that keeps the records and the checkpoints that the guard removes."""
+    """Mirror of a run with the records and checkpoints that the guard removes."""
 
     run: Run
     """The run; copies go into its folder ``kept``, by the number of rollbacks and the step."""
@@ -158,7 +158,7 @@ def distances(
 
 
 def summary(result: Attempt, measured: Sequence[Mapping[str, Any]], end: float | None, limit: float) -> dict[str, Any]:
-    """Summarise an attempt with its measured checkpoints and the Frechet distance of its end, in plain numbers."""
+    """Summarize an attempt with its measured checkpoints and the Frechet distance of its end, in plain numbers."""
     steps = [record for record in result.records if "energy_gap" in record]
     gaps = [float(record["energy_gap"]) for record in steps]
     beyond = [r["step"] for r, gap in zip(steps, gaps, strict=True) if not abs(gap) <= limit]
@@ -202,7 +202,7 @@ def figure_of(attempts: Mapping[str, Attempt], results: Mapping[str, Any], limit
     distance_axes.minorticks_off()
     distance_axes.set_title(f"Frechet distance of {NUM_STEPS} steps, by checkpoint", fontsize=TITLE_POINTS)
     for ax in axes[0]:
-        ax.set_xlabel("updates made, those that were taken back included", fontsize=TITLE_POINTS)
+        ax.set_xlabel("updates made, including those that were undone", fontsize=TITLE_POINTS)
         ax.legend(fontsize=TITLE_POINTS, loc="lower left" if ax is gap_axes else "upper left")
     return png_of(figure)
 
@@ -231,9 +231,9 @@ def main(argv: list[str] | None = None) -> None:
     distance = DataDistance(folder, data, SEED)
     attempts, results = {}, {}
     for name, config in configs.items():
-        place = folder / name.replace(" ", "-")
-        attempts[name] = attempt(place, config, data, vae)
-        measured = distances(place, config, vae, distance)
+        own_folder = folder / name.replace(" ", "-")
+        attempts[name] = attempt(own_folder, config, data, vae)
+        measured = distances(own_folder, config, vae, distance)
         vaebm = attempts[name].vaebm
         end = None if vaebm is None else distance_of(vaebm, config.kernel, distance)
         results[name] = summary(attempts[name], measured, end, limit)

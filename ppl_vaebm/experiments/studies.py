@@ -1,4 +1,4 @@
-"""Parts that the studies share: folder, recipe, VAE, results and the distance by which densities are judged."""
+"""Parts that the studies share: folder, recipe, VAE, results and the distance of samples to data."""
 
 from __future__ import annotations
 
@@ -97,8 +97,8 @@ class DataDistance:
     """Frechet distance of samples to the training data, in features of the classifier in ``folder``.
 
     Args:
-        folder: of the classifier's weights, which is trained where they are missing.
-        data: the data; data and samples are rounded to their levels.
+        folder: with the weights of the classifier, which is trained where they are missing.
+        data: images; data and samples are rounded to 8 bits.
         seed: of the training and of the dequantisation, which the rounding undoes.
     """
 

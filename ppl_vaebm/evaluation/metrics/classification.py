@@ -1,4 +1,4 @@
-"""How far samples are from data, from given features, logits, scores or points; everything in float64."""
+"""Inception Score of logits, and AUROC of scores; everything in float64."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from torch import Tensor
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.metrics.inputs import Estimate, checked
 
-# --- one set of logits ---------------------------------------------------------------------------
-
 
 def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
     """Compute the Inception Score, ``exp(mean KL(p(y | x), p(y)))`` (Salimans et al. 2016, arXiv:1606.03498).
 
-    It lies between 1 and the number of classes, and asks of samples that each be of a clear class and all classes be
-    there; it does not see the data. Name the result after the network that made the logits.
+    It lies between 1 and the number of classes, and is large where each sample has a clear class and all classes
+    occur. It does not depend on the data. Name the result after the network that made the logits.
 
     Args:
         logits: of samples in random order, ``(n, k)``.
-        num_splits: parts of which each has a score of its own; 10 by custom.
+        num_splits: number of parts that are scored apart; 10 by custom.
 
     Returns:
-        Mean and standard deviation of the splits' scores, the latter with divisor ``num_splits``, as is the custom.
+        Mean and standard deviation of the parts' scores, the latter with divisor ``num_splits``, as is the custom.
 
     Raises:
         InputError: fewer rows than splits, or numbers that are not finite.
@@ -39,32 +37,29 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
     return Estimate(float(values.mean()), float(values.std(correction=0)))
 
 
-# --- scores inside and outside of a distribution -------------------------------------------------
-
-
 def auroc_estimate(inside: Tensor, outside: Tensor) -> Estimate:
     """Estimate the area under the receiver operating characteristic.
 
     That is the probability that a point of the distribution scores higher than one from outside.
     Mann and Whitney's statistic, ties counting half, and the standard error of DeLong, DeLong and Clarke-Pearson
-    (1988), which takes the two sets as independent samples. Where the scores do not overlap that error is 0, and says
-    nothing.
+    (1988), which takes the two sets as independent samples. Where the scores do not overlap, that error is 0 and not
+    informative.
 
     Args:
-        inside: scores of points of the distribution, ``(n,)``, n >= 2; minus infinity, for a point that is impossible,
-            is a score as any other.
+        inside: scores of points of the distribution, ``(n,)``, n >= 2; minus infinity, the score of a point that is
+            impossible, is allowed.
         outside: scores of other points, ``(m,)``, m >= 2.
 
     Returns:
-        The probability: 1 if the scores tell the two apart, 1/2 if they know nothing.
+        The probability: 1 if the scores separate the two sets, 1/2 if they are independent of the set.
 
     Raises:
         InputError: fewer than two scores, or one that is NaN or plus infinity.
     """
     inside, outside = _scores(inside, "inside"), _scores(outside, "outside")
-    # Of each point, the share of the other set that it beats.
-    wins = _share_below(inside, outside)
-    losses = 1 - _share_below(outside, inside)
+    # For each point, the fraction of the other set with a lower score.
+    wins = _fraction_below(inside, outside)
+    losses = 1 - _fraction_below(outside, inside)
     error = math.sqrt(float(wins.var() / len(inside) + losses.var() / len(outside)))
     return Estimate(float(wins.mean()), error)
 
@@ -79,8 +74,8 @@ def _scores(scores: Tensor, which: str) -> Tensor:
     return scores.double()
 
 
-def _share_below(x: Tensor, others: Tensor) -> Tensor:
-    """Return what share of the others is below each of x, ties counting half, ``(n,)``."""
+def _fraction_below(x: Tensor, others: Tensor) -> Tensor:
+    """Return the fraction of the others below each of x, ties counting half, ``(n,)``."""
     others = others.sort().values
     below = torch.searchsorted(others, x)
     not_above = torch.searchsorted(others, x, right=True)

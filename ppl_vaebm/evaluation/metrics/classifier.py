@@ -22,13 +22,13 @@ from ppl_vaebm.files import write_atomic
 from ppl_vaebm.rng import global_rng, seed_for, stream
 
 NUM_NORM_GROUPS = 8
-# Halve the image until this side; what is left is read position by position.
+# The image is halved until this side; the last layer has weights for every position that is left.
 FINAL_SIDE = 4
 # Images of this side and more are halved by the first convolution already. Chosen by us: on Fashion-MNIST a step then
 # takes a third of the time, and 1,400 steps (47 s on one thread) come to 91 %, 600 without it (64 s) to 88 %.
 MIN_HALVED_SIDE = 16
 NUM_STEPS = 1_400
-# Counts the changes of network and training, so that an older file is not taken for what this one trains.
+# Number of the version of network and training, so that a file of an older one is refused.
 RECIPE = "2"
 
 
@@ -41,7 +41,7 @@ class Classifier(nn.Module):
         """Draw the weights from the global generator.
 
         Args:
-            name: what results are named after, such as ``cnn-digits``.
+            name: of the results, such as ``cnn-digits``.
             event_shape: ``(C, H, W)``, sides of at least 4.
         """
         super().__init__()
@@ -129,26 +129,26 @@ def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Estimate:
-    """Estimate the share of images that are classified rightly.
+    """Estimate the fraction of images that are classified correctly.
 
     Args:
         logits: of the images, ``(n, k)``, n >= 1.
         labels: their classes, ``(n,)``, integers in {0, ..., k - 1}.
 
     Returns:
-        The share, in [0, 1], and its binomial standard error.
+        The fraction, in [0, 1], and its binomial standard error.
     """
-    share = float((logits.argmax(-1) == labels).double().mean())
-    return Estimate(share, math.sqrt(share * (1 - share) / len(labels)))
+    fraction = float((logits.argmax(-1) == labels).double().mean())
+    return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(labels)))
 
 
 def load_or_train(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> Classifier:
     """Read a trained classifier from a file, or train one and write the file.
 
     Args:
-        path: the file, in safetensors format; it appears whole or not at all.
-        seed: the run's seed; a file that is there already is used whatever its seed was.
-        steps: updates, if it has to be trained.
+        path: the file, in safetensors format, written in one step.
+        seed: the run's seed; an existing file is used whatever its seed was.
+        steps: updates of a training.
 
     Returns:
         The classifier, in evaluation mode and frozen, on the CPU.
@@ -170,17 +170,17 @@ def _load(path: Path, data: Data) -> Classifier:
     expected = _description(classifier)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            found = file.metadata()
+            description = file.metadata()
             weights = {key: file.get_tensor(key) for key in file.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(
             f"the classifier in {path} cannot be read ({error}); name another file, or delete it if it is the run's "
             "own, to train anew"
         ) from error
-    if found != expected:
+    if description != expected:
         raise InputError(
-            f"expected a classifier {expected} in {path}, found {found}; name another file, or delete it if it is the "
-            "run's own, to train anew"
+            f"expected a classifier {expected} in {path}, found {description}; name another file, or delete it if it "
+            "is the run's own, to train anew"
         )
     classifier.load_state_dict(weights)
     return classifier.eval().requires_grad_(False)

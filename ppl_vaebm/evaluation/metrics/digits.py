@@ -54,15 +54,10 @@ class StackedDigits(nn.Module):
 def load_or_train_digits(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> StackedDigits:
     """Read a trained classifier of digits from a file, or train one on the channels of the data and write the file.
 
-    Args:
-        path: the file; see :func:`ppl_vaebm.evaluation.metrics.classifier.load_or_train`.
-        steps: updates, if it has to be trained.
-
-    Returns:
-        The classifier, in evaluation mode and frozen, on the CPU.
+    For arguments and result see :func:`ppl_vaebm.evaluation.metrics.classifier.load_or_train`.
 
     Raises:
-        InputError: the data are others or lack a digit in training, or the file holds something else.
+        InputError: the data are not StackedMNIST or lack a digit in training, or the file holds something else.
     """
     return StackedDigits(load_or_train(path, _single_digits(data), seed, steps=steps)).eval()
 

@@ -1,4 +1,4 @@
-"""The network whose features and logits metrics of images are taken from, by name.
+"""Choice of the network whose features and logits metrics of images use.
 
 Such a metric is comparable only with others of the same network, so results carry its name: ``FD[cnn-digits]``.
 """
@@ -28,7 +28,7 @@ def feature_net(
     cache: Path,
     device: torch.device | str = "cpu",
 ) -> FeatureNet:
-    """Get the network that the metrics of a run are taken from.
+    """Load or train the network of a run's metrics.
 
     Args:
         choice: ``classifier``, trained on the run's own data (of StackedMNIST, on its single digits), or ``inception``,
@@ -37,7 +37,6 @@ def feature_net(
             cache, which is fetched if it is not there.
         seed: the run's seed, of the classifier's training.
         cache: file of the classifier, which is written if it is not there.
-        device: where the network shall run.
 
     Returns:
         The network, in evaluation mode and frozen.
@@ -53,7 +52,6 @@ def feature_net(
             f"expected the weights of a classifier in {path}, found no file; name another, or leave the option out to "
             "train one"
         )
-    path = path or cache
-    if data.name == "stacked-mnist":
-        return load_or_train_digits(path, data, seed).to(device)
-    return load_or_train(path, data, seed).to(device)
+    load = load_or_train_digits if data.name == "stacked-mnist" else load_or_train
+    net: FeatureNet = load(path or cache, data, seed).to(device)
+    return net

@@ -1,4 +1,4 @@
-"""What every network is whose features and logits metrics of images are taken from, and how it is run."""
+"""Interface of the networks whose features and logits metrics of images use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Outputs(NamedTuple):
-    """What a network says of images."""
+    """Features and logits of images."""
 
     features: Tensor
     """``(n, d)``."""
@@ -23,12 +23,12 @@ class FeatureNet(Protocol):
 
     @property
     def name(self) -> str:
-        """What results are named after, such as ``cnn-digits``."""
+        """Name in the titles of results, such as ``cnn-digits``."""
         ...
 
     @property
     def num_features(self) -> int:
-        """Return the width d of the features."""
+        """Width d of the features."""
         ...
 
     def outputs(self, x: Tensor) -> Outputs:
@@ -36,7 +36,7 @@ class FeatureNet(Protocol):
         ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Return the weights, whose device is where it runs."""
+        """Return the weights, on the device of the network."""
         ...
 
 
@@ -44,9 +44,8 @@ def network_outputs(net: FeatureNet, x: Tensor, batch_size: int = 500) -> Output
     """Run a network on many images.
 
     Args:
-        net: the network, on any device.
         x: images, ``(n, C, H, W)``, in [-1, 1], rounded to levels, n >= 1.
-        batch_size: images at once; of Inception-v3 on a CPU 50 take 0.8 GB and 8.6 s on one thread.
+        batch_size: images of one pass; of Inception-v3 on a CPU 50 take 0.8 GB and 8.6 s on one thread.
 
     Returns:
         Features and logits, on the CPU.

@@ -52,7 +52,7 @@ def _square_root(matrix: Tensor) -> Tensor:
 
 
 class FrechetBias(NamedTuple):
-    """By how much a Frechet distance of few samples is too high, in squared units of the features."""
+    """Bias of a Frechet distance of few samples, which is too high, in squared units of the features."""
 
     low: float
     """How much higher the distance of halves of both sets is: the bias where it falls as 1 / n, which it does from
@@ -66,19 +66,16 @@ class FrechetBias(NamedTuple):
 def frechet_bias(real: Tensor, generated: Tensor, generator: torch.Generator) -> FrechetBias:
     """Estimate the bias of a Frechet distance, without a model of the features.
 
-    Covariances of few samples differ from one another even where the laws are the same, so the distance is too high:
+    Covariances of few samples differ even where the distributions are the same, so the distance is too high:
     for two sets of n samples of d independent Gaussian features by about d / 2n of their total variance where n is
     well above d, and by up to twice that variance where n is far below. In simulations with 16 features the low value
     was within 5 % of the bias at n = 8 d, and from n = d / 3 to 2 d the bias lay between the two, but for 10 %
-    (``tests/test_metrics_distances.py``).
+    (``tests/evaluation/metrics/test_frechet.py``).
 
     Args:
         real: features of data, ``(n, d)``, n >= 4.
         generated: features of samples, ``(m, d)``, m >= 4.
-        generator: deals out the parts, on the CPU.
-
-    Returns:
-        A low and a high estimate.
+        generator: source of the parts, on the CPU.
 
     Raises:
         InputError: fewer than four rows, different widths, or numbers that are not finite.
@@ -111,7 +108,7 @@ def kernel_distance(
         features_a: ``(n_a, d)``.
         features_b: ``(n_b, d)``.
         generator: source of the subsets, on the CPU.
-        num_subsets: how many to average over, at least 2.
+        num_subsets: at least 2.
         subset_size: members of a subset, drawn without replacement from each set; at most half of the smaller set, for
             whole sets in every subset would not show how much another set would differ.
 
@@ -149,9 +146,9 @@ def kernel_distance(
             by_b += float((straight - crossed).square())
     part_a = by_a / (by_a + by_b) if by_a + by_b else 0.5
     factor_a, factor_b = (size / (len(features) - size) for features in (features_a, features_b))
-    found = torch.stack(values)
-    error = found.var() * (1 / num_subsets + part_a * factor_a + (1 - part_a) * factor_b)
-    return Estimate(float(found.mean()), math.sqrt(float(error)))
+    estimates = torch.stack(values)
+    error = estimates.var() * (1 / num_subsets + part_a * factor_a + (1 - part_a) * factor_b)
+    return Estimate(float(estimates.mean()), math.sqrt(float(error)))
 
 
 class _Subset(NamedTuple):

@@ -1,6 +1,6 @@
-"""Inception-v3 with the weights of the original TensorFlow network: distances that compare with the literature's.
+"""Inception-v3 with the weights of the original TensorFlow network: distances comparable with published ones.
 
-The network is torch-fidelity's, an optional dependency, for its resizing and pooling repeat TensorFlow's to the bit.
+The network is torch-fidelity's, an optional dependency, because its resizing and pooling equal TensorFlow's to the bit.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _fetched(url: str) -> Path:
 def _check_readable(path: Path, url: str) -> None:
     """Read the file as tensors and nothing else, for torch-fidelity would run whatever code a pickle holds."""
     try:
-        # Of other pickles than its own PyTorch says, before it refuses them, that it may not be able to.
+        # PyTorch warns before it refuses pickles that are not its own.
         with warnings.catch_warnings(action="ignore"):
             torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:

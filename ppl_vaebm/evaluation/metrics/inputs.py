@@ -1,4 +1,4 @@
-"""What every metric of samples asks of its arguments, and how it reports an error bar."""
+"""Checks of the features that metrics of samples take, and an estimate with its error."""
 
 from __future__ import annotations
 
@@ -18,14 +18,11 @@ class Estimate(NamedTuple):
 
 
 def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
-    """Refuse features that a metric has no value for.
+    """Check features of a metric, and return them in float64.
 
     Args:
         features: ``(n, d)``.
         metric: its name with the article, for the message.
-
-    Returns:
-        The features in float64.
 
     Raises:
         InputError: another shape, fewer rows, or numbers that are not finite.
@@ -40,15 +37,7 @@ def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
 
 
 def checked_pair(a: Tensor, b: Tensor, metric: str, at_least: int = 2) -> tuple[Tensor, Tensor]:
-    """Refuse two sets of features that cannot be compared; see :func:`checked`.
-
-    Args:
-        a: ``(n_a, d)``.
-        b: ``(n_b, d)``.
-        metric: its name with the article, for the message.
-
-    Returns:
-        Both in float64.
+    """Check two sets of features ``(n_a, d)`` and ``(n_b, d)``, and return them in float64; see :func:`checked`.
 
     Raises:
         InputError: as :func:`checked`, or the widths differ.

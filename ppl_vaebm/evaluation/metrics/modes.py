@@ -1,4 +1,4 @@
-"""How samples cover modes that are known: centres of a mixture, or classes."""
+"""Coverage of known modes, centres of a mixture or classes, by samples."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HIGH_QUALITY_NUM_STD = 3.0
 
 
 class ModeStatistics(NamedTuple):
-    """How samples cover a mixture with known, equally likely modes."""
+    """Coverage of a mixture with known, equally likely modes by samples."""
 
     high_quality: float
-    """Share of the samples within 3 standard deviations of their nearest mode, in [0, 1]; in two dimensions
+    """Fraction of the samples within 3 standard deviations of their nearest mode, in [0, 1]; in two dimensions
     the true mixture has 1 - exp(-4.5) = 0.9889."""
     num_modes: int
     """Modes with at least one such sample."""
@@ -30,12 +30,7 @@ class ModeStatistics(NamedTuple):
 
 
 def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics:
-    """Count samples at the modes of a mixture.
-
-    Args:
-        x: samples, ``(n, d)``, n >= 1; one that is not finite is at no mode.
-        modes: centres, ``(m, d)``.
-        mode_std: standard deviation of each component, along every axis.
+    """Count samples at the modes of a mixture; for the arguments see :func:`mode_counts`.
 
     Raises:
         InputError: the shapes do not fit.
@@ -63,25 +58,16 @@ def mode_counts(x: Tensor, modes: Tensor, mode_std: float) -> Tensor:
 
 
 class ClassCoverage(NamedTuple):
-    """How classified samples cover classes that are equally likely, such as StackedMNIST's 1,000."""
+    """Coverage of equally likely classes, such as StackedMNIST's 1,000, by classified samples."""
 
-    num_modes: int
-    """Classes with at least one sample."""
+    num_modes: float
+    """Classes with at least one sample; a mean over sets of samples need not be whole."""
     kl_to_uniform: float
     """KL divergence, in nats, of the histogram q of the m classes against uniform, sum q log(q m)."""
 
 
-class EvenDraws(NamedTuple):
-    """What independent draws of evenly distributed classes have on average, to be compared with a coverage."""
-
-    num_modes: float
-    """Classes with at least one draw."""
-    kl_to_uniform: float
-    """Nats. Within that, a divergence says nothing of the sampler."""
-
-
 def class_coverage(labels: Tensor, num_classes: int) -> ClassCoverage:
-    """Count the classes that samples fall in, and how evenly (Metz et al. 2017, arXiv:1611.02163).
+    """Count the classes of samples and measure how evenly they occur (Metz et al. 2017, arXiv:1611.02163).
 
     Both numbers grow or fall with the number of samples: compare only at equal numbers, and with
     :func:`coverage_of_even_draws`. The custom for StackedMNIST is 26,000 (Lin et al. 2018, PacGAN, arXiv:1712.04086).
@@ -90,7 +76,7 @@ def class_coverage(labels: Tensor, num_classes: int) -> ClassCoverage:
         labels: the class of each sample, ``(n,)``, integers in {0, ..., num_classes - 1}, n >= 1.
 
     Raises:
-        InputError: there are no labels, or one is no such class.
+        InputError: there are no labels, or one is not such a class.
     """
     if labels.ndim != 1 or len(labels) == 0 or labels.is_floating_point():
         raise InputError(
@@ -106,7 +92,7 @@ def class_coverage(labels: Tensor, num_classes: int) -> ClassCoverage:
     return ClassCoverage(int((counts > 0).sum()), _kl_to_uniform(counts))
 
 
-def coverage_of_even_draws(num: int, num_classes: int) -> EvenDraws:
+def coverage_of_even_draws(num: int, num_classes: int) -> ClassCoverage:
     """Compute what independent draws of evenly distributed classes have on average.
 
     A class is missing with probability ``(1 - 1/m)^n``, so ``m (1 - (1 - 1/m)^n)`` are there. For the divergence, all m
@@ -116,8 +102,8 @@ def coverage_of_even_draws(num: int, num_classes: int) -> EvenDraws:
     0.0192.
 
     Args:
-        num: how many draws n, at least 1.
-        num_classes: how many classes m, at least 1.
+        num: number of draws n, at least 1.
+        num_classes: number of classes m, at least 1.
 
     Raises:
         InputError: there are no draws, or no classes.
@@ -129,7 +115,7 @@ def coverage_of_even_draws(num: int, num_classes: int) -> EvenDraws:
     weights = Binomial(num - 1, probability).log_prob(others).exp()
     divergence = float((weights * (others + 1).log()).sum()) - math.log(num / num_classes)
     missing = (1 - 1 / num_classes) ** num
-    return EvenDraws(num_classes * (1 - missing), divergence)
+    return ClassCoverage(num_classes * (1 - missing), divergence)
 
 
 def _kl_to_uniform(counts: Tensor) -> float:

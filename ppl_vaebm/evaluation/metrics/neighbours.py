@@ -1,4 +1,4 @@
-"""Neighbours among features or pixels: precision, recall, density, coverage, and the images nearest to a sample."""
+"""Nearest neighbours among features or pixels: precision, recall, density, coverage, nearest images."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NO_BALL = -1.0
 
 
 class PrecisionRecall(NamedTuple):
-    """How generated samples and data cover each other."""
+    """Coverage of data by generated samples, and of generated samples by data."""
 
     precision: float
-    """Share of the generated samples that lie in the data's manifold, in [0, 1]: how realistic they are."""
+    """Fraction of the generated samples that lie in the data's manifold, in [0, 1]: how realistic they are."""
     recall: float
-    """Share of the data that lie in the generated samples' manifold, in [0, 1]: how much of the data is covered."""
+    """Fraction of the data that lie in the generated samples' manifold, in [0, 1]: how much of the data is covered."""
 
 
 def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -> PrecisionRecall:
@@ -62,7 +62,7 @@ def precision_recall_error(
     """Estimate the standard errors of precision and recall, by a jackknife that leaves out a group of both sets.
 
     It holds where a few outliers decide, whose balls hold much of the other set: then the error is large, falls slowly
-    as the sets grow, and is a multiple of that of a share of independent points. Elsewhere it is too large, as
+    as the sets grow, and is a multiple of that of a fraction of independent points. Elsewhere it is too large, as
     jackknives are (Efron and Stein 1981): in trials with Gaussian sets of 200 and 600 by a factor of 1.4 to 2.3. Both
     sets count as random, so of two sets of samples that are measured against the same data the difference has less
     error than their two errors say.
@@ -83,9 +83,7 @@ def precision_recall_error(
     # Every group has a member, and without the largest one a member and its k neighbours are left.
     at_least = max(num_groups, math.ceil((num_neighbours + 1) * num_groups / (num_groups - 1)))
     real, generated = _checked_sets(real, generated, at_least)
-    real_radius, generated_radius = (
-        _squared_radii_without_group(x, num_neighbours, num_groups) for x in (real, generated)
-    )
+    real_radius, generated_radius = (_radii_without_group(x, num_neighbours, num_groups) for x in (real, generated))
     is_in_real = torch.zeros_like(generated_radius, dtype=torch.bool)
     is_in_generated = is_in_real.clone()
     for rows, squares in _squared_distances(real, generated):
@@ -93,21 +91,21 @@ def precision_recall_error(
             is_in_generated[group, rows] = (squares <= generated_radius[group]).any(1)
             is_in_real[group] |= (squares <= real_radius[group, rows].unsqueeze(1)).any(0)
     is_left = generated_radius != NO_BALL
-    shares = [
+    fractions = [
         torch.stack([row[left].double().mean() for row, left in zip(inside, is_left, strict=True)])
         for inside in (is_in_real, is_in_generated)
     ]
-    return PrecisionRecall(*(math.sqrt((num_groups - 1) * float(share.var(correction=0))) for share in shares))
+    return PrecisionRecall(*(math.sqrt((num_groups - 1) * float(values.var(correction=0))) for values in fractions))
 
 
 class DensityCoverage(NamedTuple):
-    """How generated samples fill the balls about data, whatever outliers the samples have."""
+    """Coverage of the balls about data by generated samples, which outliers among the samples hardly change."""
 
     density: float
     """Mean number of the data's balls that a generated sample lies in, over k: how realistic samples are. 1 on average
-    if they are of the data's law, and more if they crowd where data are dense."""
+    if they have the data's distribution, and more if they are concentrated where data are dense."""
     coverage: float
-    """Share of the data's balls with a generated sample, in [0, 1]: how much of the data is covered."""
+    """Fraction of the data's balls with a generated sample, in [0, 1]: how much of the data is covered."""
 
 
 def density_coverage(real: Tensor, generated: Tensor, num_neighbours: int = 5) -> DensityCoverage:
@@ -115,7 +113,7 @@ def density_coverage(real: Tensor, generated: Tensor, num_neighbours: int = 5) -
 
     Only data have balls, each as wide as the way to the k-th nearest other member. Recall, whose balls are about
     generated samples, counts all that one outlier's wide ball holds, and can fall as outliers vanish; coverage does not
-    see how far samples are from each other. Of n data and m samples of one law the coverage is
+    see how far samples are from each other. Of n data and m samples of one distribution the coverage is
     ``1 - prod_i (n - i) / (n + m - i)`` on average, i from 1 to k: 0.969 if both are many, n = m, and k = 5.
 
     Args:
@@ -151,16 +149,16 @@ def nearest_neighbours(x: Tensor, reference: Tensor, num_neighbours: int = 1) ->
 
     Args:
         x: features or flattened pixels, ``(n, d)``, n >= 1.
-        reference: where to look, ``(m, d)``.
-        num_neighbours: how many to find for each, at most m.
+        reference: ``(m, d)``.
+        num_neighbours: k, at most m.
 
     Raises:
         InputError: too few to find, different widths, or numbers that are not finite.
     """
     x = checked(x, "a search for neighbours", 1)
     x, reference = checked_pair(x, checked(reference, "a search for neighbours", num_neighbours), "a search", 1)
-    found = [squares.topk(num_neighbours, largest=False) for _, squares in _squared_distances(x, reference)]
-    return Neighbours(torch.cat([values for values, _ in found]).sqrt(), torch.cat([index for _, index in found]))
+    nearest = [squares.topk(num_neighbours, largest=False) for _, squares in _squared_distances(x, reference)]
+    return Neighbours(torch.cat([values for values, _ in nearest]).sqrt(), torch.cat([index for _, index in nearest]))
 
 
 def _checked_sets(real: Tensor, generated: Tensor, at_least: int) -> tuple[Tensor, Tensor]:
@@ -174,7 +172,7 @@ def _checked_sets(real: Tensor, generated: Tensor, at_least: int) -> tuple[Tenso
 
 
 def _squared_radii(x: Tensor, num_neighbours: int) -> Tensor:
-    """Return the squared way from each row to its k-th nearest other row, ``(n,)``."""
+    """Return the squared distance from each row to its k-th nearest other row, ``(n,)``."""
     radii = []
     for rows, squares in _squared_distances(x, x):
         squares[torch.arange(len(squares)), torch.arange(rows.start, rows.stop)] = torch.inf
@@ -182,7 +180,7 @@ def _squared_radii(x: Tensor, num_neighbours: int) -> Tensor:
     return torch.cat(radii)
 
 
-def _squared_radii_without_group(x: Tensor, num_neighbours: int, num_groups: int) -> Tensor:
+def _radii_without_group(x: Tensor, num_neighbours: int, num_groups: int) -> Tensor:
     """Return for each group left out the squared radii of the others' balls, ``(groups, n)``; its own have none.
 
     Row i is in group ``i % num_groups``.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -43,6 +44,8 @@ MIN_MCLMC_WARMUP = 30
 # Chosen by us: noise space is white already. On 25 Gaussians, with a preconditioner from the variances of single chains
 # over 60 steps, some of 64 chains stood still after the warm-up; without one, none did (3 seeds each).
 HAS_PRECONDITIONER = False
+
+_TUNED = operator.attrgetter("tuned")
 
 
 class BlackjaxState(NamedTuple):
@@ -107,7 +110,7 @@ def _nuts(options: SamplerOptions) -> JaxSampler:
         moved, info = kernel(key, chain, log_density(phi), step_size, inverse_mass, options.max_tree_depth)
         return moved, _hamiltonian_draw(chain, tuned, moved, info)
 
-    return JaxSampler(_over_chains(start), _step(move), _tuned)
+    return JaxSampler(jax.vmap(start, in_axes=(None, 0, 0)), _step(move), _TUNED)
 
 
 def _chees(options: SamplerOptions) -> JaxSampler:
@@ -152,7 +155,7 @@ def _chees(options: SamplerOptions) -> JaxSampler:
         moved, info = kernel(key, chain, log_density(phi), step_size, inverse_mass, (length / step_size,))
         return moved, _hamiltonian_draw(chain, tuned, moved, info)
 
-    return JaxSampler(start, _step(move), _tuned)
+    return JaxSampler(start, _step(move), _TUNED)
 
 
 def _mclmc(options: SamplerOptions) -> JaxSampler:
@@ -172,7 +175,7 @@ def _mclmc(options: SamplerOptions) -> JaxSampler:
         is_divergent = ~info.nonans | (info.energy_change > DIVERGENCE_THRESHOLD_NATS)
         return moved, _transition(moved, rate, is_divergent, -moved.logdensity, jnp.int32(EVALS_PER_MCLMC_STEP))
 
-    return JaxSampler(_mclmc_start(options, mclmc.init, tune), _step(move), _tuned, is_adjusted=False)
+    return JaxSampler(_mclmc_start(options, mclmc.init, tune), _step(move), _TUNED, is_adjusted=False)
 
 
 def _adjusted_mclmc(options: SamplerOptions) -> JaxSampler:
@@ -198,7 +201,7 @@ def _adjusted_mclmc(options: SamplerOptions) -> JaxSampler:
         num_evals = EVALS_PER_MCLMC_STEP * info.num_integration_steps
         return moved, _transition(moved, info.acceptance_rate, info.is_divergent, -moved.logdensity, num_evals)
 
-    return JaxSampler(_mclmc_start(options, dynamic.init, tune), _step(move), _tuned)
+    return JaxSampler(_mclmc_start(options, dynamic.init, tune), _step(move), _TUNED)
 
 
 def _mclmc_start(options: SamplerOptions, init: Callable[..., Any], tune: Callable[..., Any]) -> Callable[..., Any]:
@@ -224,7 +227,7 @@ def _mclmc_start(options: SamplerOptions, init: Callable[..., Any], tune: Callab
         tuned = Tuned(params.step_size / root, params.inverse_mass_matrix, params.L / root)
         return BlackjaxState(key, chain, tuned), jnp.int32(1 + EVALS_PER_MCLMC_STEP * num_steps)
 
-    return _over_chains(start)
+    return jax.vmap(start, in_axes=(None, 0, 0))
 
 
 def _untuned(options: SamplerOptions, position: Array) -> Tuned:
@@ -255,13 +258,3 @@ def _step(move: Callable[[Any, Array, Any, Tuned], tuple[Any, Transition]]) -> C
         return BlackjaxState(key, chain, state.tuned), draw
 
     return jax.vmap(step, in_axes=(None, 0))
-
-
-def _over_chains(start: Callable[..., Any]) -> Callable[..., Any]:
-    import jax
-
-    return jax.vmap(start, in_axes=(None, 0, 0))
-
-
-def _tuned(state: BlackjaxState) -> Tuned:
-    return state.tuned

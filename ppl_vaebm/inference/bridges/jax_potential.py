@@ -147,12 +147,12 @@ def numbered_potential() -> Callable[[Any, Any], Array]:
     import jax
 
     def call(with_grad: bool, number: Array, position: Array) -> list[Array]:
-        words = jax.lax.bitcast_convert_type(position, np.uint32)
-        value_words = jax.ShapeDtypeStruct((*position.shape[:-1], *words.shape[position.ndim :]), np.uint32)
-        results = (value_words, jax.ShapeDtypeStruct(words.shape, np.uint32))[: 1 + with_grad]
+        bits = jax.lax.bitcast_convert_type(position, np.uint32)
+        value_bits = jax.ShapeDtypeStruct((*position.shape[:-1], *bits.shape[position.ndim :]), np.uint32)
+        results = (value_bits, jax.ShapeDtypeStruct(bits.shape, np.uint32))[: 1 + with_grad]
         host = functools.partial(_on_host, with_grad, np.dtype(position.dtype))
         # "expand_dims" passes the whole batch in one call, and the number without a batch axis.
-        parts = jax.pure_callback(host, results, number, words, vmap_method="expand_dims")
+        parts = jax.pure_callback(host, results, number, bits, vmap_method="expand_dims")
         return [jax.lax.bitcast_convert_type(part, position.dtype) for part in parts]
 
     @jax.custom_vjp
@@ -172,15 +172,15 @@ def numbered_potential() -> Callable[[Any, Any], Array]:
 
 
 def _on_host(
-    with_grad: bool, dtype: np.dtype[Any], number: NDArray[np.int32], words: NDArray[np.uint32]
+    with_grad: bool, dtype: np.dtype[Any], number: NDArray[np.int32], bits: NDArray[np.uint32]
 ) -> tuple[NDArray[np.uint32], ...]:
-    """Evaluate the potential with a number, on floats that are passed as words of 32 bits.
+    """Evaluate the potential with a number, on floats that are passed as integers of 32 bits.
 
     JAX may call from a thread of its own, where the caller's ``jax.enable_x64`` does not hold and float64 would be
-    rounded to float32 in both directions; words are not.
+    rounded to float32 in both directions; integers are not.
     """
-    has_word_axis = dtype == np.float64  # two words to a number, on an axis of their own
-    floats = np.asarray(words).view(dtype)
-    results = _POTENTIALS[np.asarray(number).item()].on_host(floats[..., 0] if has_word_axis else floats, with_grad)
+    has_axis = dtype == np.float64  # two integers to a number, on an axis of their own
+    floats = np.asarray(bits).view(dtype)
+    results = _POTENTIALS[np.asarray(number).item()].on_host(floats[..., 0] if has_axis else floats, with_grad)
     parts = (np.ascontiguousarray(part[..., None]).view(np.uint32) for part in results)
-    return tuple(part if has_word_axis else part[..., 0] for part in parts)
+    return tuple(part if has_axis else part[..., 0] for part in parts)

@@ -137,22 +137,20 @@ class PyroKernel(MCMCKernel):
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the draws at which any chain diverged and the mean acceptance rate, under Pyro's names."""
-        return {
-            "divergences": self.is_divergent.any(0).nonzero().flatten().tolist(),
-            "acceptance rate": float(self.acceptance_rate.mean()),
-        }
+        return _diagnostics(self.is_divergent.any(0), self.acceptance_rate.mean())
 
     def chain_diagnostics(self) -> list[dict[str, Any]]:
         """Return the divergent draws and the mean acceptance rate of every chain, under Pyro's names."""
-        rows = zip(self.is_divergent, self.acceptance_rate, strict=True)
-        return [
-            {"divergences": is_divergent.nonzero().flatten().tolist(), "acceptance rate": float(rate)}
-            for is_divergent, rate in rows
-        ]
+        return list(map(_diagnostics, self.is_divergent, self.acceptance_rate))
 
     def report(self) -> Mapping[str, float | list[float]]:
         """Return the kernel's report of the whole run, such as swap rates; empty for most kernels."""
         return self.kernel.report(self._state, self.params) if self.kernel.report else {}
+
+
+def _diagnostics(is_divergent: Tensor, acceptance_rate: Tensor) -> dict[str, Any]:
+    divergences = is_divergent.nonzero().flatten().tolist()
+    return {"divergences": divergences, "acceptance rate": float(acceptance_rate)}
 
 
 class BatchedMCMC(MCMC):
@@ -163,12 +161,10 @@ class BatchedMCMC(MCMC):
     too, but returns ``(1, N, C, *shape)``, and its R-hat does not compare the chains.
 
     Args:
-        kernel: the kernel.
         num_samples: draws per chain, N.
         warmup_steps: number of warm-up steps; as many as draws if not given, as in Pyro.
         initial_params: starts by site, ``(C, *shape)``, instead of the kernel's.
         hook_fn: called after every step with the kernel, the sites, the stage and the index.
-        disable_progbar: whether to print no progress.
     """
 
     def __init__(

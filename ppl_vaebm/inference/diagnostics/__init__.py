@@ -1,1 +1,1 @@
-"""What chains say about their convergence, and their exchange with ArviZ."""
+"""Convergence diagnostics of chains, and conversion of chains to ArviZ's containers and files."""

@@ -1,4 +1,4 @@
-"""Convergence of every coordinate of the noise: a text, and a file with the positions."""
+"""Convergence of every coordinate of the noise, as text, and its file with the positions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functionals of a chain's state: the scalar quantities that are stored for every draw, and recorded positions."""
+"""Scalar summaries (functionals) of a chain's state, which are stored for every draw, and recorded positions."""
 
 from __future__ import annotations
 
@@ -36,10 +36,9 @@ class DecodablePotential(Protocol):
 
 
 def noise_functionals(potential: DecodablePotential, modes: Tensor | None = None) -> Functionals:
-    """Make the functionals of a VAEBM's chains.
+    """Make the scalar summaries of a VAEBM's chains.
 
     Args:
-        potential: Phi and its map from noise to x.
         modes: centres of the data's modes, ``(m, d)``, where they are known and x has d values.
 
     Returns:
@@ -47,7 +46,7 @@ def noise_functionals(potential: DecodablePotential, modes: Tensor | None = None
         ``projection``, on :data:`NUM_PROJECTIONS` fixed directions of unit length, ``(C, P)``; ``coordinate``, evenly
         spaced coordinates, ``(C, Q)``; ``x``, ``(C, d)``, if it has at most :data:`MAX_STORED_X` values or modes are
         given; and with modes ``mode``, the centre of the nearest one, ``(C, d)``, nan where x is not finite. A centre
-        has a place, which an index has not, so its ranks mean something.
+        is stored rather than an index, because its ranks have a meaning.
     """
     dim = potential.packing.dim
     directions = torch.randn(dim, NUM_PROJECTIONS, generator=stream(PROJECTION_SEED, "projections"))
@@ -78,15 +77,14 @@ def _nearest(x: Tensor, centres: Tensor) -> Tensor:
 
 
 class PositionRecorder:
-    """Functionals that also keep whole positions in float32, at most ``max_draws`` of each chain.
+    """Scalar summaries that also keep whole positions in float32, at most ``max_draws`` of each chain.
 
     When the memory is full, every other position is dropped, and from then on only every other draw is kept: the kept
     draws are always every k-th from the first, k a power of two, however long the chains become.
 
     Args:
-        functionals: the functionals to return.
+        functionals: the scalar summaries to return.
         num_chains: number of chains to record, the first ones.
-        dim: D.
         max_draws: most positions of one chain to keep, at least 2.
     """
 
@@ -99,7 +97,7 @@ class PositionRecorder:
         self._num_seen = 0
 
     def __call__(self, state: KernelState) -> dict[str, Tensor]:
-        """Record the position of one draw, and return the functionals."""
+        """Record the position of one draw, and return the scalar summaries."""
         if self._num_seen % self.stride == 0:
             self._keep(state.position[: len(self._kept)])
         self._num_seen += 1

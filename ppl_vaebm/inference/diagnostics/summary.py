@@ -1,8 +1,7 @@
 """Convergence diagnostics of chains, one row a quantity: R-hat, effective sample sizes, BFMI, divergences.
 
-A quantity is a scalar function (a functional) of the state that is stored for every draw. R-hat and effective sample
-sizes are those of Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), doi 10.1214/20-BA1221. ArviZ (0.23 or 1.x)
-computes them here; ``convergence.py`` computes the same numbers where all coordinates are judged at once.
+A quantity is a scalar summary (a functional) of the state that is stored for every draw. ArviZ (0.23 or 1.x) computes
+R-hat and effective sample sizes here; ``convergence.py`` has their source, and computes them for all coordinates.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ MIN_CHAINS = 4
 MIN_BFMI = 0.3
 """A smaller BFMI means that the energy diffuses: Stan's threshold, after Betancourt (2016), arXiv 1604.00695."""
 MIN_ACCEPTANCE = 0.01
-"""Below this mean acceptance the notes say that the chains stand still; chosen by us, no tuned kernel comes near it."""
+"""Below this mean acceptance a note reports chains that stand still; chosen by us, no tuned kernel comes near it."""
 
 TABLE_HEADER = (
     ("quantity", ""),
@@ -63,9 +62,8 @@ class QuantitySummary(NamedTuple):
     r_hat_nested: float
     """R-hat between groups of chains that share a start, nan where there are none: Margossian et al. (2024)."""
     ess_bulk: float
-    """Independent draws that would estimate the mean as precisely."""
+    """As in :class:`~ppl_vaebm.inference.diagnostics.convergence.Convergence`; so is the next one."""
     ess_tail: float
-    """Independent draws that would estimate the 5 % and 95 % quantiles as precisely, the smaller of the two."""
     autocorrelation_time: float
     """Integrated, of the values themselves: draws per independent draw of the mean."""
     ess_per_1000_evals: float
