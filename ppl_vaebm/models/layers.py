@@ -35,7 +35,7 @@ class LipSwish(nn.Module):
 
 
 class FourierFeatures(nn.Module):
-    """Random Fourier features (Tancik et al. 2020), so that a small net can follow a density with narrow modes.
+    """Random Fourier features (Tancik et al. 2020), with which a small net can fit a density with narrow modes.
 
     Args:
         dim: size of the input vectors.
@@ -57,18 +57,7 @@ class FourierFeatures(nn.Module):
 
 
 def mlp(num_in: int, width: int, depth: int, num_out: int, activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """Stack linear layers.
-
-    Args:
-        num_in: size of the input.
-        width: hidden units.
-        depth: hidden layers.
-        num_out: size of the output, which has no activation.
-        activation: makes the activation.
-
-    Returns:
-        The network, ``(..., num_in)`` to ``(..., num_out)``.
-    """
+    """Make a network of ``depth`` hidden layers, ``(..., num_in)`` to ``(..., num_out)``; the output is linear."""
     layers: list[nn.Module] = []
     for index in range(depth):
         layers += [nn.Linear(width if index else num_in, width), activation()]
@@ -84,8 +73,8 @@ class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a skip, without normalisation, so rows of a batch stay independent.
 
     Args:
-        num_in: channels in.
-        num_out: channels out.
+        num_in: input channels.
+        num_out: output channels.
         activation: makes the activation.
         resample: ``same``; ``down``, a 2x2 mean at the end; or ``up``, nearest neighbour x2 at the start.
     """
@@ -111,14 +100,7 @@ class ResidualBlock(nn.Module):
 
 
 def num_halvings(side: int) -> int:
-    """Return how often the small convolutional nets halve an image: down to 2 pixels for 8, to 4 for 32.
-
-    Args:
-        side: of the square image, in pixels.
-
-    Returns:
-        The number of halvings, at least 1.
-    """
+    """Return how often the small nets halve an image of this side in pixels, at least once: 8 to 2, 32 to 4."""
     return max(1, round(math.log2(side)) - (1 if side < 16 else 2))
 
 
@@ -137,15 +119,12 @@ def check_side(event_shape: torch.Size, halvings: int) -> None:
 
 
 def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
-    """Resolve ``auto`` and refuse a kind that does not fit the data.
+    """Return ``vector`` or ``image``: the kind asked for, or that of the data for ``auto``.
 
     Args:
         kind: ``auto``, ``vector`` or ``image``.
         event_shape: of the data.
         option: the option's name, for the message.
-
-    Returns:
-        ``vector`` or ``image``.
 
     Raises:
         InputError: the kind does not fit.
@@ -156,7 +135,7 @@ def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
     return fitting
 
 
-# NVAE's schedule: so many power iterations a call on vectors that persist, more at the start.
+# NVAE's schedule: power iterations per call on vectors that persist, and at the first call.
 NUM_POWER_ITERATIONS = 4
 NUM_FIRST_ITERATIONS = 40
 NORM_EPSILON = 1e-3
@@ -170,7 +149,7 @@ class SpectralPenalty(nn.Module):
     The vectors are buffers, so they are saved with the run and each call refines the last one's.
 
     Args:
-        layers: the layers whose weights count; held, not owned.
+        layers: the layers whose weights count; they are no submodules.
     """
 
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
@@ -218,15 +197,7 @@ def _largest_singular_values(matrices: Tensor, u: Tensor, num_iterations: int) -
 
 
 def spectral_layers(net: nn.Module, has_linear: bool) -> list[nn.Linear | nn.Conv2d]:
-    """List the layers of a network that a spectral penalty is put on.
-
-    Args:
-        net: the network.
-        has_linear: whether fully connected layers count; NVAE's squeeze-excite layers do not.
-
-    Returns:
-        The layers, in the network's order.
-    """
+    """List the layers that a spectral penalty covers, in the network's order; linear ones if asked."""
     kinds = (nn.Linear, nn.Conv2d) if has_linear else (nn.Conv2d,)
     return [module for module in net.modules() if isinstance(module, kinds)]
 
@@ -245,11 +216,10 @@ def norm_gain_penalty(net: nn.Module) -> Tensor:
 def bound_spectral_norm(layer: nn.Linear | nn.Conv2d) -> None:
     """Divide a layer's weight by its largest singular value (Miyato et al. 2018), by PyTorch's own parametrisation.
 
-    Its power iterations run in every backward pass that reaches the weight, and never in a call. Calls between two
-    updates are thus of one function, whatever their number, as kernels need; theirs are derivatives by positions and
-    reach no weight. The norm lags a little behind weights that move. A convolution counts as its matrix
-    ``(out, in * k * k)``. A deep copy takes the vectors as they are and does not refine them: it is for averages, which
-    take over the buffers, and not for training.
+    Power iterations run in backward passes that reach the weight, and never in a call, so that all calls between two
+    updates evaluate one function, as kernels need. The norm lags a little behind moving weights. A convolution counts
+    as its matrix ``(out, in * k * k)``. A deep copy does not refine its vectors: use it for averages, which copy the
+    buffers, and not for training.
 
     Args:
         layer: changed in place; its vectors are buffers, saved with the weights.

@@ -117,13 +117,13 @@ class AutoregressiveShift(TransformModule):
         return z - self.shift(z)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        """Iterate ``z = y + m(z)``: each round settles at least one more element, so it ends at the exact inverse."""
+        """Iterate ``z = y + m(z)``; each round makes one more element exact, so the iteration ends at the inverse."""
         with torch.no_grad():
             z = _settled(lambda z: y + self.shift(z), y)
         return self._with_gradient(y, z) if torch.is_grad_enabled() else z
 
     def _with_gradient(self, y: Tensor, z: Tensor) -> Tensor:
-        """Give the inverse its gradient: by y and by m's output it is ``(1 - J)^-T grad``, with J that of m at z."""
+        """Attach the gradient to the inverse: ``(1 - J)^-T grad`` for y and for m(z), where J is m's Jacobian at z."""
         point = z.detach().requires_grad_()
         shift = self.shift(point)
 
@@ -154,24 +154,12 @@ def _settled(update: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
 
 def flow(num_latents: int, num_pairs: int) -> nn.ModuleList:
-    """Stack pairs of shifts with opposite orders.
-
-    Args:
-        num_latents: channels of the group.
-        num_pairs: how many.
-
-    Returns:
-        The transforms, first to last.
-    """
+    """Make pairs of shifts with opposite orders of the pixels, first to last."""
     return nn.ModuleList(AutoregressiveShift(num_latents, mirror) for _ in range(num_pairs) for mirror in (False, True))
 
 
 class LatentGrids:
-    """Where the latent groups lie.
-
-    Args:
-        config: sizes.
-        event_shape: of x, ``(channels, side, side)``.
+    """Grids on which the latent groups lie, for x of shape ``(channels, side, side)``.
 
     Raises:
         InputError: images that are not square, or a side that the grids do not divide.
@@ -217,7 +205,7 @@ class NVAEGenerator(Generator):
     Args:
         config: sizes.
         event_shape: of x, ``(channels, side, side)``.
-        levels: of a pixel; ``None`` where the data have none.
+        levels: number of values of a pixel; ``None`` where x is continuous.
     """
 
     def __init__(self, config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> None:
@@ -248,7 +236,7 @@ class NVAEGenerator(Generator):
         self.head = Conv2d(config.channels, num_out, 3)
 
     def _cells(self, group: int) -> nn.Sequential:
-        """Make what lies between one group and the one above it: the step to a finer grid, if any, and cells."""
+        """Make the layers between a group and the one above it: the step to a finer grid, if any, and cells."""
         here, above = self.layout.scale_of[group], self.layout.scale_of[group - 1]
         excite = self.config.squeeze_excite
         up = [decoder_cell(self.layout.widths[above], True, excite)] if here != above else []
@@ -294,11 +282,7 @@ class NVAEGenerator(Generator):
 
 
 class NVAEGuide(Guide):
-    """The bottom-up tower and the posterior of every group.
-
-    Args:
-        generator: the model.
-    """
+    """The bottom-up tower and the posterior of every group."""
 
     def __init__(self, generator: NVAEGenerator) -> None:
         super().__init__(generator)
@@ -334,8 +318,8 @@ class NVAEGuide(Guide):
         return nn.Sequential(*down, *cells)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
-        """Run the tower, and keep its state for the group at the matching depth of the way down."""
-        # Beyond the image stands what black is there.
+        """Run the tower, and keep its state at the depth of every group."""
+        # The padding is black.
         padded = functional.pad(x, (self.config.padding,) * 4, value=-1.0) if self.config.padding else x
         state = self.pre(self.stem(padded))
         kept = []
@@ -360,15 +344,12 @@ class NVAEGuide(Guide):
 
 
 def build_nvae(config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> HierarchicalVAE:
-    """Make an NVAE.
+    """Make an NVAE with weights from the global generator.
 
     Args:
         config: sizes.
         event_shape: of x, ``(channels, side, side)``.
-        levels: of a pixel: 2 for binarised images, ``None`` where x is continuous.
-
-    Returns:
-        The VAE, freshly initialised from the global generator.
+        levels: number of values of a pixel: 2 for binarised images, ``None`` where x is continuous.
 
     Raises:
         InputError: the images do not fit the grids, or the decoder does not fit the pixels.

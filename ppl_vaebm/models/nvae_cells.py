@@ -21,7 +21,7 @@ POST_EXPANSION = 3  # and in the blocks after it
 DEPTHWISE_SIZE = 5
 WEIGHT_EPSILON = 1e-5
 INIT_GAIN_EPSILON = 1e-2
-# Of what the convolutions compute. On a CPU the backward pass of the depthwise ones is slow in any other
+# Memory format of the convolutions. On a CPU, depthwise ones have a slow backward pass in other formats
 # (benchmarks/pyro_overhead.py).
 MEMORY_FORMAT = torch.channels_last
 
@@ -54,7 +54,7 @@ class Conv2d(nn.Conv2d):
         **options: Any,
     ) -> None:
         super().__init__(num_in, num_out, size, padding=size // 2, **options)
-        # Made anew from the sizes, so it need not be in a checkpoint.
+        # Not in checkpoints, because it follows from the sizes.
         self.register_buffer("mask", mask, persistent=False)
         norm = self.direction().detach().flatten(1).norm(dim=1)
         self.log_gain = nn.Parameter((norm + INIT_GAIN_EPSILON).log()) if weight_norm else None
@@ -86,12 +86,8 @@ def normalized(v: Tensor, log_gain: Tensor) -> Tensor:
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with NVAE's constants, over the batches of all processes.
 
-    PyTorch's SyncBatchNorm refuses tensors that are not on an accelerator, and then nothing could check on a CPU that
-    several processes give the gradient of one; so the two moments are reduced here. One process runs PyTorch's own
-    kernel.
-
-    Args:
-        num_channels: of the input.
+    The two moments are reduced here, because PyTorch's SyncBatchNorm takes tensors on an accelerator only, and tests on
+    a CPU compare the gradient of several processes with that of one. One process runs PyTorch's own kernel.
     """
 
     running_mean: Tensor
@@ -103,12 +99,12 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``(n, channels, h, w)``."""
-        # Without a momentum the statistics are those of draws that one process makes alone.
+        # Without a momentum, one process alone computes the statistics of its draws.
         if not self.training or self.momentum is None or current_process().world == 1:
             return super().forward(x)
         wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         mean = _mean_over_processes(wide.mean((0, 2, 3)))
-        centred = wide - mean[:, None, None]  # or a variance far below the squared mean is lost in its rounding
+        centred = wide - mean[:, None, None]  # the mean square minus the squared mean would lose a small variance
         var = _mean_over_processes(centred.square().mean((0, 2, 3)))
         self._track(mean.detach(), var.detach(), x.numel() // x.shape[1] * current_process().world)
         return centred * (self.weight * (var + self.eps).rsqrt())[:, None, None] + self.bias[:, None, None]
@@ -146,11 +142,7 @@ def _mean_over_processes(value: Tensor) -> Tensor:
 
 
 class SqueezeExcite(nn.Module):
-    """Multiply every channel by a gate that depends on all channels' means (Hu et al. 2018).
-
-    Args:
-        num_channels: of the input.
-    """
+    """Multiply every channel by a gate that depends on all channels' means (Hu et al. 2018)."""
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
@@ -168,12 +160,8 @@ class SqueezeExcite(nn.Module):
 class ShiftedDown(nn.Module):
     """Halve the grid without losing a pixel: four 1x1 convolutions, each on another pixel of every square of four.
 
-    The pixels are picked here and not by strides of the convolutions: with those, the gradient of 1x1 weights is
-    written past its memory where oneDNN runs on AVX2 (PyTorch 2.14, channels last).
-
-    Args:
-        num_in: input channels.
-        num_out: output channels, at least 4.
+    Slices pick the pixels, not strides of the convolutions: with strides, oneDNN on AVX2 writes the gradient of 1x1
+    weights past its memory (PyTorch 2.14, channels last). There are at least 4 output channels.
     """
 
     SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))
@@ -194,12 +182,7 @@ class ShiftedDown(nn.Module):
 
 
 class SmoothUp(nn.Module):
-    """Double the grid by bilinear interpolation, then mix channels.
-
-    Args:
-        num_in: input channels.
-        num_out: output channels.
-    """
+    """Double the grid by bilinear interpolation, then mix channels."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
@@ -212,13 +195,7 @@ class SmoothUp(nn.Module):
 
 
 class ResidualCell(nn.Module):
-    """``skip(x) + 0.1 * excite(branch(x))``.
-
-    Args:
-        skip: the way past the branch.
-        branch: the residual operation.
-        excite: the squeeze-excite layer, or an identity.
-    """
+    """Residual cell, ``skip(x) + 0.1 * excite(branch(x))``."""
 
     def __init__(self, skip: nn.Module, branch: nn.Module, excite: nn.Module) -> None:
         super().__init__()
@@ -237,9 +214,6 @@ def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> Resi
         num_channels: input channels.
         is_down: halve the grid and double the channels.
         squeeze_excite: whether the cell has that layer.
-
-    Returns:
-        The cell.
     """
     num_out = 2 * num_channels if is_down else num_channels
     branch = nn.Sequential(
@@ -266,9 +240,6 @@ def decoder_cell(
         is_up: double the grid and halve the channels.
         squeeze_excite: whether the cell has that layer.
         expansion: hidden channels per input channel.
-
-    Returns:
-        The cell.
     """
     num_out = num_channels // 2 if is_up else num_channels
     hidden = expansion * num_channels
