@@ -81,7 +81,8 @@ class ConditionalPotential(NoisePotential):
         observation.check(vaebm.vae)
         self.observation = observation
         self.packing = Packing(observation.noise_shapes(vaebm.vae))
-        if observation.num > 1:  # a row's place says which observation it is of, so all rows go in one pass
+        self.is_by_place = observation.num > 1
+        if self.is_by_place:  # a row's place says which observation it is of, so all rows go in one pass
             self.rows_per_pass = sys.maxsize
 
     def _evaluate(self, position: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ DIVERGENCE_THRESHOLD_NATS = 1000.0
 class Potential(Protocol):
     """``Phi``: positions ``(C, D)`` to ``(C,)`` nats relative to N(0, I); rows are independent.
 
-    An optional attribute ``rows_per_pass`` bounds the rows of one call.
+    An optional attribute ``rows_per_pass`` bounds the rows of one call. Where an attribute ``is_by_place`` is true the
+    place of a row says which target it is of, so that all rows go in every call.
     """
 
     def __call__(self, position: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def _shrink(
     angle = 2 * math.pi * uniforms[:, 1]
     low, high = angle - 2 * math.pi, angle.clone()
     position, value = state.position.clone(), state.potential.clone()
+    is_by_place = getattr(potential, "is_by_place", False)
     num_evals = torch.zeros_like(value, dtype=torch.int64)
     is_accepted = torch.zeros_like(value, dtype=torch.bool)
     saw_non_finite = torch.zeros_like(is_accepted)
@@ -114,9 +115,12 @@ def _shrink(
         active = (~is_accepted).nonzero().squeeze(-1)
         if not len(active):
             break
-        t = angle[active].unsqueeze(-1)
-        point = state.position[active] * t.cos() + noise[active] * t.sin()
+        rows = torch.arange(len(angle), device=angle.device) if is_by_place else active
+        t = angle[rows].unsqueeze(-1)
+        point = state.position[rows] * t.cos() + noise[rows] * t.sin()
         point_value = value_only(potential, point)
+        if is_by_place:
+            point, point_value = point[active], point_value[active]
         position[active], value[active] = point, point_value
         num_evals[active] += 1
         # Without isfinite a chain would take -inf and never leave it. The sum is as finite as the point.

@@ -41,6 +41,7 @@ class _TemperedPotential:
     def __init__(self, potential: Potential, inverse_temperature: float) -> None:
         self.potential, self.inverse_temperature = potential, inverse_temperature
         self.rows_per_pass: int | None = getattr(potential, "rows_per_pass", None)
+        self.is_by_place: bool = getattr(potential, "is_by_place", False)
 
     def __call__(self, position: Tensor) -> Tensor:
         return self.inverse_temperature * self.potential(position)

@@ -151,3 +151,23 @@ def test_a_chain_that_starts_where_the_density_is_zero_finds_its_way_out() -> No
     state, info = kernel.step(stream(7, "wall"), kernel.init(start), init_params(start, 0.1))
     assert (state.position > 0).any()
     assert (state.potential[info.is_accepted] == 0).all()
+
+
+class Halves:
+    """Two Gaussians, of the first and of the second half of the rows; their potential is ``20 (q -+ 1)^2``."""
+
+    is_by_place = True
+
+    def __call__(self, position: Tensor) -> Tensor:
+        assert len(position) == 400
+        centre = torch.tensor([1.0, -1.0]).repeat_interleave(len(position) // 2)
+        return 20 * (position[:, 0] - centre).square()
+
+
+def test_slices_of_a_potential_by_place_take_all_rows() -> None:
+    kernel, start = gradient_free.build_elliptical(Halves()), torch.randn(400, 1, generator=stream(0, "start"))
+    state, generator = kernel.init(start), stream(0, "steps")
+    for _ in range(20):
+        state, _ = kernel.step(generator, state, init_params(start, 0.5))
+    means = state.position.view(2, 200).mean(1)
+    assert means.tolist() == pytest.approx([40 / 41, -40 / 41], abs=5 / math.sqrt(41 * 200))
