@@ -16,8 +16,18 @@ import torch.distributed as dist
 from ppl_vaebm.errors import InputError
 
 
-def set_threads(threads: int) -> None:
-    """Set PyTorch's number of CPU threads; 0 leaves it unchanged."""
+def set_numerics(threads: int) -> None:
+    """Set how PyTorch computes, for a whole command: its CPU threads, and no TensorFloat-32.
+
+    A Metropolis step takes differences of energies, which the 10 bits of TensorFloat-32 would spoil. On a CPU, equal
+    seeds and threads give equal results bit for bit. On accelerators convolutions and sums may round otherwise from run
+    to run, and no deterministic algorithms are asked for.
+
+    Args:
+        threads: number of CPU threads; 0 leaves it unchanged.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # PyTorch allows it in convolutions
     if threads:
         torch.set_num_threads(threads)
 

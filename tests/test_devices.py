@@ -12,12 +12,33 @@ import torch
 import torch.distributed as dist
 
 from ppl_vaebm import devices, fit
-from ppl_vaebm.devices import FIRST_ALONE, Process, check_bfloat16, current_process, has_bfloat16, joined, own_device
+from ppl_vaebm.devices import (
+    FIRST_ALONE,
+    Process,
+    check_bfloat16,
+    current_process,
+    has_bfloat16,
+    joined,
+    own_device,
+    set_numerics,
+)
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.runs.run import Run
 from tests.two_processes import CONFIG
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_no_command_computes_in_tensorfloat32() -> None:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+        set_numerics(0)
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_a_cpu_that_emulates_bfloat16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
