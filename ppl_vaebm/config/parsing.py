@@ -160,7 +160,7 @@ class _Parser(argparse.ArgumentParser):
     def _add(self, group: Any, option: Option, text: str) -> None:
         """Add an option to a group."""
         if POSITIONAL in option.marks:
-            group.add_argument(option.name, metavar=option.name.upper(), help=text)
+            group.add_argument(option.name, type=partial(_read, option), metavar=option.name.upper(), help=text)
         elif option.hint is bool:
             group.add_argument(*option.flags, dest=option.name, action="store_true", help=text)
             flag = _negated(option.name)
@@ -205,9 +205,9 @@ def _read(option: Option, text: str) -> Any:
         raise argparse.ArgumentTypeError(f"{text} was removed; {retired.RETIRED_VALUES[option.name, text]}")
     numbers = {int: "a whole number", float: "a number"}
     kind = next((kind for kind in numbers if kind in option.kinds), str)
-    expected = numbers.get(kind, f"one of {', '.join(option.choices)}")
+    expected = numbers.get(kind, f"one of {', '.join(option.choices)}" if option.choices else "a value")
     try:
-        if option.choices and text not in option.choices:
+        if not text or (option.choices and text not in option.choices):
             raise ValueError
         return kind(text)
     except ValueError:
@@ -242,7 +242,7 @@ def _metavar(option: Option) -> str:
     text = "N" if int in option.kinds else "X" if float in option.kinds else "TEXT"
     if option.choices:
         text = "NAME" if len(option.choices) > MAX_CHOICES else "{" + ",".join(option.choices) + "}"
-    return f"{text} ..." if get_origin(option.hint) is tuple else text
+    return text
 
 
 @cache

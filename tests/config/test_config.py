@@ -295,6 +295,18 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
         load_yaml(tmp_path / "no.yaml")
 
 
+@pytest.mark.parametrize("name", ["device", "data.root"])
+def test_an_empty_text_is_no_value(name: str) -> None:
+    with pytest.raises(InputError, match=f"--{name}: expected a value, found ''$"):
+        parse(Config, [f"--{name}", ""], "fit", "What fit does.")
+
+
+def test_the_help_of_an_option_with_several_values_has_one_ellipsis(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Config, ["--help"], "fit", "What fit does.")
+    assert "... ..." not in capsys.readouterr().out
+
+
 def test_a_file_cannot_ask_for_help() -> None:
     with pytest.raises(InputError, match="^recipe.yaml: unknown option --help"):
         parsed("help: true")
