@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from scipy import stats
 from torch import Tensor
 
 from ppl_vaebm.config import Config

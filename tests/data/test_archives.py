@@ -276,7 +276,7 @@ def test_cifar10_keeps_its_channels_and_flips_in_training_only(tmp_path: Path, m
 
 
 def test_svhn_keeps_its_layout_and_calls_zero_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scipy.io import savemat  # type: ignore[import-untyped, unused-ignore]
+    from scipy.io import savemat
     from torchvision import datasets
 
     images = np.zeros((32, 32, 3, 20), np.uint8)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from scipy import stats
 from torch import Tensor
 
 from ppl_vaebm.data.load import Data

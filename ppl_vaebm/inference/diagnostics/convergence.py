@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import fft  # type: ignore[import-untyped, unused-ignore]
+from scipy import fft
 
 FloatArray: TypeAlias = NDArray[np.float64]
 

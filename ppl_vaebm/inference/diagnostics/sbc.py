@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from scipy import stats
 from torch import Tensor
 
 

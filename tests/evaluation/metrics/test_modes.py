@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import stats  # type: ignore[import-untyped, unused-ignore]
+from scipy import stats
 from torch import Tensor
 
 from ppl_vaebm.data.toys import gaussians25_modes
