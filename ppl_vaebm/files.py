@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ppl_vaebm.errors import InputError
+
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -51,7 +53,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write or replace a file in one step, text as UTF-8; missing parent folders are made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    """Write or replace a file in one step, text as UTF-8; missing parent folders are made.
+
+    Raises:
+        InputError: a file is where a folder belongs, or a folder where the file belongs.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"expected a folder at {path.parent}, found a file; move it away") from None
+    except IsADirectoryError:
+        raise InputError(f"expected a file or nothing at {path}, found a folder; move it away") from None

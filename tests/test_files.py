@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from ppl_vaebm.errors import InputError
 from ppl_vaebm.files import write_atomic
 
 
@@ -52,3 +53,18 @@ def test_write_atomic_syncs_the_content_before_the_name_and_the_name_after(
     write_atomic(tmp_path / "a.txt", "new")
     file, folder = (tmp_path / "a.txt").stat().st_ino, tmp_path.stat().st_ino
     assert calls == [("fsync", file), ("replace", file), ("fsync", folder)]
+
+
+@pytest.mark.parametrize("name", ["file/a.txt", "file/b/a.txt"])
+def test_write_atomic_refuses_a_file_in_place_of_the_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(InputError, match="^expected a folder at .*, found a file; move it away$"):
+        write_atomic(tmp_path / name, "new")
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_write_atomic_refuses_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").mkdir()
+    with pytest.raises(InputError, match="^expected a file or nothing at .*, found a folder; move it away$"):
+        write_atomic(tmp_path / "a.txt", "new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
