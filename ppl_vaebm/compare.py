@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     names = kernel_names(options.kernels or default_kernels())
     Run.open(options.run)
 
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation import kernel_files, kernel_table, kernels
     from ppl_vaebm.files import write_atomic
     from ppl_vaebm.reports import comparison_page
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)
-    set_numerics(loaded.config.threads)
+    set_threads(loaded.config.threads)
     run, seeds = loaded.run, range(options.seed, options.seed + options.num_seeds)
     budget = kernels.Budget(options.num_chains, options.num_warmup, options.num_evals, options.num_seconds)
     outcomes: dict[str, list[Outcome]] = {}

@@ -16,18 +16,8 @@ import torch.distributed as dist
 from ppl_vaebm.errors import InputError
 
 
-def set_numerics(threads: int) -> None:
-    """Set how PyTorch computes, for a whole command: its CPU threads, and no TensorFloat-32.
-
-    A Metropolis step takes differences of energies, which the 10 bits of TensorFloat-32 would spoil. On a CPU, equal
-    seeds and threads give equal results bit for bit. On accelerators convolutions and sums may round otherwise from run
-    to run, and no deterministic algorithms are asked for.
-
-    Args:
-        threads: number of CPU threads; 0 leaves it unchanged.
-    """
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False  # PyTorch allows it in convolutions
+def set_threads(threads: int) -> None:
+    """Set PyTorch's CPU threads; 0 leaves them."""
     if threads:
         torch.set_num_threads(threads)
 
@@ -53,10 +43,13 @@ def check_device(device: str) -> None:
 
 
 def without_tf32() -> None:
-    """Let the convolutions of this process compute in float32 on NVIDIA GPUs; products of matrices do so by default.
+    """Let this process compute in float32 on NVIDIA GPUs, convolutions too, for which PyTorch allows TF32.
 
-    TF32, PyTorch's default for them, has 10 bits of mantissa: too few for differences of energies.
+    A Metropolis step takes differences of energies, which the 10 bits of TF32 spoil. Stage svi takes none and keeps
+    PyTorch's default. On a CPU equal seeds and threads give equal results bit for bit; on accelerators convolutions and
+    sums may round otherwise from run to run, and no deterministic algorithms are asked for.
     """
+    torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
 
     Run.open(options.run)
 
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation.kernels import Budget, run_kernel, starts
     from ppl_vaebm.inference.diagnostics import functionals
     from ppl_vaebm.inference.diagnostics import summary as diagnostics
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)
-    set_numerics(loaded.config.threads)
+    set_threads(loaded.config.threads)
     potential, config = loaded.potential, loaded.config.sampling.kernel
     start = starts(potential, options.num_chains, options.seed, options.chains_per_start)
     budget = Budget(options.num_chains, options.num_warmup, options.num_evals)

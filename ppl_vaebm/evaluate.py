@@ -129,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation.vae import evaluate_vae
     from ppl_vaebm.models.energy import Energy
     from ppl_vaebm.models.vaebm import VAEBM
@@ -139,18 +139,18 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
         if getattr(options, name):
             raise InputError(f"option {name.replace('_', '-')} is of the VAEBM, and stage svi has none: leave it out")
     fitted = open_fitted_vae(options.run)
-    set_numerics(fitted.config.threads)
+    set_threads(fitted.config.threads)
     plan = _plan(options, fitted.config, fitted.data, ("likelihood", "samples"))
     return fingerprint(VAEBM(fitted.vae, Energy()), fitted.config), evaluate_vae(fitted, plan)
 
 
 def _vaebm(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.evaluation.evaluation import evaluate
     from ppl_vaebm.runs.loading import load_run
 
     loaded = load_run(options.run)
-    set_numerics(loaded.config.threads)
+    set_threads(loaded.config.threads)
     parts: list[Part] = ["likelihood", "samples", "histograms"]
     parts += ["neighbours"] if len(loaded.data.event_shape) == 3 else []
     parts += ["ood"] if options.ood is not None else []

@@ -95,13 +95,13 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(describe(options.config)))
         return
 
-    from ppl_vaebm.devices import check_bfloat16, check_device, joined, own_device, set_numerics
+    from ppl_vaebm.devices import check_bfloat16, check_device, joined, own_device, set_threads
     from ppl_vaebm.reports.gallery import gallery_grids, save_png
     from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.fitting import Request, fit_stage
     from ppl_vaebm.runs.run import Run
 
-    set_numerics(options.config.threads)
+    set_threads(options.config.threads)
     device = own_device(os.environ, options.config.device)
     check_device(device)
     if (options.config.svi if options.stage == "svi" else options.config.ebm).bf16:

@@ -83,26 +83,26 @@ def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead:
 
 
 def _sample_vae(options: Options) -> Written:
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.drawing import draw_vae
     from ppl_vaebm.runs.gallery import TEMPERATURES, Choices
     from ppl_vaebm.runs.loading import open_fitted_vae
 
     _refuse_unused(options, ("kernel", "num_steps"), "--stage ebm", "svi")
     fitted = open_fitted_vae(options.run)
-    set_numerics(fitted.config.threads)
+    set_threads(fitted.config.threads)
     choices = Choices(options.temperatures or TEMPERATURES, options.group)
     return draw_vae(fitted, choices, options.num or DEFAULT_NUM["svi"], options.seed)
 
 
 def _sample_vaebm(options: Options) -> Written:
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.drawing import draw_vaebm
     from ppl_vaebm.runs.loading import load_run
 
     _refuse_unused(options, ("temperatures", "group"), "--stage svi", "ebm")
     loaded = load_run(options.run)
-    set_numerics(loaded.config.threads)
+    set_threads(loaded.config.threads)
     sampling = loaded.config.sampling
     kernel = sampling.kernel.of(options.kernel or sampling.kernel.name)
     num, num_steps = options.num or DEFAULT_NUM["ebm"], options.num_steps or sampling.num_steps
@@ -110,12 +110,12 @@ def _sample_vaebm(options: Options) -> Written:
 
 
 def _sample_conditional(options: Options, stage: Literal["svi", "ebm"]) -> Written:
-    from ppl_vaebm.devices import set_numerics
+    from ppl_vaebm.devices import set_threads
     from ppl_vaebm.runs.conditional import kernel_of, open_run, sample_given
 
     _refuse_unused(options, ("temperatures", "group", "num_steps"), "samples without --given", "a posterior")
     loaded = open_run(options.run, stage)
-    set_numerics(loaded.config.threads)
+    set_threads(loaded.config.threads)
     kernel = kernel_of(loaded, options.kernel)
     num = options.num or DEFAULT_NUM["conditional"]
     return sample_given(loaded, options.condition, kernel, num=num, seed=options.seed)

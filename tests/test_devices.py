@@ -20,7 +20,7 @@ from ppl_vaebm.devices import (
     has_bfloat16,
     joined,
     own_device,
-    set_numerics,
+    without_tf32,
 )
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.runs.run import Run
@@ -29,12 +29,12 @@ from tests.two_processes import CONFIG
 ROOT = Path(__file__).parents[1]
 
 
-def test_no_command_computes_in_tensorfloat32() -> None:
+def test_without_tf32_all_products_are_in_float32() -> None:
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
-        set_numerics(0)
+        without_tf32()
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before[0])
