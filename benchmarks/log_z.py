@@ -145,7 +145,7 @@ def anneal(
     """Anneal particles by a kernel with a pilot of its own."""
     pilot = run_smc(potential, generator, potential.draw_reference(generator, 128), Adaptive(), build=build)
     ladder = spaced_ladder(pilot, num_temperatures)
-    return ais.forward(potential, generator, potential.draw_reference(generator, num), ladder, build=build)
+    return ais.anneal(potential, generator, potential.draw_reference(generator, num), ladder, build=build)
 
 
 def mass_on_the_plane(potential: NoisePotential, log_z: float) -> dict[str, float]:

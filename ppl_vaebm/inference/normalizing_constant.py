@@ -117,10 +117,14 @@ def estimate_log_z(potential: NoisePotential, effort: LogZEffort, reference_ener
     ladder = smc.spaced_ladder(pilot, num_temperatures)
     generator = named("forward")
     start = potential.draw_reference(generator, effort.num_particles)
-    down = ais.forward(potential, generator, start, ladder)
-    populations = _populations(potential, named("smc"), effort.num_particles, ladder)
+    down = ais.anneal(potential, generator, start, ladder)
+    generator, size = named("smc"), max(2, effort.num_particles // NUM_POPULATIONS)
+    populations = [
+        smc.run_smc(potential, generator, potential.draw_reference(generator, size), ladder)
+        for _ in range(NUM_POPULATIONS)
+    ]
     target = target_draws(potential, named("target"), populations, ladder, len(reference_energy))
-    up = ais.reverse(potential, named("reverse"), target.position, ladder)
+    up = ais.anneal(potential, named("reverse"), target.position, ladder, "reverse")
     lower = ais.estimate(down.log_weights, named("bootstrap down"), "forward")
     upper = ais.estimate(up.log_weights, named("bootstrap up"), "reverse")
     levels, energy, chains = ladder_energies(potential, named("ladders"))
@@ -145,16 +149,6 @@ def _attempt(estimator: Callable[[], LogZ]) -> LogZ | str:
         return estimator()
     except InputError as error:
         return str(error)
-
-
-def _populations(
-    potential: NoisePotential, generator: torch.Generator, num_particles: int, ladder: Ladder
-) -> list[smc.Population]:
-    size = max(2, num_particles // NUM_POPULATIONS)
-    return [
-        smc.run_smc(potential, generator, potential.draw_reference(generator, size), ladder)
-        for _ in range(NUM_POPULATIONS)
-    ]
 
 
 def target_draws(

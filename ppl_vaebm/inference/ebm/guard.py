@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ fell above 0.5 and rose below 0.45 (experiments/stability.py)."""
 MIN_ACCEPTANCE = 0.01
 """Of other kernels, whose step follows the energy, or which have none. Chosen by us: independence proposals of images
 are rarely accepted."""
+
+RESUMED = ("averages", "counts", "num_rollbacks", "is_stopped", "began_at", "events")
+"""Attributes of the guard that a checkpoint holds."""
 
 
 class Limit(NamedTuple):
@@ -120,25 +124,11 @@ class Guard:
 
     def state(self) -> dict[str, Any]:
         """Return what resuming needs, for a checkpoint."""
-        names = ("averages", "counts", "num_rollbacks", "is_stopped", "began_at", "events")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in RESUMED}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` returned."""
-        self.load_averages(state)
-        self.num_rollbacks, self.is_stopped = state["num_rollbacks"], state["is_stopped"]
-        self.events = list(state["events"])
-        self.began_at = state.get("began_at")  # an earlier version had none
-
-    def resume(self, run: Run, saved: checkpoints.Checkpoint) -> None:
-        """Restore the state of a checkpoint that the stage continues from, and cut the record back to it."""
-        if "guard" in saved.state:  # an earlier version had none
-            self.load(saved.state["guard"])
-        self.rewind(run, saved.step)
-
-    def load_averages(self, state: Mapping[str, Any]) -> None:
-        """Restore the averages alone, of a checkpoint that the training went back to."""
-        self.averages, self.counts = dict(state["averages"]), dict(state["counts"])
+        vars(self).update({name: copy(state[name]) for name in RESUMED})
 
     def rewind(self, run: Run, step: int | None) -> None:
         """Drop what the record holds after a step, or from the start on, but keep the returns themselves."""
@@ -187,9 +177,8 @@ def go_back(run: Run, guard: Guard, step: int, reason: str) -> checkpoints.Check
             steps.pop()
             checkpoints.delete_after(folder, steps[-1] if steps else -1)
     saved = checkpoints.load(folder, "last") if steps else None
-    fresh: dict[str, Any] = {"averages": {}, "counts": {}}
-    # A checkpoint of an earlier version has none either.
-    guard.load_averages(fresh if saved is None else saved.state.get("guard", fresh))
+    before = None if saved is None else saved.state["guard"]
+    guard.averages, guard.counts = (dict(before["averages"]), dict(before["counts"])) if before else ({}, {})
     guard.began_at = None if saved is None else saved.step
     event = {"event": "stop" if guard.is_stopped else "rollback", "to_step": guard.began_at or 0}
     counted = {"reason": reason, "num_rollbacks": guard.num_rollbacks}

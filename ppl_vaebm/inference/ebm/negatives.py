@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ppl_vaebm.config import Config, EbmConfig
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.kernels.adaptation import follow_acceptance, with_step_size
-from ppl_vaebm.inference.kernels.base import KernelInfo, KernelParams, draw_normal, init_without_grad, run_steps
+from ppl_vaebm.inference.kernels.base import KernelParams, draw_normal, init_without_grad, run_steps
 from ppl_vaebm.inference.kernels.ladder import stored_ladder
 from ppl_vaebm.inference.kernels.registry import build_kernel, start_params
 from ppl_vaebm.inference.latent_exchange import (
@@ -107,7 +107,9 @@ class PersistentChains:
             position, swap_rates = taken.positions, None
             if self.held is not None and partners is not None:
                 position, swap_rates = self.swap(generator, position, *partners)
-            end, infos = self.move(generator, position)
+            start = self.kernel.init(position)
+            state, infos = run_steps(self.kernel, generator, start, self.params, self.config.ebm.num_transitions)
+            end = state.position
         self.num_divergent += torch.stack([info.is_divergent for info in infos]).sum()
         self.put(taken.slots, end)
         acceptance_rate = torch.stack([info.acceptance_rate for info in infos]).nanmean()
@@ -131,12 +133,6 @@ class PersistentChains:
         is_continued = torch.rand((num, 1), generator=generator, device=device) < probability
         fresh = draw_normal(generator, stored) if restarts is None else restarts
         return Taken(torch.where(is_continued, stored, fresh), slots, is_continued.squeeze(1))
-
-    def move(self, generator: torch.Generator, position: Tensor) -> tuple[Tensor, list[KernelInfo]]:
-        """Run the transitions of one update from positions ``(num, D)``; return the ends and a report for each."""
-        start, num_steps = self.kernel.init(position), self.config.ebm.num_transitions
-        state, infos = run_steps(self.kernel, generator, start, self.params, num_steps)
-        return state.position, infos
 
     def swap(self, generator: torch.Generator, position: Tensor, first: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Swap the first latent with partners, at ``first`` ``(num, d)`` and in their slots ``(num,)``.
@@ -215,15 +211,14 @@ class PersistentChains:
             InputError: the chains are of another number, or of another model.
         """
         stored = state["replay"]
-        # A state of an earlier version does not name its sites.
-        if stored.shape != self.positions.shape or state.get("replay_sites", self._sites()) != self._sites():
+        if stored.shape != self.positions.shape or state["replay_sites"] != self._sites():
             raise InputError(
                 f"expected a replay of {_form(self.positions)} ({', '.join(self._sites())}), found one of "
-                f"{_form(stored)} ({', '.join(state.get('replay_sites', ['unnamed']))}): it is of another model or "
+                f"{_form(stored)} ({', '.join(state['replay_sites'])}): it is of another model or "
                 "another ebm.replay-size; start the stage again with --overwrite"
             )
         self.positions.copy_(stored)
-        self.num_divergent.fill_(state.get("num_divergent", 0))
+        self.num_divergent.fill_(state["num_divergent"])
         if self.partners is not None:
             self.partners.load(state["latents"])
         self.params = with_step_size(self.params, state["step_size"])

@@ -48,7 +48,7 @@ and negatives, which has no decoder but two batches."""
 
 
 class Trial(NamedTuple):
-    """The best number of steps at one step size, and its result."""
+    """A step size and a number of steps, and their result."""
 
     step_size: float
     """The angle h."""
@@ -58,17 +58,6 @@ class Trial(NamedTuple):
     """Of the mean energy, nats per 1,000 gradients, :data:`FIXED_GRADIENTS` of every update included."""
     rejection: float
     """Mean Metropolis rejection of those steps, for an unadjusted kernel that which they would have had."""
-
-
-class Descent(NamedTuple):
-    """Course of chains from fresh noise at one step size, step after step."""
-
-    fall: list[float]
-    """How much lower the mean energy is than at the start, nats."""
-    rejection: list[float]
-    """Mean over chains and the steps so far."""
-    num_evals: list[float]
-    """Gradients per chain so far."""
 
 
 def search(config: Config, data: Data, vae: HierarchicalVAE) -> tuple[Trial, str]:
@@ -111,7 +100,7 @@ def tune(config: Config, potential: NoisePotential, max_rejection: float = MAX_R
     trials: list[Trial] = []
     step_size, num_worse, best = MAX_STEP_SIZE, 0, -math.inf
     while step_size >= SMALLEST_STEP and num_worse < NUM_WORSE:
-        trial = _best_length(step_size, descend(config, potential, step_size), max_rejection)
+        trial = choose(descend(config, potential, step_size), max_rejection)
         trials.append(trial)
         if trial.rejection <= max_rejection:
             num_worse = 0 if trial.fall > best else num_worse + 1
@@ -126,33 +115,25 @@ def choose(trials: Sequence[Trial], max_rejection: float = MAX_REJECTION) -> Tri
     return max(within, key=lambda trial: trial.fall) if within else min(trials, key=lambda trial: trial.rejection)
 
 
-def descend(config: Config, potential: NoisePotential, step_size: float) -> Descent:
-    """Run chains from fresh noise, which is the same for every step size h, so that they compare."""
+def descend(config: Config, potential: NoisePotential, step_size: float) -> list[Trial]:
+    """Run chains from fresh noise, the same for every step size h, and return a trial after every step."""
     generator = stream(config.seed, "tune", device=config.device)
     position = potential.draw_reference(generator, config.ebm.batch_size)
     kernel = build_kernel(config.kernel, potential)
     params = with_step_size(start_params(config.kernel, position), step_size)
     state = kernel.init(position)
     start = state.potential.double().mean()
-    falls, rates, num_evals = [], [], []
+    falls, rejections, num_evals = [], [], []
     for _ in range(LONGEST_CHAIN):
         state, info = kernel.step(generator, state, params)
         falls.append(start - state.potential.double().mean())
-        rates.append(info.acceptance_rate.double().mean())
+        rejections.append(1 - info.acceptance_rate.double().mean())
         num_evals.append(info.num_evals.double().mean())
-    mean_rates = torch.stack(rates).cpu().cumsum(0) / torch.arange(1, LONGEST_CHAIN + 1)
-    return Descent(
-        torch.stack(falls).tolist(), (1 - mean_rates).tolist(), torch.stack(num_evals).cpu().cumsum(0).tolist()
-    )
-
-
-def _best_length(step_size: float, descent: Descent, max_rejection: float) -> Trial:
-    """Choose the number of steps at one step size, within the bound if any number is."""
-    trials = [
-        Trial(step_size, index + 1, 1_000 * fall / (num_evals + FIXED_GRADIENTS), rejection)
-        for index, (fall, rejection, num_evals) in enumerate(zip(*descent, strict=True))
-    ]
-    return choose(trials, max_rejection)
+    steps = torch.arange(1, LONGEST_CHAIN + 1)
+    rates = 1_000 * torch.stack(falls).cpu() / (torch.stack(num_evals).cpu().cumsum(0) + FIXED_GRADIENTS)
+    mean_rejections = torch.stack(rejections).cpu().cumsum(0) / steps
+    columns = (steps.tolist(), rates.tolist(), mean_rejections.tolist())
+    return [Trial(step_size, *row) for row in zip(*columns, strict=True)]
 
 
 def with_trial(config: Config, trial: Trial) -> Config:

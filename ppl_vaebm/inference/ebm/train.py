@@ -69,7 +69,8 @@ def fit_ebm(
     if resume is None:
         checkpoints.delete_after(run.checkpoints(TERM_STAGE), -1)
     else:
-        guard.resume(run, resume)
+        guard.load(resume.state["guard"])
+        guard.rewind(run, resume.step)
     training = begin(run, config, data, vae, guard, resume)
     if guard.is_stopped:
         print(guard.describe())

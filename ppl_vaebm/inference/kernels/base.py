@@ -256,6 +256,11 @@ def log_density_energy(state: KernelState) -> Tensor:
     return state.potential.double() + 0.5 * state.position.double().square().sum(-1)
 
 
+def hamiltonian(state: KernelState, momentum: Tensor) -> Tensor:
+    """Return U + |p|^2 / 2 of a state with whitened momenta p ``(C, D)``; ``(C,)``, float64, nats."""
+    return log_density_energy(state) + 0.5 * momentum.double().square().sum(-1)
+
+
 def metropolis(
     generator: torch.Generator, state: KernelState, proposal: KernelState, energy_change: Tensor
 ) -> tuple[KernelState, Tensor, Tensor, Tensor]:

@@ -14,8 +14,8 @@ from ppl_vaebm.inference.kernels.base import (
     KernelState,
     Potential,
     draw_normal,
+    hamiltonian,
     init_with_grad,
-    log_density_energy,
     metropolis,
     with_grad,
 )
@@ -82,29 +82,17 @@ def transition(
     num_steps: int,
     integrator: Integrator,
 ) -> tuple[KernelState, KernelInfo, Trajectory]:
-    """Follow one trajectory from given momenta, and accept or reject its end.
+    """Follow one trajectory from whitened momenta ``(C, D)``, and accept or reject its end; return it too.
 
-    Args:
-        potential: Phi.
-        generator: source of the acceptances.
-        state: start.
-        momentum: whitened, ``(C, D)``.
-        params: inverse mass, and the Gaussian that splitting splits off; its step and length are not read.
-        step_size: angle h, ``()``.
-        num_steps: at least 1.
-        integrator: ``splitting`` or ``leapfrog``.
-
-    Returns:
-        The new state, the report of the step, and the trajectory that was proposed.
+    The angle ``step_size`` is taken ``num_steps`` times; step and length of the parameters are not read.
     """
     state, fill_evals = with_grad(potential, state)
     step_sizes = step_size * params.inverse_mass.sqrt()
     flow = make_flow(integrator, step_sizes, params.reference)
     trajectory = follow(potential, state, momentum, step_sizes, num_steps, flow)
-    start_energy = log_density_energy(state) + 0.5 * momentum.double().square().sum(-1)
     new, rate, is_accepted, is_divergent = metropolis(generator, state, trajectory.end, trajectory.energy_change)
     num_evals = torch.full_like(is_accepted, num_steps + fill_evals, dtype=torch.int64)
-    return new, KernelInfo(rate, is_accepted, is_divergent, start_energy, num_evals), trajectory
+    return new, KernelInfo(rate, is_accepted, is_divergent, hamiltonian(state, momentum), num_evals), trajectory
 
 
 def _jittered(generator: torch.Generator, step_size: Tensor, jitter: float) -> Tensor:

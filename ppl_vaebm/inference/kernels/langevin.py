@@ -22,8 +22,8 @@ from ppl_vaebm.inference.kernels.base import (
     Potential,
     acceptance,
     draw_normal,
+    hamiltonian,
     init_with_grad,
-    log_density_energy,
     select,
     with_grad,
 )
@@ -54,7 +54,7 @@ def build_langevin(potential: Potential, *, name: str = "langevin") -> Kernel:
         if not evaluates_end:
             end, is_finite = end._replace(grad=None), end.position.sum(-1).isfinite()
             rate, is_divergent = torch.full_like(rate, math.nan), ~is_finite
-        energy = log_density_energy(state) + 0.5 * momentum.double().square().sum(-1)
+        energy = hamiltonian(state, momentum)
         num_evals = torch.full_like(is_finite, int(evaluates_end) + fill_evals, dtype=torch.int64)
         return select(is_finite, end, state), KernelInfo(rate, is_finite, is_divergent, energy, num_evals)
 

@@ -26,7 +26,7 @@ from ppl_vaebm.inference.kernels.base import (
     Potential,
     Replicas,
     draw_normal,
-    log_density_energy,
+    hamiltonian,
     metropolis,
     value_and_grad,
 )
@@ -160,7 +160,7 @@ def _sweep(
     """Move every replica, then swap neighbours; return also each level's acceptance rate over chains, ``(K + 1,)``."""
     levels, counts = _flatten(state, ladder)
     momentum = draw_normal(generator, levels.position)
-    energy = log_density_energy(levels) + 0.5 * momentum.double().square().sum(-1)
+    energy = hamiltonian(levels, momentum)
     trajectory = _trajectory(potential, levels, momentum, ladder, inverse_mass, num_steps)
     moved, *outcome = metropolis(generator, levels, trajectory.end, trajectory.energy_change)
     energy, rate, is_accepted, is_divergent = (part.reshape(counts.label.shape) for part in (energy, *outcome))

@@ -15,14 +15,7 @@ import torch
 from torch import Tensor
 
 from ppl_vaebm.inference.kernels.base import Ladder, Potential
-from ppl_vaebm.inference.log_z.annealing import (
-    BuildKernel,
-    check_ladder,
-    check_particles,
-    default_kernel,
-    kernel_at,
-    move,
-)
+from ppl_vaebm.inference.log_z.annealing import BuildKernel, check_ladder, check_particles, default_kernel, move
 from ppl_vaebm.inference.log_z.base import LogZ, bootstrap_error, log_mean_exp
 
 Direction = Literal["forward", "reverse"]
@@ -55,55 +48,31 @@ class AnnealedEstimate(NamedTuple):
     """Particles whose log weight is not finite. They are not replaced: a nan makes the estimates nan."""
 
 
-def forward(
+def anneal(
     potential: Potential,
     generator: torch.Generator,
     position: Tensor,
     ladder: Ladder,
+    direction: Direction = "forward",
     *,
     build: BuildKernel = default_kernel,
 ) -> AnnealedWeights:
-    """Anneal independent draws of N(0, I), ``(N, D)``, towards the target.
+    """Anneal independent draws, ``(N, D)``: of N(0, I) towards the target if forward, of the target back if reverse.
 
-    The K + 1 levels and their step sizes must not be chosen by these particles. With the weights, where the particles
-    ended, at level ``b_(K-1)``, is a sample of the target.
+    The K + 1 levels and their step sizes must not be chosen by these particles. Where the particles of a forward run
+    ended, at level ``b_(K-1)``, is with the weights a sample of the target. From chains that have not converged the
+    reverse bound is as good as they are.
 
     Raises:
         InputError: fewer than two particles, or a ladder that does not rise from 0 to 1.
     """
-    return _anneal(potential, generator, position, ladder, build, "forward")
-
-
-def reverse(
-    potential: Potential,
-    generator: torch.Generator,
-    position: Tensor,
-    ladder: Ladder,
-    *,
-    build: BuildKernel = default_kernel,
-) -> AnnealedWeights:
-    """Anneal independent draws of the target, ``(N, D)``, towards N(0, I); the rest as :func:`forward`.
-
-    From chains that have not converged the bound is as good as they are. The weights have the sign of :func:`forward`.
-    """
-    return _anneal(potential, generator, position, ladder, build, "reverse")
-
-
-def _anneal(
-    potential: Potential,
-    generator: torch.Generator,
-    position: Tensor,
-    ladder: Ladder,
-    build: BuildKernel,
-    direction: Direction,
-) -> AnnealedWeights:
     check_particles(position)
     check_ladder(ladder)
     levels, steps = ladder.inverse_temperatures.tolist(), ladder.step_sizes.tolist()
     gaps = list(range(1, len(levels)))  # gap k lies between levels k - 1 and k
     if direction == "reverse":
         gaps.reverse()
-    state = kernel_at(potential, 1.0, build).init(position)
+    state = build(potential).init(position)
     log_weights = torch.zeros(len(position), dtype=torch.float64, device=position.device)
     rates: list[float] = []
     num_divergent, num_evals = 0, len(position)

@@ -47,11 +47,6 @@ class _TemperedPotential:
         return self.inverse_temperature * self.potential(position)
 
 
-def kernel_at(potential: Potential, inverse_temperature: float, build: BuildKernel) -> Kernel:
-    """Make the kernel of ``b * Phi``, b in (0, 1]."""
-    return build(_TemperedPotential(potential, inverse_temperature))
-
-
 def _scaled(state: KernelState, factor: float) -> KernelState:
     """Turn a state of Phi into the one of ``factor * Phi``."""
     grad = None if state.grad is None else factor * state.grad
@@ -66,20 +61,8 @@ def move(
     inverse_temperature: float,
     step_size: float,
 ) -> tuple[KernelState, KernelInfo]:
-    """Move every particle once at one temperature.
-
-    Args:
-        potential: Phi.
-        build: makes the kernel.
-        generator: source of the randomness.
-        state: of Phi.
-        inverse_temperature: b, in (0, 1].
-        step_size: angle of the move.
-
-    Returns:
-        The new state, of Phi; and the kernel's report of its step.
-    """
-    kernel = kernel_at(potential, inverse_temperature, build)
+    """Move every particle once at b in (0, 1], by the angle ``step_size``; both states hold Phi, not ``b * Phi``."""
+    kernel = build(_TemperedPotential(potential, inverse_temperature))
     params = init_params(state.position, step_size)
     new, info = kernel.step(generator, _scaled(state, inverse_temperature), params)
     # A particle that stayed keeps its numbers: scaled there and back they would be rounded anew at every temperature.

@@ -23,7 +23,6 @@ from ppl_vaebm.inference.log_z.annealing import (
     check_ladder,
     check_particles,
     default_kernel,
-    kernel_at,
     move,
     resample,
     take,
@@ -129,7 +128,7 @@ def run_smc(
     check_particles(position)
     if isinstance(schedule, Ladder):
         check_ladder(schedule)
-    kernel, num = kernel_at(potential, 1.0, build), len(position)
+    kernel, num = build(potential), len(position)
     state, size = kernel.init(position), num // num_groups
     even = position.new_full((num_groups, size), -math.log(size), dtype=torch.float64)
     log_weights, ancestors = even, torch.arange(num, device=position.device)

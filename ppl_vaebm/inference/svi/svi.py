@@ -22,7 +22,7 @@ from ppl_vaebm.data.splits import Split
 from ppl_vaebm.devices import current_process
 from ppl_vaebm.inference.elbo import BalancedELBO, balance_coefficients
 from ppl_vaebm.inference.likelihood import elbo_rows
-from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, GuardedOptimizer, copy_buffers, stage_optimizer
+from ppl_vaebm.inference.optim import AveragedWeights, DivergedError, copy_buffers, stage_optimizer
 from ppl_vaebm.inference.svi.batch_norm import prior_statistics
 from ppl_vaebm.models.layers import SpectralPenalty, norm_gain_penalty, spectral_layers
 from ppl_vaebm.models.vae import HierarchicalVAE
@@ -31,6 +31,7 @@ from ppl_vaebm.rng import global_rng, seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
+STAGE = "svi"
 MAX_VALIDATION_POINTS = 2_000
 
 
@@ -106,6 +107,61 @@ class Objective(nn.Module):
         return loss
 
 
+class Training:
+    """Everything that a step of stage 1 changes, at the start of the stage."""
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.config = config
+        self.vae = new_vae(config, data)
+        self.average = AveragedWeights(self.vae, config.svi.ema_decay)
+        self.objective = Objective(self.vae, config.svi, config.seed)
+        self.optimizer = stage_optimizer(self.vae.parameters(), config.svi)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Return the modules whose weights a checkpoint holds."""
+        return {"vae": self.vae, "vae_average": self.average.module, "spectral": self.objective.spectral}
+
+    def load(self, saved: checkpoints.Checkpoint) -> None:
+        """Restore a checkpoint."""
+        for name, module in self.modules().items():
+            module.load_state_dict(saved.weights[name])
+        self.optimizer.load_state_dict(saved.state["optimizer"])
+        self.average.num_updates = saved.state["num_averaged"]
+
+    def save(self, run: Run, step: int, score: float | None) -> None:
+        """Write a checkpoint, with the batch statistics of prior samples where they are asked for."""
+        weights = {name: module.state_dict() for name, module in self.modules().items()}
+        loop, seed = self.config.svi, seed_for(self.config.seed, "prior statistics")
+        if loop.norm_temperature is not None:
+            weights["prior_statistics"] = prior_statistics(
+                self.average.module, loop.norm_temperature, loop.norm_batches, seed
+            )
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "num_averaged": self.average.num_updates,
+            "norm_temperature": loop.norm_temperature,
+        }
+        config, folder = to_dict(self.config), run.checkpoints(STAGE)
+        checkpoints.save(folder, stage=STAGE, step=step, weights=weights, state=state, config=config, score=score)
+
+    def record(self, step: int, num: int, loss: Tensor, grad_norm: float) -> dict[str, float | int | str]:
+        """Return a step's line of metrics; ``num`` is the number of its data points."""
+        elbo = self.objective.elbo
+        kl = {f"kl_nats/{name}": float(value) / num for name, value in elbo.kl_nats.items()}
+        return {
+            "stage": STAGE,
+            "step": step + 1,
+            "loss": float(loss.detach()),
+            "elbo_nats": float(elbo.elbo_nats) / num,
+            "kl_nats": sum(kl.values()),
+            **kl,
+            "kl_weight": elbo.kl_weight,
+            "lr": self.optimizer.learning_rate,
+            "grad_norm": grad_norm,
+            "num_skipped": self.optimizer.num_skipped,
+        }
+
+
 def fit_svi(
     run: Run,
     config: Config,
@@ -131,27 +187,25 @@ def fit_svi(
     Raises:
         DivergedError: gradients stopped being finite, or the validation ELBO did.
     """
-    loop, seed, stage, process = config.svi, config.seed, "svi", current_process()
-    vae = new_vae(config, data)
-    average = AveragedWeights(vae, loop.ema_decay)
-    objective = Objective(vae, loop, seed)
-    optimizer = stage_optimizer(vae.parameters(), loop)
-    order = seed_for(seed, "order", stage)
+    loop, seed, process = config.svi, config.seed, current_process()
+    training = Training(config, data)
+    vae, average, objective, optimizer = training.vae, training.average, training.objective, training.optimizer
+    order = seed_for(seed, "order", STAGE)
     sampler = KeyedSampler(len(data.train), loop.batch_size, order, process.rank, process.world)
     first = 0
     if resume is not None:
         first = resume.step
-        _load(resume, vae, average, objective, optimizer)
+        training.load(resume)
         if process.is_first:
-            run.rewind_metrics(stage, first)
+            run.rewind_metrics(STAGE, first)
 
     vae.train()
     start = time.perf_counter()
     shown = None if process.is_first else True  # None: a progress bar where there is a terminal
     progress = tqdm(range(first, loop.steps), "stage svi", loop.steps, initial=first, disable=shown, mininterval=1)
     for step in progress:
-        x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", stage, step, *process.key))
-        with global_rng(seed_for(seed, "posterior", stage, step, *process.key)):
+        x = data.train.batch(sampler.indices(step), stream(seed, "dequantise", STAGE, step, *process.key))
+        with global_rng(seed_for(seed, "posterior", STAGE, step, *process.key)):
             loss = objective(x.to(config.device), step)
         grad_norm = optimizer.step(loss, step)
         failure = optimizer.failure(loss)
@@ -168,7 +222,7 @@ def fit_svi(
         is_last = done == loop.steps
         if done % loop.log_every == 0 or is_last:
             seconds = time.perf_counter() - start
-            record = _record(objective, optimizer, step, len(x), loss, grad_norm) | {"seconds": seconds}
+            record = training.record(step, len(x), loss, grad_norm) | {"seconds": seconds}
             run.log(record)
             progress.set_postfix(elbo=f"{record['elbo_nats']:.3f}", refresh=False)
         is_checkpoint = done % loop.checkpoint_every == 0 or is_last
@@ -178,7 +232,7 @@ def fit_svi(
         if is_checkpoint:
             # While the KL warms up another bound is maximised, so only later steps can be the best.
             score = elbo_nats if objective.elbo.kl_weight == 1.0 else None
-            _save(run, config, done, vae, average, objective, optimizer, score)
+            training.save(run, done, score)
             if at_checkpoint is not None:
                 at_checkpoint(average.module, done)
     return average.module
@@ -188,71 +242,7 @@ def _validate(run: Run, config: Config, vae: HierarchicalVAE, split: Split, num_
     """Log and return the ELBO of held-out data, nats per data point; raise DivergedError if it is not finite."""
     with pyro.validation_enabled(False):  # a value that is not finite is reported below
         elbo_nats = mean_elbo(vae, split, seed_for(config.seed, "validation")).elbo_nats
-    run.log({"stage": "svi", "step": num_done, "validation_elbo_nats": elbo_nats})
+    run.log({"stage": STAGE, "step": num_done, "validation_elbo_nats": elbo_nats})
     if not math.isfinite(elbo_nats):
         raise DivergedError(num_done - 1, f"the validation ELBO is {elbo_nats}")
     return elbo_nats
-
-
-def _record(
-    objective: Objective, optimizer: GuardedOptimizer, step: int, num: int, loss: Tensor, grad_norm: float
-) -> dict[str, float | int | str]:
-    """Return a step's line of metrics; ``num`` is the number of its data points."""
-    elbo = objective.elbo
-    kl = {f"kl_nats/{name}": float(value) / num for name, value in elbo.kl_nats.items()}
-    return {
-        "stage": "svi",
-        "step": step + 1,
-        "loss": float(loss.detach()),
-        "elbo_nats": float(elbo.elbo_nats) / num,
-        "kl_nats": sum(kl.values()),
-        **kl,
-        "kl_weight": elbo.kl_weight,
-        "lr": optimizer.learning_rate,
-        "grad_norm": grad_norm,
-        "num_skipped": optimizer.num_skipped,
-    }
-
-
-def _load(
-    saved: checkpoints.Checkpoint,
-    vae: HierarchicalVAE,
-    average: AveragedWeights[HierarchicalVAE],
-    objective: Objective,
-    optimizer: GuardedOptimizer,
-) -> None:
-    """Restore a checkpoint."""
-    vae.load_state_dict(saved.weights["vae"])
-    average.module.load_state_dict(saved.weights["vae_average"])
-    objective.spectral.load_state_dict(saved.weights["spectral"])
-    optimizer.load_state_dict(saved.state["optimizer"])
-    average.num_updates = saved.state["num_averaged"]
-
-
-def _save(
-    run: Run,
-    config: Config,
-    step: int,
-    vae: HierarchicalVAE,
-    average: AveragedWeights[HierarchicalVAE],
-    objective: Objective,
-    optimizer: GuardedOptimizer,
-    score: float | None,
-) -> None:
-    """Write a checkpoint, with the batch statistics of prior samples where they are asked for."""
-    modules = {"vae": vae, "vae_average": average.module, "spectral": objective.spectral}
-    weights = {name: module.state_dict() for name, module in modules.items()}
-    temperature = config.svi.norm_temperature
-    if temperature is not None:
-        seed = seed_for(config.seed, "prior statistics")
-        weights["prior_statistics"] = prior_statistics(average.module, temperature, config.svi.norm_batches, seed)
-    state = {"optimizer": optimizer.state_dict(), "num_averaged": average.num_updates, "norm_temperature": temperature}
-    checkpoints.save(
-        run.checkpoints("svi"),
-        stage="svi",
-        step=step,
-        weights=weights,
-        state=state,
-        config=to_dict(config),
-        score=score,
-    )
