@@ -176,10 +176,6 @@ def with_swaps(kernel: Kernel, potential: NoisePotential) -> Kernel:
     ``init`` puts all replicas of a chain's partner at the chain's own first latent, which they forget within a few
     round trips; ``warm_up`` tunes them over as many sweeps as draws give them. :func:`with_partners` puts others there.
 
-    Args:
-        kernel: local moves on the potential.
-        potential: of the VAEBM.
-
     Returns:
         The kernel itself for an energy without that term. Else one of which a swap costs one evaluation more.
         Acceptance rate, energy and divergences are those of the local moves; the report of a run adds
@@ -254,14 +250,8 @@ def swap(
 ) -> Swap:
     """Propose to every chain to swap its first latent with its partner.
 
-    A proposal whose energy or gradient is not finite is rejected.
-
-    Args:
-        generator: source of one uniform per chain.
-        potential: Phi of the chains.
-        own: the first latent's own term, Phi of the partners.
-        state: the chains, ``(C, D)``.
-        other: the partners, ``(C, d)``.
+    Chains are ``(C, D)`` on ``potential``; partners are ``(C, d)`` on ``own``, the first latent's own term. A proposal
+    whose energy or gradient is not finite is rejected.
     """
     mine, position = state.position[:, : other.position.shape[1]], with_first(state.position, other.position)
     back, proposal = _init_like(other, own)(mine), _init_like(state, potential)(position)

@@ -96,11 +96,7 @@ class LogZEstimates(NamedTuple):
 def estimate_log_z(potential: NoisePotential, effort: LogZEffort, reference_energy: Tensor, seed: int) -> LogZEstimates:
     """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from VAE samples.
 
-    Args:
-        potential: of the VAEBM.
-        effort: how much to spend.
-        reference_energy: E of VAE samples, ``(n,)``, nats; rejection may take as many again.
-        seed: of all draws.
+    ``reference_energy`` is E of VAE samples, ``(n,)``, nats; rejection may take as many again.
 
     Raises:
         InputError: annealing was not possible; the sentence says why.

@@ -72,14 +72,7 @@ def load_or_fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM
 
 
 def fit_latent_term(run: Run, config: Config, train: Split, vaebm: VAEBM, store: LatentStore) -> None:
-    """Fit the first latent's own term, in place.
-
-    Args:
-        run: its metrics are written.
-        config: the run's configuration.
-        train: the data.
-        vaebm: with an energy that has the term.
-        store: chains of the term, its negatives, which are moved.
+    """Fit the first latent's own term, in place; the store's chains, which are moved, are its negatives.
 
     Raises:
         DivergedError: the loss or its gradient stopped being finite.
@@ -131,14 +124,9 @@ def lacks_balance(energy: Energy) -> bool:
 
 
 def fit_latent_balance(run: Run, config: Config, potential: NoisePotential, store: LatentStore, num_done: int) -> None:
-    """Fit the joint term's balance, in place.
+    """Fit the joint term's balance, in place, after ``num_done`` steps of stage 2, which name the random streams.
 
-    Args:
-        run: its metrics are written.
-        config: the run's configuration.
-        potential: of the VAEBM, whose energy has the balance.
-        store: chains of the first latent under its own term, which are moved.
-        num_done: steps of stage 2 that are done; names the random streams.
+    The store's chains of the first latent under its own term are moved.
 
     Raises:
         DivergedError: the joint term's range is so large that the loss is not finite.

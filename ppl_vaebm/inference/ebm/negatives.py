@@ -81,7 +81,7 @@ class PersistentChains:
         """The store, ``(size, D)``."""
         self.kernel = build_kernel(config.kernel, potential)
         self.params: KernelParams = start_params(config.kernel, self.positions)
-        self.held = LatentPotential(potential.vaebm) if config.ebm.latent.steps else None
+        self.fixed_term = LatentPotential(potential.vaebm) if config.ebm.latent.steps else None
         """Phi of the first latent's term where training leaves it as it is, so that it has a density to keep."""
         self.num_divergent = torch.zeros((), dtype=torch.int64, device=self.positions.device)
         """Divergent moves since the last record, ``()``."""
@@ -105,7 +105,7 @@ class PersistentChains:
             restarts = None if partners is None else self._restarts(generator, partners[0])
             taken = self.take(generator, num, probability, restarts)
             position, swap_rates = taken.positions, None
-            if self.held is not None and partners is not None:
+            if self.fixed_term is not None and partners is not None:
                 position, swap_rates = self.swap(generator, position, *partners)
             start = self.kernel.init(position)
             state, infos = run_steps(self.kernel, generator, start, self.params, self.config.ebm.num_transitions)
@@ -140,9 +140,9 @@ class PersistentChains:
         Returns:
             Positions afterwards, ``(num, D)``, and acceptance rates ``(num,)``.
         """
-        assert self.held is not None and self.partners is not None
-        state, other = init_without_grad(self.potential)(position), init_without_grad(self.held)(first)
-        swapped = swap(generator, self.potential, self.held, state, other)
+        assert self.fixed_term is not None and self.partners is not None
+        state, other = init_without_grad(self.potential)(position), init_without_grad(self.fixed_term)(first)
+        swapped = swap(generator, self.potential, self.fixed_term, state, other)
         self.partners.put(slots, swapped.other.position)
         return swapped.state.position, swapped.acceptance_rate
 
@@ -167,18 +167,18 @@ class PersistentChains:
             decoded, z = vae.decode_noise(sites)
             return decoded.mean(), z
 
-    def without_held(
+    def without_fixed_term(
         self, energy_data: Tensor, z: Latents | None, energy_negatives: Tensor, position: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Leave the held term out of energies of data ``(n,)`` with latents z and of negatives ``(m,)`` at positions.
+        """Leave the fixed term out of energies of data ``(n,)`` with latents z and of negatives ``(m,)`` at positions.
 
         An L2 penalty with it would teach the other terms to undo it.
         """
-        if self.held is None:
+        if self.fixed_term is None:
             return energy_data, energy_negatives
         assert z is not None
-        held = self.held(position[:, : num_first(self.potential)])
-        return energy_data - self.potential.vaebm.energy.latent_term(z), energy_negatives - held
+        fixed = self.fixed_term(position[:, : num_first(self.potential)])
+        return energy_data - self.potential.vaebm.energy.latent_term(z), energy_negatives - fixed
 
     def record(self, moved: Moved) -> dict[str, float]:
         """Return what is logged of an update's moves beside the monitors; divergences count from the last record."""

@@ -29,14 +29,7 @@ NUM_FIRST_BATCHES = 5
 
 
 class Training:
-    """Everything that a step changes, at the start of the stage.
-
-    Args:
-        config: the run's configuration.
-        data: the data.
-        vae: stage 1's result; it is frozen.
-        seed: of the attempt.
-    """
+    """Everything that a step changes, at the start of an attempt with its seed; the VAE is frozen."""
 
     def __init__(self, config: Config, data: Data, vae: HierarchicalVAE, seed: int) -> None:
         self.config, self.data, self.seed = config, data, seed

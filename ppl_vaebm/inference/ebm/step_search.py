@@ -90,13 +90,7 @@ def trained_copy(config: Config, data: Data, vae: HierarchicalVAE) -> NoisePoten
 
 
 def tune(config: Config, potential: NoisePotential, max_rejection: float = MAX_REJECTION) -> list[Trial]:
-    """Try step sizes from the largest down.
-
-    Args:
-        config: kernel and batch; the kernel's own step size is not read.
-        potential: of a VAEBM with some slope.
-        max_rejection: bound on the rejection, in (0, 1).
-    """
+    """Try step sizes from the largest down, with a bound on the rejection in (0, 1); the kernel's own is not read."""
     trials: list[Trial] = []
     step_size, num_worse, best = MAX_STEP_SIZE, 0, -math.inf
     while step_size >= SMALLEST_STEP and num_worse < NUM_WORSE:

@@ -50,15 +50,7 @@ def fit_ebm(
     All randomness of a step is a function of the seed, the step and the number of returns of the guard, so a resumed
     fit repeats an uninterrupted one bit for bit on a CPU.
 
-    Args:
-        run: folder to write to.
-        config: the run's configuration.
-        data: the data.
-        vae: stage 1's result; it is frozen.
-        resume: checkpoint to continue from.
-
-    Returns:
-        The VAEBM with averaged energy weights.
+    The VAE is frozen; ``resume`` is the checkpoint to continue from. Returns the VAEBM with averaged energy weights.
 
     Raises:
         InputError: the chains of the checkpoint are of another model.
@@ -99,7 +91,7 @@ def fit_ebm(
         # Loss.
         loss = objective = OBJECTIVES[kind](energy_data, energy_negatives)
         if loop.energy_l2:
-            learnt = chains.without_held(energy_data, z, energy_negatives, position)
+            learnt = chains.without_fixed_term(energy_data, z, energy_negatives, position)
             loss = loss + loop.energy_l2 * losses.mean_square(*learnt)
         if loop.spectral_penalty:
             loss = loss + loop.spectral_penalty * training.spectral()

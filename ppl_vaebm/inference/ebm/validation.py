@@ -39,11 +39,8 @@ class Gain(NamedTuple):
 def likelihood_gain(config: Config, potential: NoisePotential, split: Split, seed: int) -> Gain:
     """Estimate ``E_data[log h - log p]``; for an energy of x and z a lower bound of it, tight where the guide is exact.
 
-    Args:
-        config: the run's configuration.
-        potential: of the VAEBM.
-        split: held-out data; its first :data:`MAX_GAIN_POINTS` points count.
-        seed: of dequantisation, the data's latents and the VAE samples.
+    The first :data:`MAX_GAIN_POINTS` points of the split count. The seed is of dequantisation, the data's latents and
+    the VAE samples.
     """
     num = min(MAX_GAIN_POINTS, len(split))
     vaebm = potential.vaebm

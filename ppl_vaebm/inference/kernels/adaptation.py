@@ -73,15 +73,8 @@ def warm_up(
 ) -> tuple[KernelState, KernelParams, int]:
     """Run a kernel while tuning its step size, or what its own warm-up tunes; one without a target only runs.
 
-    Args:
-        kernel: the transition.
-        generator: source of its randomness.
-        state: start.
-        params: parameters to start from.
-        num_steps: 0 changes nothing.
-
     Returns:
-        The state, the tuned parameters, and the evaluations spent over all chains.
+        The state, the tuned parameters, and the evaluations spent over all chains; 0 steps change nothing.
     """
     if kernel.warm_up is not None and num_steps:
         return kernel.warm_up(generator, state, params, num_steps)

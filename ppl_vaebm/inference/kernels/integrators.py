@@ -53,17 +53,9 @@ def follow(
 ) -> Trajectory:
     """Alternate kicks and drifts: half a kick, ``num_steps`` drifts with kicks between them, half a kick.
 
-    Args:
-        potential: Phi.
-        state: start, with its gradient.
-        momentum: whitened, ``(C, D)``.
-        step_sizes: of the kicks, ``(D,)`` or ``(C, 1)``.
-        num_steps: at least 1.
-        flow: how the Hamiltonian is divided between kick and drift.
-
-    Returns:
-        The end and the change of the Hamiltonian. Splitting conserves the Gaussian part exactly, so that only kicks
-        and Phi enter the change: its rounding error does not grow with ``|q|^2``.
+    The state has its gradient; momenta are whitened, ``(C, D)``; kicks have step sizes ``(D,)`` or ``(C, 1)``.
+    Splitting conserves the Gaussian part exactly, so that only kicks and Phi enter the change of the Hamiltonian: its
+    rounding error does not grow with ``|q|^2``.
     """
     assert state.grad is not None
     half, whole = -0.5 * step_sizes, -step_sizes

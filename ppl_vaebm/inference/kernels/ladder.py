@@ -62,11 +62,8 @@ def new_counts(num_chains: int, num_levels: int, device: torch.device) -> Counts
 def add_swaps(counts: Counts, lower: Tensor, rate: Tensor, order: Tensor) -> Counts:
     """Add the swaps of one sweep.
 
-    Args:
-        counts: before.
-        lower: the hotter level of each pair that was proposed, ``(P,)``.
-        rate: acceptance probabilities, ``(C, P)``.
-        order: which level each level's new replica came from, ``(C, K + 1)``.
+    Pairs were proposed at their hotter levels ``lower``, ``(P,)``, with acceptance probabilities ``(C, P)``; ``order``,
+    ``(C, K + 1)``, is the level that each level's new replica came from.
     """
     sums, num_swaps = counts.swap_rate_sums.clone(), counts.num_swaps.clone()
     sums[:, lower] += rate
@@ -93,7 +90,7 @@ def swap_rates(counts: Counts) -> Tensor:
 
 
 def respace(ladder: Ladder, rates: Tensor) -> Ladder:
-    """Move the levels so that all neighbors, of acceptance ``rates`` ``(K,)``, would reject equally often.
+    """Move the levels so that all neighbours, of acceptance ``rates`` ``(K,)``, would reject equally often.
 
     Between levels the barrier is taken to rise linearly, where the paper has a monotone cubic: rounds of adaptation
     repeat the move, and the fixed point is the same.
@@ -136,7 +133,7 @@ def report(counts: Counts, ladder: Ladder) -> dict[str, float | list[float]]:
     """Report how well the ladder carries replicas over a run.
 
     Returns:
-        ``inverse_temperatures``; ``swap_rates`` of neighbors; ``communication_barrier``, the sum of their rejection
+        ``inverse_temperatures``; ``swap_rates`` of neighbours; ``communication_barrier``, the sum of their rejection
         rates, of which about ``2 barrier + 1`` levels are best; ``num_round_trips`` over all chains; and
         ``round_trips_per_1000_sweeps``, of one chain on average.
     """

@@ -270,10 +270,10 @@ def grid_modes(dtype: torch.dtype = torch.float64) -> Target:
     """25 modes N(m, 0.05^2 I), m on a 5 x 5 grid of spacing 1 around zero, as a target in noise space, D = 2.
 
     They lie behind a map from noise as those of a VAE that has found the modes: a staircase with a landing for each
-    mode and a steep step between neighbors. It covers the modes but joins them by bridges, and its landings are several
-    times as wide as a mode; the energy takes both away. ``E(x) = log p(x) - log h(x)`` with p what the staircase makes
-    of N(0, I) and h the modes, and ``Phi(eps) = E(x(eps))``, so ``log Z = 0``. Mode ``5 i + j`` is i rows and j columns
-    from ``(-2, -2)``.
+    mode and a steep step between neighbours. It covers the modes but joins them by bridges, and its landings are
+    several times as wide as a mode; the energy takes both away. ``E(x) = log p(x) - log h(x)`` with p what the
+    staircase makes of N(0, I) and h the modes, and ``Phi(eps) = E(x(eps))``, so ``log Z = 0``. Mode ``5 i + j`` is
+    i rows and j columns from ``(-2, -2)``.
     """
 
     def potential(position: Tensor) -> Tensor:
@@ -313,8 +313,8 @@ def _log_modes(x: Tensor) -> Tensor:
     """Log density of the five modes along one axis."""
     half = NUM_PER_AXIS // 2
     centres = torch.arange(-half, half + 1, dtype=x.dtype, device=x.device)
-    log_each = _log_normal((x.unsqueeze(-1) - centres) / MODE_SCALE) - math.log(MODE_SCALE * NUM_PER_AXIS)
-    return log_each.logsumexp(-1)
+    log_modes = _log_normal((x.unsqueeze(-1) - centres) / MODE_SCALE) - math.log(MODE_SCALE * NUM_PER_AXIS)
+    return log_modes.logsumexp(-1)
 
 
 def _variance() -> float:

@@ -217,7 +217,7 @@ def _swap(
 
 
 def swap_probability(energies: Tensor, b: Tensor, lower: Tensor) -> Tensor:
-    """Compute the swap probabilities of neighbors, ``min(1, exp((b_i - b_j)(E_i - E_j)))``.
+    """Compute the swap probabilities of neighbours, ``min(1, exp((b_i - b_j)(E_i - E_j)))``.
 
     Args:
         energies: Phi at every level, ``(C, K + 1)``.

@@ -48,23 +48,23 @@ def integrate(inverse_temperatures: Tensor, energy: Tensor) -> Integral:
     """
     levels = inverse_temperatures.double()
     _check(levels, energy)
-    found = chain_mean(energy)
-    deviation = energy.double() - found.value
+    mean = chain_mean(energy)
+    deviation = energy.double() - mean.value
     variance, third = deviation.square().mean((0, 1)), deviation.pow(3).mean((0, 1))
     widths = levels.diff()
     of_mean, of_variance = _node_weights(widths)
-    value = -float(of_mean @ found.value + of_variance @ variance)
+    value = -float(of_mean @ mean.value + of_variance @ variance)
     influence = chain_mean(deviation @ of_mean + deviation.square() @ of_variance)
     return Integral(
-        LogZ(value, float(influence.error), float(found.ess.nan_to_num(torch.inf).min())),
+        LogZ(value, float(influence.error), float(mean.ess.nan_to_num(torch.inf).min())),
         float(_next_order(widths, variance, third).abs().sum()),
-        found.value,
-        found.error,
+        mean.value,
+        mean.error,
     )
 
 
 def ladder_bridge(inverse_temperatures: Tensor, energy: Tensor) -> LogZ:
-    """Add up the bridges between neighbors of a ladder (Bennett 1976), which no discretisation error spoils.
+    """Add up the bridges between neighbours of a ladder (Bennett 1976), which no discretisation error spoils.
 
     Arguments and errors as in :func:`integrate`. The chains' spread gives the error, correlations between levels
     included; the effective size is the smallest of those behind the bridges.
@@ -74,10 +74,10 @@ def ladder_bridge(inverse_temperatures: Tensor, energy: Tensor) -> LogZ:
     energy = energy.double()
     value, influence, ess = 0.0, torch.zeros_like(energy[:, :, 0]), torch.inf
     for index, rise in enumerate(levels.diff()):
-        found = bridge(-rise * energy[:, :, index], -rise * energy[:, :, index + 1])
-        value += found.log_z.value
-        influence = influence + found.influence_reference + found.influence_target
-        ess = min(ess, found.log_z.ess)
+        between = bridge(-rise * energy[:, :, index], -rise * energy[:, :, index + 1])
+        value += between.log_z.value
+        influence = influence + between.influence_reference + between.influence_target
+        ess = min(ess, between.log_z.ess)
     return LogZ(value, float(chain_mean(influence).error), ess)
 
 

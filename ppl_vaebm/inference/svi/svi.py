@@ -174,15 +174,9 @@ def fit_svi(
     All randomness of a step is a function of the seed, the step and the process, so a resumed fit repeats an
     uninterrupted one bit for bit on a CPU.
 
-    Args:
-        run: folder to write to; of several processes the first writes.
-        config: the run's configuration, its stage's steps resolved.
-        data: the data.
-        resume: checkpoint to continue from.
-        at_checkpoint: called after each checkpoint with the averaged VAE and the steps done.
-
-    Returns:
-        The VAE with averaged weights, in evaluation mode.
+    Of several processes the first writes. ``resume`` is the checkpoint to continue from; ``at_checkpoint`` is called
+    after each checkpoint with the averaged VAE and the steps done. Returns the VAE with averaged weights, in evaluation
+    mode.
 
     Raises:
         DivergedError: gradients stopped being finite, or the validation ELBO did.

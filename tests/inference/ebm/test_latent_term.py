@@ -378,7 +378,7 @@ def test_the_penalty_leaves_a_held_term_out(is_held: bool) -> None:
     chains = chains_with_term(noise_potential(tilted()), 8, is_held=is_held)
     x, z = (torch.full((8, 1), 2.0, dtype=torch.float64) for _ in range(2))
     energy_data, energy = chains.potential.vaebm.energy(x, {"z_1": z}), chains.potential(chains.positions)
-    learnt_data, learnt = chains.without_held(energy_data, {"z_1": z}, energy, chains.positions)
+    learnt_data, learnt = chains.without_fixed_term(energy_data, {"z_1": z}, energy, chains.positions)
     if is_held:  # all of this energy is the term
         assert torch.cat([learnt_data, learnt]).tolist() == pytest.approx([0.0] * 16, abs=1e-12)
     else:
