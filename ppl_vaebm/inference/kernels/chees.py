@@ -12,7 +12,6 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy import special  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor
 
 from ppl_vaebm.errors import InputError
@@ -50,6 +49,7 @@ FIT_AFTER = (0.1, 0.3, 0.6)
 # for its coordinate to leave N(0, 1): noise in thousands of coordinates must not cost what a few fitted ones gain.
 # Chosen by us.
 MIN_Z = 3.0
+NUM_BISECTIONS = 60
 # Chains' worth of N(0, 1) that a fit starts from; Stan's shrinkage of variances has the same number of draws.
 PRIOR_CHAINS = 5.0
 
@@ -206,7 +206,21 @@ def fit_gaussian(moments: Moments, like: Tensor) -> DiagonalGaussian:
 
 def t_bound(z: float, degrees: int) -> float:
     """Return what ``|t|`` of Student's distribution exceeds as often as a normal variable exceeds ``|z|``."""
-    return float(special.stdtrit(degrees, special.ndtr(z)))
+    low, high, inside = 0.0, math.pi / 2, math.erf(z / math.sqrt(2))
+    for _ in range(NUM_BISECTIONS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _t_inside(middle, degrees) < inside else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
+
+
+def _t_inside(angle: float, degrees: int) -> float:
+    """Probability of ``|t| < sqrt(degrees) tan(angle)`` (Abramowitz and Stegun 1964, 26.7.3 and 26.7.4)."""
+    odd, cosine = degrees % 2, math.cos(angle)
+    term, total = cosine**odd, 0.0
+    for index in range(odd, degrees - 1, 2):
+        total += term
+        term *= cosine**2 * (index + 1) / (index + 2)
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 def harmonic_mean(info: KernelInfo) -> float:
