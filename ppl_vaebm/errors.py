@@ -58,7 +58,10 @@ def exits_with_one_sentence(main: Main) -> Main:
         try:
             main(argv)
         except KeyboardInterrupt:
-            print("interrupted; files already written are kept; continue a fit with --resume", file=sys.stderr)
+            print(
+                "interrupted; files already written are kept; a fit with a checkpoint continues with --resume",
+                file=sys.stderr,
+            )
             raise SystemExit(INTERRUPTED) from None
         except (InputError, TrainingError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -19,7 +19,10 @@ DESCRIPTION = """Fit a VAEBM: stage svi fits the VAE by stochastic variational i
 energy. Options are read from the run's config.yaml, or without one from the recipe named like the data set; then from
 the recipe that is named; then from the command line. Later ones win. Values in brackets are those used now; --kernel
 NAME --help shows the options of another kernel."""
-FIRST = ("stage", "recipe", "data.name", "run", "resume", "overwrite", "dry-run", "device", "seed", "kernel.name")
+FIRST = (
+    *("stage", "recipe", "data.name", "data.root", "run", "resume", "overwrite", "dry-run"),
+    *("ebm.objective", "kernel.name"),
+)
 KERNEL_TUNING = ("--kernel.step-size=", "--kernel.target-acceptance=")
 """Tokens of options that are chosen for one kernel and are wrong for another."""
 
@@ -46,8 +49,6 @@ class Options(Checked):
         """Refuse values that do not fit together."""
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: give one")
-        if self.run == "":
-            raise ValueError("run must name a folder, got an empty name")
 
 
 def resolve(argv: list[str]) -> tuple[Options, Path]:

@@ -159,7 +159,7 @@ def _read_point(text: str, noise_sd: float | None, data: Data) -> Given:
             index = int(is_far.nonzero()[0])
             raise InputError(
                 f"expected values near the data, which lie in [{float(low[index]):.3g}, {float(high[index]):.3g}] "
-                f"along coordinate {index + 1}, found {float(values[index]):g}: give one that the model knows of"
+                f"along coordinate {index + 1}, found {float(values[index]):g}: give one within the range of the data"
             )
     return Given(values, mask, noise_sd, None)
 
