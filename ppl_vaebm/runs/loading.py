@@ -197,6 +197,11 @@ def load_to_resume(run: Run, stage: str, config: Config) -> checkpoints.Checkpoi
         raise InputError(f"expected a checkpoint of stage {stage} in {run.path}, found none; leave out --resume")
     saved = checkpoints.load(folder, "last")
     check_same(saved.config, config, RESUMING[stage], f"stage {stage} in {run.path}")
+    if stage == "ebm" and not {"guard", "replay_sites"} <= saved.state.keys():
+        raise InputError(
+            f"expected a checkpoint of this version of stage ebm in {run.path}, found one of an earlier version; "
+            "sample and evaluate it as it is, or start the stage again with --overwrite"
+        )
     return saved
 
 

@@ -210,3 +210,20 @@ def test_the_replay_of_another_model_is_refused(run: Path, capsys: pytest.Captur
     )
     error = sentence(["--stage", "ebm", "--run", str(run), "--resume"], capsys)
     assert "replay" in error and "found one of 16 chains of 3 noises" in error and "--overwrite" in error
+
+
+def test_a_checkpoint_of_an_earlier_version_is_not_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run / "checkpoints" / "ebm"
+    saved = checkpoints.load(folder, "last")
+    checkpoints.save(
+        folder,
+        stage="ebm",
+        step=saved.step,
+        weights=saved.weights,
+        state={name: value for name, value in saved.state.items() if name != "guard"},
+        config=saved.config,
+        score=saved.score,
+    )
+    error = sentence(["--stage", "ebm", "--run", str(run), "--resume"], capsys)
+    assert "found one of an earlier version" in error and "--overwrite" in error
+    assert checkpoints.load(folder, "last").step == saved.step
