@@ -133,8 +133,8 @@ def _checked(run: Run, kernel: str, seed: int, expected: Mapping[str, Any]) -> O
     attrs = idata["posterior"].attrs
     if attrs.get("fingerprint") != expected["fingerprint"]:
         raise InputError(
-            f"expected the kept {kernel} to be of this VAE, energy and version, found {path} of others; "
-            "leave out --keep, and all kernels run anew"
+            f"expected the kept {kernel} to be of this VAE and energy, found {path} of other weights or "
+            "another version; leave out --keep, and all kernels run anew"
         )
     changed = [name for name, value in expected.items() if attrs.get(name) != value]
     if changed:

@@ -148,9 +148,14 @@ def test_a_checkpoint_of_a_version_with_fewer_options_is_read(run: Path) -> None
                 del config[section][name]
             else:
                 config[section][name] = 1
-        state = {name: value for name, value in saved.state.items() if name not in ("guard", "replay_sites")}
         checkpoints.save(
-            folder, stage="ebm", step=saved.step, weights=saved.weights, state=state, config=config, score=saved.score
+            folder,
+            stage="ebm",
+            step=saved.step,
+            weights=saved.weights,
+            state=saved.state,
+            config=config,
+            score=saved.score,
         )
         if is_read:
             load_run(run)
