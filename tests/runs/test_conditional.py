@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from ppl_vaebm.inference.conditioning import condition
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.summary import QuantitySummary
 from ppl_vaebm.models.vaebm import VAEBM
-from ppl_vaebm.reports import report
 from ppl_vaebm.runs import conditional
 from ppl_vaebm.runs.given import GivenOptions, read_given
 from ppl_vaebm.runs.loading import load_run
 from tests.small_models import VARIANCE, A, S, ZeroEnergy, linear_vae
-from tests.tiny import IMAGES, POINTS, fit_run, write_empty_report
+from tests.tiny import IMAGES, POINTS, fit_run
 
 SHORT = ["--num-chains", "4", "--num-warmup", "5", "--num-draws", "12"]
 FEW = ["--num", "20"]
@@ -36,11 +35,7 @@ FEW = ["--num", "20"]
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_reports() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", write_empty_report)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,15 @@ from ppl_vaebm import fit
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.ebm import step_search
 from ppl_vaebm.inference.ebm.guard import Guard
-from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run
-from tests.tiny import POINTS, fit_run, write_empty_report
+from tests.tiny import POINTS, fit_run
 
 MLE = ["--stage", "ebm", "--overwrite", "--objective", "mle"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_reports() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", write_empty_report)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 @pytest.fixture(scope="module")

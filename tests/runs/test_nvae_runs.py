@@ -16,11 +16,10 @@ from ppl_vaebm import evaluate, fit, sample
 from ppl_vaebm.evaluation.metrics import features
 from ppl_vaebm.evaluation.metrics.classifier import load_or_train
 from ppl_vaebm.inference import sampling
-from ppl_vaebm.reports import report
 from ppl_vaebm.runs import checkpoint
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run
-from tests.tiny import IMAGES, copy_run, fit_run, write_empty_report
+from tests.tiny import IMAGES, copy_run, fit_run
 
 MIXTURE = """
 threads: 1
@@ -44,11 +43,7 @@ NVAE = ["--model.kind", "nvae", "--model.nvae.channels", "2", "--model.nvae.grou
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_reports() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "write_report", write_empty_report)
-        yield
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 @pytest.fixture(scope="module")
