@@ -35,7 +35,7 @@ def nvae_options(**options: Any) -> dict[str, Any]:
 VECTORS = {
     "vector, 2 groups, a scale for every sample": Shipped(
         (2,), {"latents": (2, 3), "x_scale": "sample", "width": 16, "depth": 2}
-    ),
+    )
 }
 VECTORS |= {
     f"vector, {len(latents)} groups, {x_scale} scale": Shipped(

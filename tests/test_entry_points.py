@@ -587,12 +587,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, main: Main, capsys: 
 
 @pytest.mark.parametrize(
     ("main", "argv"),
-    [
-        (sample.main, ["--stage", "ebm"]),
-        (diagnose.main, []),
-        (compare.main, []),
-        (evaluate.main, ["--stage", "ebm"]),
-    ],
+    [(sample.main, ["--stage", "ebm"]), (diagnose.main, []), (compare.main, []), (evaluate.main, ["--stage", "ebm"])],
 )
 def test_a_run_without_an_energy_is_refused(
     tmp_path: Path, points: Path, main: Main, argv: list[str], capsys: pytest.CaptureFixture[str]
@@ -650,8 +645,7 @@ def test_refusals_leave_a_run_as_it_was(
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
-    [("manifest.json", ["schema"]), ("weights.safetensors", ["sha256"]), ("state.pt", ["sha256"])],
+    ("name", "words"), [("manifest.json", ["schema"]), ("weights.safetensors", ["sha256"]), ("state.pt", ["sha256"])]
 )
 def test_a_damaged_checkpoint_is_refused(
     tmp_path: Path, points: Path, name: str, words: list[str], capsys: pytest.CaptureFixture[str]

@@ -30,7 +30,7 @@ RETIRED: dict[str, object] = {
 """Options of earlier versions and the constants that replaced them, to which they may still be set. An option that only
 a removed objective used may have any value."""
 RETIRED_VALUES: dict[tuple[str, str], str] = {
-    ("ebm.objective", "ladder"): "use --objective mle with an adjusted kernel, such as mala",
+    ("ebm.objective", "ladder"): "use --objective mle with an adjusted kernel, such as mala"
 }
 """Values that an option had in earlier versions, with what to use instead."""
 

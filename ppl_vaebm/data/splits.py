@@ -314,10 +314,7 @@ class Data:
 
 
 def image_data(
-    name: str,
-    event_shape: torch.Size,
-    splits: Sequence[IntegerImages | LazyImages[Any]],
-    skipped: tuple[str, ...] = (),
+    name: str, event_shape: torch.Size, splits: Sequence[IntegerImages | LazyImages[Any]], skipped: tuple[str, ...] = ()
 ) -> Data:
     """Make a data set of integer images from train, validation and test, which have the same levels."""
     train, validation, test = splits

@@ -28,8 +28,7 @@ from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import FEATURES_FILE, Run
 
 NO_NETWORK = Section(
-    "metrics of samples",
-    {"": {"none": "the data have no labels for a classifier to learn; name --features inception"}},
+    "metrics of samples", {"": {"none": "the data have no labels for a classifier to learn; name --features inception"}}
 )
 """In place of metrics that no network can be had for."""
 JUDGED: tuple[Part, ...] = ("samples", "neighbours")

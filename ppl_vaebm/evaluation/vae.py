@@ -11,14 +11,7 @@ from ppl_vaebm.config.evaluation import Part
 from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.evaluation import NO_NETWORK, Plan, judge_of
-from ppl_vaebm.evaluation.image_metrics import (
-    Judge,
-    class_columns,
-    metric_arrays,
-    metric_rows,
-    metric_section,
-    remarks,
-)
+from ppl_vaebm.evaluation.image_metrics import Judge, class_columns, metric_arrays, metric_rows, metric_section, remarks
 from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits
 from ppl_vaebm.evaluation.samples import data_mode_rows
 from ppl_vaebm.evaluation.sections import Effort, Measured, Rows, Section, mean_value

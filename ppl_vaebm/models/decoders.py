@@ -19,12 +19,7 @@ from torch.special import ndtri
 
 from ppl_vaebm.config import ModelConfig
 from ppl_vaebm.errors import InputError
-from ppl_vaebm.models.logistic_mixture import (
-    DiscretizedLogisticMixture,
-    MixtureParams,
-    display_mean,
-    num_outputs,
-)
+from ppl_vaebm.models.logistic_mixture import DiscretizedLogisticMixture, MixtureParams, display_mean, num_outputs
 from ppl_vaebm.models.quantile_transport import logistic_mixture
 
 # NVAE (Vahdat and Kautz 2020): raw outputs u pass through 5 tanh(u / 5), and a standard deviation has a floor of 0.01.

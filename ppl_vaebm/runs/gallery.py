@@ -132,12 +132,7 @@ def _traversal(fitted: FittedVAE, group: str, seed: int) -> Arrays:
     angles = torch.linspace(-MAX_ANGLE, MAX_ANGLE, 5 if is_large else 9)
     temperature = fitted.norm_temperature or 1.0
     x = traversal(fitted.sampler, group, 3 if is_large else 6, seed_for(seed, "gallery"), angles, temperature)
-    return {
-        "x": _array(x),
-        "angles": angles.numpy(),
-        "group": np.array(group),
-        "temperature": np.array(temperature),
-    }
+    return {"x": _array(x), "angles": angles.numpy(), "group": np.array(group), "temperature": np.array(temperature)}
 
 
 def _group_kl(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:

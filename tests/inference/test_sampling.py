@@ -10,13 +10,7 @@ import torch
 from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
-from ppl_vaebm.inference.sampling import (
-    chain_blocks,
-    decode_in_blocks,
-    num_blocks,
-    sample_by_chains,
-    tuned_params,
-)
+from ppl_vaebm.inference.sampling import chain_blocks, decode_in_blocks, num_blocks, sample_by_chains, tuned_params
 from ppl_vaebm.models.vaebm import VAEBM
 from tests.small_models import VARIANCE, QuadraticEnergy, linear_vae
 

@@ -215,11 +215,7 @@ def test_an_energy_of_x_and_z_asks_for_z(shape: tuple[int, ...], generator: torc
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "vector, 3 groups, local scale",
-        "image (1, 8, 8), 3 groups, local scale",
-        "nvae, 2 scales of 2 groups, normal",
-    ],
+    ["vector, 3 groups, local scale", "image (1, 8, 8), 3 groups, local scale", "nvae, 2 scales of 2 groups, normal"],
 )
 def test_the_program_and_its_potential_have_the_energy_of_x_and_z(name: str, generator: torch.Generator) -> None:
     vae = shipped_vae(name)

@@ -61,13 +61,7 @@ class Recipe(NamedTuple):
 
 
 MNIST = NvaeConfig(
-    num_scales=2,
-    adaptive_groups=True,
-    num_pre_blocks=2,
-    pre_cells=3,
-    post_cells=3,
-    padding=2,
-    decoder="bernoulli",
+    num_scales=2, adaptive_groups=True, num_pre_blocks=2, pre_cells=3, post_cells=3, padding=2, decoder="bernoulli"
 )
 CIFAR10 = NvaeConfig(channels=128, groups_per_scale=30, num_flows=1)
 CELEBA = NvaeConfig(channels=64, num_scales=3, groups_per_scale=20, adaptive_groups=True, num_flows=1)

@@ -125,11 +125,7 @@ def test_transport_of_the_linear_model_is_its_formula() -> None:
     ("shape", "latents", "expected"),
     [
         ((2,), (4, 3), {"eps_z_1": (4,), "eps_z_2": (3,), "eps_x": (2,)}),
-        (
-            (1, 8, 8),
-            (5, 2, 1),
-            {"eps_z_1": (5,), "eps_z_2": (2, 4, 4), "eps_z_3": (1, 8, 8), "eps_x": (1, 8, 8)},
-        ),
+        ((1, 8, 8), (5, 2, 1), {"eps_z_1": (5,), "eps_z_2": (2, 4, 4), "eps_z_3": (1, 8, 8), "eps_x": (1, 8, 8)}),
         ((3, 32, 32), (5, 2), {"eps_z_1": (5,), "eps_z_2": (2, 8, 8), "eps_x": (3, 32, 32)}),
     ],
 )
@@ -422,11 +418,7 @@ def test_every_group_matters_to_x(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "vector, 3 groups, local scale",
-        "vector, 3 groups, global scale",
-        pytest.param(IMAGE, marks=needs_bfloat16),
-    ],
+    ["vector, 3 groups, local scale", "vector, 3 groups, global scale", pytest.param(IMAGE, marks=needs_bfloat16)],
 )
 def test_every_normal_is_formed_in_float32_under_autocast(name: str) -> None:
     vae = shipped_vae(name).float()

@@ -146,12 +146,7 @@ def test_autocorrelation_of_an_autoregression_is_a_power() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "scale", "left"),
-    [
-        ([5.5, 6.3], "linear", 0.0),
-        ([0.5, 60.0], "log", 0.1),
-        ([10.0, 500.0], "log", 1.0),
-    ],
+    ("lengths", "scale", "left"), [([5.5, 6.3], "linear", 0.0), ([0.5, 60.0], "log", 0.1), ([10.0, 500.0], "log", 1.0)]
 )
 def test_bars_have_a_logarithmic_axis_only_above_a_factor_of_ten(lengths: list[float], scale: str, left: float) -> None:
     ax = Figure().subplots()
@@ -211,10 +206,7 @@ def test_a_grid_with_labels_keeps_its_pixels() -> None:
 def test_every_picture_of_stage_1_can_be_drawn(side: int) -> None:
     columns = images_per_row(side)
     files: dict[str, figures_samples.Arrays] = {
-        RECONSTRUCTIONS: {
-            "x": normals(2 * columns, 3, side, side),
-            "data": normals(2 * columns, 3, side, side),
-        },
+        RECONSTRUCTIONS: {"x": normals(2 * columns, 3, side, side), "data": normals(2 * columns, 3, side, side)},
         PRIOR: {
             "x": normals(columns**2, 2, 3, side, side),
             "temperatures": np.array([0.7, 1.0]),

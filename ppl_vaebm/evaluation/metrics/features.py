@@ -21,12 +21,7 @@ FeatureChoice = Literal["classifier", "inception"]
 
 
 def feature_net(
-    choice: FeatureChoice,
-    path: Path | None,
-    data: Data,
-    seed: int,
-    cache: Path,
-    device: torch.device | str = "cpu",
+    choice: FeatureChoice, path: Path | None, data: Data, seed: int, cache: Path, device: torch.device | str = "cpu"
 ) -> FeatureNet:
     """Load or train the network of a run's metrics.
 

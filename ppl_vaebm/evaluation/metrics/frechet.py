@@ -85,18 +85,11 @@ def frechet_bias(real: Tensor, generated: Tensor, generator: torch.Generator) ->
     real_halves, generated_halves = real.tensor_split(2), generated.tensor_split(2)
     halved = [frechet_distance(a, b) for a, b in zip(real_halves, generated_halves, strict=True)]
     num = min(len(generated), len(real) // 2)
-    return FrechetBias(
-        sum(halved) / 2 - frechet_distance(real, generated),
-        frechet_distance(real[:num], real[num:]),
-    )
+    return FrechetBias(sum(halved) / 2 - frechet_distance(real, generated), frechet_distance(real[:num], real[num:]))
 
 
 def kernel_distance(
-    features_a: Tensor,
-    features_b: Tensor,
-    generator: torch.Generator,
-    num_subsets: int = 100,
-    subset_size: int = 1_000,
+    features_a: Tensor, features_b: Tensor, generator: torch.Generator, num_subsets: int = 100, subset_size: int = 1_000
 ) -> Estimate:
     """Estimate the kernel distance (KID): the squared maximum mean discrepancy under a cubic kernel, without bias.
 

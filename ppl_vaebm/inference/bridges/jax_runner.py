@@ -215,13 +215,7 @@ def _start(program: Program, phi: Any, keys: Array, position: Tensor) -> tuple[A
 
 
 def _draw(
-    program: Program,
-    phi: Any,
-    host: JaxPotential,
-    state: Any,
-    limits: Limits,
-    functionals: Functionals,
-    like: Tensor,
+    program: Program, phi: Any, host: JaxPotential, state: Any, limits: Limits, functionals: Functionals, like: Tensor
 ) -> list[_Block]:
     """Draw blocks until the limits are reached; the last block ends with the draw that reaches them."""
     began = time.perf_counter()

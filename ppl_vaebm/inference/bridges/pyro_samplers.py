@@ -183,13 +183,7 @@ def run_pyro(
     return _collect(kernel, chains, params, functionals, seed)
 
 
-def _run_chain(
-    kernel: HMC,
-    potential: SitePotential,
-    start: Tensor,
-    num_warmup: int,
-    limits: Limits,
-) -> _Chain:
+def _run_chain(kernel: HMC, potential: SitePotential, start: Tensor, num_warmup: int, limits: Limits) -> _Chain:
     sites = {name: site.squeeze(0).clone() for name, site in potential.packing.unravel(start).items()}
     recorder = _Recorder(kernel, potential, limits)
     mcmc = MCMC(kernel, limits.num_draws, num_warmup, initial_params=sites, hook_fn=recorder.hook, disable_progbar=True)

@@ -32,11 +32,7 @@ from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs import checkpoint as checkpoints
 from ppl_vaebm.runs.run import Run
 
-OBJECTIVES = {
-    "ratio": losses.density_ratio,
-    "importance": losses.importance_weighted,
-    "chains": losses.contrastive,
-}
+OBJECTIVES = {"ratio": losses.density_ratio, "importance": losses.importance_weighted, "chains": losses.contrastive}
 WEIGHT_ESS_EVERY = 50
 """Steps between evaluations of VAE samples where the negatives are chains: they cost a batch of their own. Chosen by
 us."""

@@ -188,9 +188,7 @@ def init_params(position: Tensor, step_size: float, trajectory_length: float = t
     A quarter turn forgets the start when Phi = 0.
     """
     return KernelParams(
-        position.new_tensor(step_size),
-        torch.ones_like(position[0]),
-        position.new_tensor(trajectory_length),
+        position.new_tensor(step_size), torch.ones_like(position[0]), position.new_tensor(trajectory_length)
     )
 
 
@@ -304,9 +302,7 @@ def select(mask: Tensor, chosen: KernelState, other: KernelState) -> KernelState
     if chosen.grad is not None and other.grad is not None:
         grad = torch.where(rows, chosen.grad, other.grad)
     return KernelState(
-        torch.where(rows, chosen.position, other.position),
-        torch.where(mask, chosen.potential, other.potential),
-        grad,
+        torch.where(rows, chosen.position, other.position), torch.where(mask, chosen.potential, other.potential), grad
     )
 
 

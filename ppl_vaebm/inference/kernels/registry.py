@@ -41,9 +41,7 @@ def _build_one(name: KernelName, config: KernelConfig, potential: Potential) -> 
         return langevin.build_langevin(potential)
     if name == "mala":
         return langevin.build_mala(
-            potential,
-            integrator=config.integrator,
-            target_acceptance=asked or langevin.MALA_TARGET_ACCEPTANCE,
+            potential, integrator=config.integrator, target_acceptance=asked or langevin.MALA_TARGET_ACCEPTANCE
         )
     if name == "hmc":
         return hmc.build(

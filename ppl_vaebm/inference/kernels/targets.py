@@ -103,11 +103,7 @@ def conditioned_gaussian(
 
 
 def ar1_gaussian(
-    dim: int,
-    correlation: float = 0.8,
-    dtype: torch.dtype = torch.float64,
-    *,
-    scales: Tensor | None = None,
+    dim: int, correlation: float = 0.8, dtype: torch.dtype = torch.float64, *, scales: Tensor | None = None
 ) -> Target:
     """A Gaussian with mean zero, correlation ``correlation^|i - j|`` and standard deviations ``scales``.
 

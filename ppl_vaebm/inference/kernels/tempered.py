@@ -172,12 +172,7 @@ def _sweep(
 
 
 def _trajectory(
-    potential: Potential,
-    levels: KernelState,
-    momentum: Tensor,
-    ladder: Ladder,
-    inverse_mass: Tensor,
-    num_steps: int,
+    potential: Potential, levels: KernelState, momentum: Tensor, ladder: Ladder, inverse_mass: Tensor, num_steps: int
 ) -> Trajectory:
     """Integrate every replica at its own level: the kicks are by ``b grad Phi``."""
     num_chains = len(momentum) // len(ladder.step_sizes)

@@ -100,8 +100,7 @@ def test_two_gaussians_have_their_closed_form_and_the_error_is_the_spread(is_rou
     found = torch.tensor(
         [
             auroc_estimate(
-                scores(80, "a", repeat, mean=1.0, is_rounded=is_rounded),
-                scores(50, "b", repeat, is_rounded=is_rounded),
+                scores(80, "a", repeat, mean=1.0, is_rounded=is_rounded), scores(50, "b", repeat, is_rounded=is_rounded)
             )
             for repeat in range(300)
         ],

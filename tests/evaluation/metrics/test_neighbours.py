@@ -143,8 +143,7 @@ def test_the_jackknife_is_on_the_large_side_of_even_sets() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num", "num_groups", "because"),
-    [(9, 10, "n >= 10"), (7, 2, "n >= 8"), (20, 1, "at least 2 groups, got 1")],
+    ("num", "num_groups", "because"), [(9, 10, "n >= 10"), (7, 2, "n >= 8"), (20, 1, "at least 2 groups, got 1")]
 )
 def test_the_jackknife_refuses_what_leaves_too_little(num: int, num_groups: int, because: str) -> None:
     with pytest.raises(InputError, match=because):

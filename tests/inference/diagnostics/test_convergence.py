@@ -172,8 +172,7 @@ def test_nested_r_hat_of_a_nan_is_nan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "words"),
-    [([0] * 8, "two groups"), ([0, 0, 0, 1, 1, 1, 1, 1], "one size"), ([0, 1], "expected draws")],
+    ("ids", "words"), [([0] * 8, "two groups"), ([0, 0, 0, 1, 1, 1, 1, 1], "one size"), ([0, 1], "expected draws")]
 )
 def test_nested_r_hat_refuses_groups_that_cannot_be_compared(ids: list[int], words: str) -> None:
     with pytest.raises(ValueError, match=words):

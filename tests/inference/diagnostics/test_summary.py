@@ -286,7 +286,7 @@ def test_table_cells_are_readable_for_large_and_small_numbers() -> None:
     numbers = (-10234.56, 101.234, 0.01234, 1.0, nan, 3999.6, 55.2, 1.2345, 0.123456, 12345.6)
     summary = diagnostics.QuantitySummary("lp", *numbers)
     assert diagnostics.table_cells(summary) == [
-        *("lp", "-10235", "101", "0.012", "1.000", "", "4000", "55", "1.23", "0.123", "12346"),
+        *("lp", "-10235", "101", "0.012", "1.000", "", "4000", "55", "1.23", "0.123", "12346")
     ]
     assert diagnostics.table_cells(summary._replace(r_hat=nan, mean=6.5e15))[1:5:3] == ["6.5e+15", "nan"]
     assert diagnostics.table_cells(summary._replace(r_hat=3e15, r_hat_nested=1.5))[4:6] == ["> 1000", "1.500"]

@@ -21,11 +21,7 @@ TARGET = targets.ar1_gaussian(4)
 
 def test_a_step_runs_the_members_in_turn_and_reports_the_tunable_one() -> None:
     phi = TARGET.potential
-    members = [
-        gradient_free.build_independence(phi),
-        hmc.build(phi, num_steps=3),
-        gradient_free.build_elliptical(phi),
-    ]
+    members = [gradient_free.build_independence(phi), hmc.build(phi, num_steps=3), gradient_free.build_elliptical(phi)]
     start = TARGET.exact(stream(0, "start"), 40)
     params = init_params(start, 0.5)
     cycle = build_mixture(members)

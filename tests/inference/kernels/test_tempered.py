@@ -402,10 +402,7 @@ def test_tempered_joins_two_modes_that_mala_does_not() -> None:
 @pytest.mark.slow
 def test_on_25_modes_it_converges_where_local_kernels_do_not() -> None:
     target = targets.grid_modes()
-    global_kernels = [
-        KernelConfig("tempered", num_levels=4),
-        KernelConfig("mixture", members=("independence", "mala")),
-    ]
+    global_kernels = [KernelConfig("tempered", num_levels=4), KernelConfig("mixture", members=("independence", "mala"))]
     r_hats = {}
     for config in (*global_kernels, KernelConfig("mala"), KernelConfig("hmc"), KernelConfig("chees")):
         chains = run_named(config, target, 16, 300, 12_000)

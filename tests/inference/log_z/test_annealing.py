@@ -12,13 +12,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.kernels import hmc, targets
 from ppl_vaebm.inference.kernels.base import Ladder, init_with_grad, value_and_grad
 from ppl_vaebm.inference.log_z import annealing
-from ppl_vaebm.inference.log_z.annealing import (
-    check_ladder,
-    check_particles,
-    default_kernel,
-    move,
-    resample,
-)
+from ppl_vaebm.inference.log_z.annealing import check_ladder, check_particles, default_kernel, move, resample
 
 MEAN, SCALE = torch.tensor([0.8, -0.5], dtype=torch.float64), torch.tensor([0.4, 0.9], dtype=torch.float64)
 GAUSSIAN = targets.gaussian(MEAN, SCALE)
