@@ -33,7 +33,7 @@ from ppl_vaebm.inference.kernels.base import init_params, value_only
 from ppl_vaebm.inference.kernels.chains import run_chains
 from ppl_vaebm.inference.kernels.registry import build_kernel
 from ppl_vaebm.inference.likelihood import exact_draws
-from ppl_vaebm.inference.observations import ExactValues, NoisyValues, Transported, at_mask, values_at
+from ppl_vaebm.inference.observations import ExactValues, NoisyValues, Transported, at_coordinates, values_at
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.reports.figures import TITLE_POINTS, axes_grid, png_of
@@ -76,7 +76,7 @@ class WithoutScale(ExactValues):
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
         """Transport, without the log scale of p(x_observed | z)."""
-        scale = at_mask(vae.decode_noise(eps)[0], self.mask).law().base_dist.scale
+        scale = at_coordinates(vae.decode_noise(eps)[0], self.observed).law().base_dist.scale
         correct = super().transport(vae, eps)
         return correct._replace(loss=correct.loss - scale.log().sum(1))
 

@@ -1,7 +1,7 @@
-"""What may be observed of an x: some of its values exactly, or a function of it with Normal noise.
+"""Observations of x: some of its values exactly, or a function of it with Normal noise.
 
-Each kind of observation says the same thing twice: as the body of a Pyro program, which is the specification, and as a
-transport of the noises that are left free, which is what chains evaluate.
+Each kind has two forms: the body of a Pyro program, which is the specification, and a transport of the noises that are
+left free, which chains evaluate.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from functools import partial, singledispatch
+from functools import cache, partial, singledispatch
 from typing import NamedTuple
 
 import pyro
@@ -25,12 +25,12 @@ from ppl_vaebm.models.vae import HierarchicalVAE, Prior
 from ppl_vaebm.models.vaebm import VAEBM
 
 BLUR_RADIUS = 3.0
-"""Standard deviations after which a blur's kernel is cut off; what is left out is 0.3 % of its mass."""
+"""Standard deviations after which a blur's kernel is cut off; 0.3 % of its mass is left out."""
 
 # --- operators -----------------------------------------------------------------------------------
 
 Operator = Callable[[Tensor], Tensor]
-"""What is measured of x: ``(n, *event)`` to ``(n, *out)``, differentiable, rows independent."""
+"""A measurement of x: ``(n, *event)`` to ``(n, *out)``, differentiable, rows independent."""
 
 
 def whole(x: Tensor) -> Tensor:
@@ -39,44 +39,24 @@ def whole(x: Tensor) -> Tensor:
 
 
 def values_at(mask: Tensor) -> Operator:
-    """Measure the values of x at some coordinates.
-
-    Args:
-        mask: of the shape of x, true where it is measured.
-
-    Returns:
-        The operator, to ``(n, K)``.
-    """
-    return lambda x: x[:, mask]
+    """Measure the K values of x, ``(n, *event)``, where a boolean mask ``(*event)`` is true: ``(n, K)``."""
+    coordinates = cache(_coordinates(mask).to)  # one copy to each device, not one for each evaluation
+    return lambda x: x.flatten(1)[:, coordinates(x.device)]
 
 
 def average_pooling(factor: int) -> Operator:
-    """Measure an image at a lower resolution.
-
-    Args:
-        factor: side of the squares whose averages are measured, a divisor of the image's sides.
-
-    Returns:
-        The operator, ``(n, C, H, W)`` to ``(n, C, H / factor, W / factor)``.
-    """
+    """Measure the averages over squares of an image, ``(n, C, H, W)`` to ``(n, C, H / factor, W / factor)``."""
     return partial(functional.avg_pool2d, kernel_size=factor)
 
 
 def gaussian_blur(sd: float) -> Operator:
-    """Measure an image through a Gaussian blur; beyond its edge an image goes on as at its edge.
-
-    Args:
-        sd: of the blur, pixels.
-
-    Returns:
-        The operator, on ``(n, C, H, W)``.
-    """
+    """Measure an image ``(n, C, H, W)`` through a Gaussian blur of ``sd`` pixels; its edge is repeated outwards."""
     radius = math.ceil(BLUR_RADIUS * sd)
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    weights = (-0.5 * (offsets / sd).square()).softmax(0)
+    kernel = cache((-0.5 * (offsets / sd).square()).softmax(0).view(1, 1, 1, -1).to)
 
     def blur(x: Tensor) -> Tensor:
-        line = weights.to(x).view(1, 1, 1, -1)
+        line = kernel(x.device, x.dtype)
         planes = functional.pad(x.flatten(0, 1).unsqueeze(1), (radius,) * 4, mode="replicate")
         blurred = functional.conv2d(functional.conv2d(planes, line), line.transpose(-1, -2))
         return blurred.view_as(x)
@@ -85,15 +65,7 @@ def gaussian_blur(sd: float) -> Operator:
 
 
 def check_mask(mask: Tensor, shape: torch.Size) -> None:
-    """Refuse what is no mask, or one that observes nothing.
-
-    Args:
-        mask: should be boolean.
-        shape: of x.
-
-    Raises:
-        InputError: naming what it is instead.
-    """
+    """Raise InputError unless a mask is boolean, has the shape of x, and is true somewhere."""
     if mask.shape != shape or mask.dtype != torch.bool:
         raise InputError(
             f"expected a boolean mask of shape {tuple(shape)}, that of x, found {mask.dtype} of shape "
@@ -103,22 +75,28 @@ def check_mask(mask: Tensor, shape: torch.Size) -> None:
         raise InputError("expected a mask that is true where x is observed, found nothing observed: change the mask")
 
 
+def _coordinates(mask: Tensor) -> Tensor:
+    """Return the places in the flat x where a mask is true, ``(K,)``."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
 # --- parts of x ----------------------------------------------------------------------------------
 
 
 @singledispatch
-def at_mask(decoded: Decoded, mask: Tensor) -> Decoded:
+def at_coordinates(decoded: Decoded, coordinates: Tensor) -> Decoded:
     """Take the marginal of p(x | z) at some coordinates, which has to be independent of the others given z.
 
     Args:
         decoded: the distribution of x.
-        mask: of the shape of x, on the CPU; true at the coordinates, which is at least one.
+        coordinates: places in the flat x, ``(K,)``, increasing and on its device. Of a mixture of logistics they are
+            all channels of some pixels.
 
     Returns:
-        The distribution of ``x[:, mask]``, in an event shape of its own.
+        The distribution of ``x.flatten(1)[:, coordinates]``, in an event shape of its own.
 
     Raises:
-        InputError: a discrete x; some channels of a pixel whose channels depend on each other.
+        InputError: a discrete x.
     """
     raise InputError(
         "expected a decoder with a density to condition on, found one of discrete values: fit one with the decoder "
@@ -126,54 +104,42 @@ def at_mask(decoded: Decoded, mask: Tensor) -> Decoded:
     )
 
 
-@at_mask.register
-def _(decoded: DecodedNormal, mask: Tensor) -> Decoded:
-    return DecodedNormal(decoded.loc[:, mask], decoded.scale[:, mask])
+@at_coordinates.register
+def _(decoded: DecodedNormal, coordinates: Tensor) -> Decoded:
+    return DecodedNormal(decoded.loc.flatten(1)[:, coordinates], decoded.scale.flatten(1)[:, coordinates])
 
 
-@at_mask.register
-def _(decoded: DecodedLogistics, mask: Tensor) -> Decoded:
-    pixels = mask[0]
-    if not (mask == pixels).all():
-        raise InputError(
-            "expected pixels observed in all their channels or in none, for a mixture of logistics ties them, found "
-            "some observed in part: give one mask for all channels"
-        )
+@at_coordinates.register
+def _(decoded: DecodedLogistics, coordinates: Tensor) -> Decoded:
     params = decoded.params
+    pixels = coordinates[: len(coordinates) // params.loc.shape[1]]  # those of the first channel come first
     blocks = (params.log_weights, params.loc, params.log_scale, params.coefs)
-    return DecodedLogistics(MixtureParams(*(block[..., pixels].unsqueeze(-2) for block in blocks)), decoded.levels)
+    return DecodedLogistics(MixtureParams(*(block.flatten(-2)[..., None, pixels] for block in blocks)), decoded.levels)
 
 
 # --- observations --------------------------------------------------------------------------------
 
 
 class Transported(NamedTuple):
-    """What free noises stand for, given an observation."""
+    """Image of free noises under the transport of an observation."""
 
     x: Tensor
     """``(n, *event)``."""
     z: dict[str, Tensor]
     """Every latent."""
     loss: Tensor
-    """Minus the log likelihood of what was observed, up to a constant, ``(n,)``, nats."""
+    """Minus the log likelihood of the observation, up to a constant, ``(n,)``, nats."""
 
 
 class Observation(ABC):
-    """Something observed of every x; one for all rows, or one for each of several groups of rows.
-
-    Of G observations the rows of the first come first, then as many of the second, and so on.
-    """
+    """An observation of x for all rows, or G of them: the rows of the first come first, then as many of the second."""
 
     num: int
     """Observations, G."""
 
     @abstractmethod
     def check(self, vae: HierarchicalVAE) -> None:
-        """Refuse a model that this cannot be an observation of.
-
-        Raises:
-            InputError: naming what does not fit.
-        """
+        """Raise InputError for a model that this cannot be an observation of."""
 
     @abstractmethod
     def noise_shapes(self, vae: HierarchicalVAE) -> dict[str, torch.Size]:
@@ -181,38 +147,22 @@ class Observation(ABC):
 
     @abstractmethod
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
-        """Map free noises to what they stand for.
-
-        Args:
-            vae: the base measure.
-            eps: every free noise, ``(n, *shape)``.
-
-        Returns:
-            x and z, and how well they agree with the observation.
-        """
+        """Map every free noise, ``(n, *shape)``, to x, z and the loss of the observation."""
 
     @abstractmethod
     def program(self, vaebm: VAEBM, num: int) -> Tensor:
-        """Run the VAEBM with this observed, as a Pyro program.
-
-        Args:
-            vaebm: the model.
-            num: rows.
-
-        Returns:
-            x, ``(num, *event)``.
-        """
+        """Run the VAEBM with this observed, as a Pyro program; return x, ``(num, *event)``."""
 
 
 class ExactValues(Observation):
-    """The values of x itself at some coordinates.
+    """The values of x itself at some coordinates; the noises of the others stay free.
 
-    The others' noises stay free. The observed ones have the density ``p(x_observed | z)``: where p(x | z) is a Normal,
-    minus its log is ``eps^2 / 2 + log scale`` summed over them, with ``eps = (x_observed - loc) / scale`` solved from
-    what was observed. The scale does not cancel here, for nothing is transported.
+    The loss is ``-log p(x_observed | z)``. Where p(x | z) is a Normal it is ``eps^2 / 2 + log scale`` summed over the
+    observed coordinates, with ``eps = (x_observed - loc) / scale``: the scale does not cancel, because these values are
+    not transported.
 
     Args:
-        x: ``(G, *event)``; where the mask is false its values are not read.
+        x: ``(G, *event)``, on the device of the model; where the mask is false its values are not read.
         mask: ``(*event)``, boolean, true where x is observed.
 
     Raises:
@@ -226,16 +176,16 @@ class ExactValues(Observation):
                 "expected a part of x observed and a part not, found everything observed: change the mask, or state "
                 "the noise of the observation"
             )
-        self.num = len(x)
-        self.mask = mask.cpu()
-        self.values = x[:, mask]
+        self.num, self.mask = len(x), mask
+        self.observed, self.free = _coordinates(mask).to(x.device), _coordinates(~mask).to(x.device)
+        """Places in the flat x that are observed, ``(K,)``, and those that are not, ``(M,)``."""
+        self.values = x.flatten(1)[:, self.observed]
         if not self.values.isfinite().all():
             raise InputError("expected finite values where x is observed, found others: correct them or the mask")
-        flat = self.mask.flatten()
-        self._order = torch.cat([flat.nonzero(), (~flat).nonzero()]).squeeze(1).argsort()
+        self._order = torch.cat([self.observed, self.free]).argsort()
 
     def check(self, vae: HierarchicalVAE) -> None:
-        """Refuse; see :meth:`Observation.check`."""
+        """Raise InputError for x of another shape, a discrete x, or pixels that a mixture of logistics would split."""
         if self.mask.shape != vae.model.event_shape:
             raise InputError(
                 f"expected x of shape {tuple(vae.model.event_shape)}, found {tuple(self.mask.shape)}: give what was "
@@ -243,23 +193,29 @@ class ExactValues(Observation):
             )
         zeros = {f"eps_{name}": self.values.new_zeros(1, *shape) for name, shape in vae.model.latent_shapes.items()}
         with torch.no_grad():
-            at_mask(vae.decode_noise(zeros)[0], self.mask)
+            decoded = vae.decode_noise(zeros)[0]
+        if isinstance(decoded, DecodedLogistics) and not (self.mask == self.mask[0]).all():
+            raise InputError(
+                "expected pixels observed in all their channels or in none, for a mixture of logistics ties them, "
+                "found some observed in part: give one mask for all channels"
+            )
+        at_coordinates(decoded, self.observed)
 
     def noise_shapes(self, vae: HierarchicalVAE) -> dict[str, torch.Size]:
         """Leave out the noise of the observed values; see :meth:`Observation.noise_shapes`."""
         shapes = vae.noise_shapes
         del shapes["eps_x"]
-        return {**shapes, "eps_x_free": torch.Size([int((~self.mask).sum())])}
+        return {**shapes, "eps_x_free": self.free.shape}
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
         """Transport the free part; see :meth:`Observation.transport`."""
         decoded, z = vae.decode_noise(eps)
-        law = at_mask(decoded, self.mask).law()
+        p_observed = at_coordinates(decoded, self.observed).law()
         values = _per_row(self.values, len(eps["eps_x_free"]))
-        free = at_mask(decoded, ~self.mask)
+        free = at_coordinates(decoded, self.free)
         x_free = free.transport(eps["eps_x_free"].view(-1, *free.law().event_shape)).flatten(1)
-        loss: Tensor = -law.log_prob(values.view(-1, *law.event_shape))
-        return Transported(self.compose(values, x_free), z, loss)
+        loss: Tensor = -p_observed.log_prob(values.view(-1, *p_observed.event_shape))
+        return Transported(self._joined(values, x_free), z, loss)
 
     def program(self, vaebm: VAEBM, num: int) -> Tensor:
         """Split the site of x in two, the first of which is observed; see :meth:`Observation.program`."""
@@ -267,25 +223,16 @@ class ExactValues(Observation):
         with pyro.plate("data", num):
             z, state = vaebm.vae.model.walk(partial(_sample, temperature=vaebm.vae.model.temperature), num)
             decoded = vaebm.vae.model.decode(state)
-            law = at_mask(decoded, self.mask).law()
-            pyro.sample("x_observed", law, obs=values.view(-1, *law.event_shape))
-            free: Tensor = pyro.sample("x_free", at_mask(decoded, ~self.mask).law())
-            x = self.compose(values, free.flatten(1))
+            p_observed = at_coordinates(decoded, self.observed).law()
+            pyro.sample("x_observed", p_observed, obs=values.view(-1, *p_observed.event_shape))
+            free: Tensor = pyro.sample("x_free", at_coordinates(decoded, self.free).law())
+            x = self._joined(values, free.flatten(1))
             pyro.factor("energy", -vaebm.energy(x, z))
         return x
 
-    def compose(self, observed: Tensor, free: Tensor) -> Tensor:
-        """Put x together.
-
-        Args:
-            observed: values where the mask is true, ``(n, K)``.
-            free: values where it is false, ``(n, M)``.
-
-        Returns:
-            ``(n, *event)``.
-        """
-        joined = torch.cat([observed.to(free), free], dim=1)
-        return joined[:, self._order.to(joined.device)].view(-1, *self.mask.shape)
+    def _joined(self, observed: Tensor, free: Tensor) -> Tensor:
+        """Put x together from its observed values ``(n, K)`` and its free ones ``(n, M)``."""
+        return torch.cat([observed.to(free), free], dim=1)[:, self._order].view(-1, *self.mask.shape)
 
 
 class NoisyValues(Observation):
@@ -294,9 +241,9 @@ class NoisyValues(Observation):
     All noises of the model stay free, and minus the log likelihood is ``|y - A x|^2 / (2 noise_sd^2)``.
 
     Args:
-        y: what was measured, ``(G, *out)``.
+        y: the measurement, ``(G, *out)``.
         noise_sd: standard deviation of the noise, in the units of y.
-        operator: A; any function of x that keeps rows apart.
+        operator: A.
 
     Raises:
         InputError: a noise that is not positive, or a measured value that is not finite.
@@ -311,11 +258,11 @@ class NoisyValues(Observation):
         self.y, self.noise_sd, self.operator = y, noise_sd, operator
 
     def check(self, vae: HierarchicalVAE) -> None:
-        """Refuse; see :meth:`Observation.check`."""
-        found = self.operator(self.y.new_zeros(1, *vae.model.event_shape)).shape[1:]
-        if found != self.y.shape[1:]:
+        """Raise InputError where the operator makes another shape of x than that of the observation."""
+        shape = self.operator(self.y.new_zeros(1, *vae.model.event_shape)).shape[1:]
+        if shape != self.y.shape[1:]:
             raise InputError(
-                f"expected an observation of shape {tuple(found)}, which is what the operator makes of x, found "
+                f"expected an observation of shape {tuple(shape)}, which is what the operator makes of x, found "
                 f"{tuple(self.y.shape[1:])}: give one of that shape"
             )
 
@@ -334,8 +281,8 @@ class NoisyValues(Observation):
         x, _ = vaebm(num=num)
         measured = self.operator(x)
         with pyro.plate("measurements", num):
-            law = Independent(Normal(measured, self.noise_sd), measured.dim() - 1)
-            pyro.sample("y", law, obs=_per_row(self.y, num))
+            p_y = Independent(Normal(measured, self.noise_sd), measured.dim() - 1)
+            pyro.sample("y", p_y, obs=_per_row(self.y, num))
         assert isinstance(x, Tensor)
         return x
 

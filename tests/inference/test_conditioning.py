@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -14,6 +15,7 @@ from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ppl_vaebm.config import KernelConfig, ModelConfig
 from ppl_vaebm.errors import InputError
@@ -27,8 +29,9 @@ from ppl_vaebm.inference.observations import (
     ExactValues,
     NoisyValues,
     Observation,
+    Operator,
     Transported,
-    at_mask,
+    at_coordinates,
     average_pooling,
     gaussian_blur,
     values_at,
@@ -113,7 +116,7 @@ def decentred_program(potential: ConditionalPotential, position: Tensor, hidden:
         config[x_site] = TransformReparam()
         base = data.pop(f"{x_site}_decentered")
         if isinstance(potential.observation, ExactValues):
-            base = base.view(-1, *at_mask(decoded, ~potential.observation.mask).law().event_shape)
+            base = base.view(-1, *at_coordinates(decoded, potential.observation.free).law().event_shape)
         data[f"{x_site}_base"] = base
     program = ConditionalProgram(potential.vaebm, potential.observation)
     conditioned = poutine.condition(poutine.reparam(program, config=config), data=data)
@@ -160,7 +163,7 @@ def test_the_split_program_has_the_density_of_the_vaebm(name: str) -> None:
         mask = half(x.shape[1:])
         observation = ExactValues(x, mask)
         free = x[:, ~mask]
-        free = free.view(-1, *at_mask(vaebm.vae.decode_noise(eps)[0], ~mask).law().event_shape)
+        free = free.view(-1, *at_coordinates(vaebm.vae.decode_noise(eps)[0], observation.free).law().event_shape)
         program = poutine.condition(ConditionalProgram(vaebm, observation), data={**z, "x_free": free})
         split = poutine.trace(program).get_trace(num=len(x))
         whole_x = poutine.trace(poutine.condition(vaebm, data=z)).get_trace(x)
@@ -201,6 +204,49 @@ def test_several_observations_are_each_their_own(name: str) -> None:
     exact = condition(vaebm, given=x, mask=mask)
     decoded = exact.decode(exact.draw_reference(stream(4, "positions"), 6))
     assert torch.equal(decoded[:, mask], x[:, mask].repeat_interleave(2, 0))
+
+
+# --- copies ----------------------------------------------------------------------------------------
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run in a block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+# Of these each waits for the device, or copies to it or from it.
+COPIES = {"nonzero", "_to_copy", "_local_scalar_dense", "is_nonzero"}
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_an_observation_copies_nothing_between_devices_at_an_evaluation(name: str) -> None:
+    vaebm = shipped_vaebm(name)
+    for kind, observation in observations(vaebm).items():
+        potential = ConditionalPotential(vaebm, observation)
+        noises = potential.packing.unravel(potential.draw_reference(stream(5, "positions"), 2))
+        with torch.no_grad(), pyro.validation_enabled(False):  # distributions read their arguments to check them
+            observation.transport(vaebm.vae, noises)
+            with Operations() as unconditioned:
+                vaebm.vae.transport(draw_noise(vaebm.vae, 2))
+            with Operations() as operations:
+                observation.transport(vaebm.vae, noises)
+        for copy in COPIES:
+            assert operations.names.count(copy) <= unconditioned.names.count(copy), (kind, copy)
+
+
+@pytest.mark.parametrize("operator", [values_at(torch.eye(6).bool().unsqueeze(0)), gaussian_blur(0.8)])
+def test_an_operator_is_copied_to_a_device_once(operator: Operator) -> None:
+    with Operations() as operations:
+        for _ in range(3):
+            operator(torch.zeros(2, 1, 6, 6, device="meta"))
+    assert operations.names.count("_to_copy") == 1 and "nonzero" not in operations.names
 
 
 # --- operators -------------------------------------------------------------------------------------
@@ -375,9 +421,9 @@ class WithoutScale(ExactValues):
     """The likely mistake: observed values treated as transported ones, whose scale cancels."""
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
-        law = at_mask(vae.decode_noise(eps)[0], self.mask).law()
+        p_observed = at_coordinates(vae.decode_noise(eps)[0], self.observed).law()
         right = super().transport(vae, eps)
-        return right._replace(loss=right.loss - law.base_dist.scale.log().sum(1))
+        return right._replace(loss=right.loss - p_observed.base_dist.scale.log().sum(1))
 
 
 def test_without_the_log_scale_it_is_not(seed: int) -> None:
