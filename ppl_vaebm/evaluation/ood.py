@@ -27,7 +27,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.likelihood import SCORES, Scores, score
 from ppl_vaebm.evaluation.metrics.classification import auroc_estimate
 from ppl_vaebm.evaluation.sections import Arrays, Effort, Measured, Rows, Section, Value, random_order
-from ppl_vaebm.inference.vae_draws import prior_draws
+from ppl_vaebm.inference.vae_samples import vae_samples
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs.loading import LoadedRun
 
@@ -152,7 +152,7 @@ def _interpolation(loaded: LoadedRun, levels: Tensor, seed: int) -> Tensor:
 
 
 def _vae(loaded: LoadedRun, levels: Tensor, seed: int) -> Tensor:
-    x = prior_draws(loaded.vaebm.vae, len(levels), seed_for(seed, "vae"))
+    x = vae_samples(loaded.vaebm.vae, len(levels), seed_for(seed, "vae"))
     return levels_of(x, loaded.data)
 
 

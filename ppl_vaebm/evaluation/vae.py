@@ -16,7 +16,7 @@ from ppl_vaebm.evaluation.likelihood import bits_per_dim, has_bits
 from ppl_vaebm.evaluation.samples import data_mode_rows
 from ppl_vaebm.evaluation.sections import Effort, Measured, Rows, Section, mean_value
 from ppl_vaebm.inference.likelihood import elbo_rows, log_p
-from ppl_vaebm.inference.vae_draws import prior_draws
+from ppl_vaebm.inference.vae_samples import vae_samples
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs.loading import FittedVAE
@@ -98,14 +98,14 @@ def _test_blocks(fitted: FittedVAE, limit: int, seed: int) -> Iterator[Tensor]:
 def _samples(fitted: FittedVAE, plan: Plan, judge: Judge | None) -> Measured:
     num, draws = plan.effort.num_samples, seed_for(plan.seed, "samples")
     if fitted.data.modes is not None:
-        modes = data_mode_rows(prior_draws(fitted.sampler, num, draws), fitted.data)
+        modes = data_mode_rows(vae_samples(fitted.sampler, num, draws), fitted.data)
         return Measured([Section("modes", {"VAE": modes})], {})
     if len(fitted.data.event_shape) != 3:
         return Measured([], {})
     if judge is None:
         return Measured([NO_NETWORK], {})
     sets = {
-        name: judge.describe(prior_draws(vae, num, draws, temperature))
+        name: judge.describe(vae_samples(vae, num, draws, temperature))
         for name, (vae, temperature) in _samplers(fitted).items()
     }
     rows = metric_rows(judge, sets, num)

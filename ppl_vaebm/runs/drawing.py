@@ -13,7 +13,7 @@ from ppl_vaebm.config import KernelConfig
 from ppl_vaebm.data.load import Data
 from ppl_vaebm.data.splits import random_subset
 from ppl_vaebm.inference.sampling import decode_in_blocks, sample_by_chains
-from ppl_vaebm.inference.vae_draws import prior_draws
+from ppl_vaebm.inference.vae_samples import vae_samples
 from ppl_vaebm.rng import stream
 from ppl_vaebm.runs.gallery import Choices, check_group, write_gallery
 from ppl_vaebm.runs.loading import FittedVAE, LoadedRun
@@ -36,7 +36,7 @@ def draw_vae(fitted: FittedVAE, choices: Choices, num: int, seed: int) -> Writte
         InputError: a latent group that the model does not have; nothing was written.
     """
     check_group(fitted.vae, choices.group)
-    draws = prior_draws(fitted.sampler, num, seed)
+    draws = vae_samples(fitted.sampler, num, seed)
     written = _save(fitted.run, {"data": _test_data(fitted.data, num, seed), "vae": draws})
     paths = [fitted.run.samples_dir / f"{name}.npz" for name in write_gallery(fitted, seed, choices)]
     return Written([*written.files, *paths], [*written.lines, *map(str, paths)])

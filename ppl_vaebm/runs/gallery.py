@@ -14,7 +14,7 @@ from ppl_vaebm.data.splits import Split, random_subset
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.svi.batch_norm import norms_of
 from ppl_vaebm.inference.svi.svi import mean_elbo
-from ppl_vaebm.inference.vae_draws import prior_draws, prior_means, reconstructions, traversal
+from ppl_vaebm.inference.vae_samples import reconstructions, traversal, vae_samples
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import seed_for, stream
 from ppl_vaebm.runs.loading import FittedVAE
@@ -102,7 +102,7 @@ def _reconstructions(vae: HierarchicalVAE, split: Split, seed: int) -> Arrays:
 
 def _prior(fitted: FittedVAE, seed: int, temperatures: Sequence[float]) -> Arrays:
     num = images_per_row(fitted.vae.model.event_shape[-1]) ** 2
-    means = [prior_means(fitted.sampler, num, seed_for(seed, "gallery"), t) for t in temperatures]
+    means = [vae_samples(fitted.sampler, num, seed_for(seed, "gallery"), t, is_mean=True) for t in temperatures]
     return {
         "x": _array(torch.stack(means, 1)),
         "temperatures": np.array(temperatures),
@@ -118,7 +118,7 @@ def _statistics(fitted: FittedVAE) -> str:
 
 
 def _point_draws(fitted: FittedVAE, split: Split, seed: int) -> Arrays:
-    x = prior_draws(fitted.sampler, NUM_POINTS, seed_for(seed, "gallery"))
+    x = vae_samples(fitted.sampler, NUM_POINTS, seed_for(seed, "gallery"))
     return {
         "x": _array(x.unsqueeze(1)),
         "temperatures": np.ones(1),

@@ -72,7 +72,7 @@ def test_nothing_else_changes_and_the_draws_are_the_seeds_own() -> None:
     assert not all(torch.equal(found[name], other[name]) for name in found)
 
 
-def test_with_them_prior_draws_are_normalised() -> None:
+def test_with_prior_statistics_vae_samples_are_normalised() -> None:
     vae = nvae()
     set_statistics(vae.model, prior_statistics(vae, 1.0, 100, seed=0))
     layer, outputs = list(norms_of(vae.model).values())[-2], list[Tensor]()

@@ -1,21 +1,14 @@
-"""VAE samples, reconstructions and traversals have known moments, and depend on the noise that is theirs alone."""
+"""VAE samples, reconstructions and traversals have known moments, and depend on no noise of other images."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from ppl_vaebm.inference.vae_draws import (
-    prior_draws,
-    prior_means,
-    prior_noise,
-    reconstructions,
-    rotated,
-    tempered,
-    traversal,
-)
+from ppl_vaebm.inference.vae_samples import image_noise, reconstructions, rotated, tempered, traversal, vae_samples
 from ppl_vaebm.models import vae as vae_module
 from ppl_vaebm.rng import stream
 from tests.small_models import POSTERIOR_SLOPE, POSTERIOR_SPREAD, VARIANCE, A, linear_vae, shipped_vae
@@ -35,12 +28,12 @@ def test_reconstructions_of_the_linear_model_are_those_of_its_posterior() -> Non
     assert abs(float(wrong.mean()) - A * POSTERIOR_SLOPE * 1.5) > 50 * spread / math.sqrt(num)
 
 
-def test_draws_of_the_linear_model_have_its_moments() -> None:
+def test_samples_of_the_linear_model_have_its_moments() -> None:
     vae, num = linear_vae(), 20_000
-    assert float(prior_draws(vae, num, 0).var()) == pytest.approx(VARIANCE, rel=0.05)
+    assert float(vae_samples(vae, num, 0).var()) == pytest.approx(VARIANCE, rel=0.05)
     for temperature in (0.5, 1.0):
         expected = (temperature * A) ** 2
-        assert float(prior_means(vae, num, 0, temperature).var()) == pytest.approx(expected, rel=0.05)
+        assert float(vae_samples(vae, num, 0, temperature, is_mean=True).var()) == pytest.approx(expected, rel=0.05)
 
 
 def test_a_temperature_leaves_the_noise_of_x() -> None:
@@ -49,12 +42,12 @@ def test_a_temperature_leaves_the_noise_of_x() -> None:
     assert not cold["eps_z_1"].any() and cold["eps_x"].all()
 
 
-@pytest.mark.parametrize("draw", [prior_means, prior_draws])
-def test_an_image_does_not_depend_on_how_many_are_drawn_or_fit_in_a_pass(
-    draw: object, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_mean", [True, False])
+def test_an_image_depends_neither_on_the_number_of_images_nor_on_the_size_of_a_pass(
+    is_mean: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = shipped_vae("image (1, 8, 8), 3 groups, local scale").eval()
-    assert callable(draw)
+    draw = partial(vae_samples, is_mean=is_mean)
     many = draw(vae, 7, 3)
     assert torch.allclose(draw(vae, 4, 3), many[:4], atol=1e-12)
     monkeypatch.setattr(vae_module, "MAX_VALUES_PER_BLOCK", 1)
@@ -65,7 +58,7 @@ def test_an_image_does_not_depend_on_how_many_are_drawn_or_fit_in_a_pass(
 
 def test_a_rotation_changes_the_chosen_noise_and_no_other() -> None:
     vae = shipped_vae("image (1, 8, 8), 3 groups, local scale")
-    noise = prior_noise(vae, range(3), seed=0)
+    noise = image_noise(vae, range(3), seed=0)
     direction = torch.ones(noise["eps_z_2"].shape[1:], dtype=torch.float64)
     turned = {name: value.unflatten(0, (3, 5)) for name, value in rotated(noise, "eps_z_2", direction, ANGLES).items()}
     for name, value in turned.items():
@@ -83,15 +76,15 @@ def test_rotated_noise_stays_standard_normal() -> None:
     assert turned.square().mean((0, 2)).allclose(torch.ones(5), atol=0.15)
 
 
-def test_a_traversal_is_the_draw_itself_at_angle_0() -> None:
+def test_a_traversal_at_angle_0_is_the_vae_sample() -> None:
     vae = shipped_vae("image (1, 8, 8), 3 groups, local scale").eval()
     x = traversal(vae, "z_2", 3, 5, ANGLES, temperature=0.8)
     assert x.shape == (3, 5, 1, 8, 8)
-    assert torch.allclose(x[:, 2], prior_means(vae, 3, 5, 0.8), atol=1e-12)
+    assert torch.allclose(x[:, 2], vae_samples(vae, 3, 5, 0.8, is_mean=True), atol=1e-12)
     assert not torch.allclose(x[:, 0], x[:, 2], atol=1e-3)
 
 
-def test_draws_leave_the_vae_unchanged() -> None:
+def test_reconstructions_and_traversals_leave_the_vae_unchanged() -> None:
     vae = shipped_vae("nvae, one group, normal")
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     reconstructions(vae, torch.zeros(3, 1, 8, 8, dtype=torch.float64), 0)
