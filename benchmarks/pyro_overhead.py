@@ -57,7 +57,7 @@ def loss_by_hand(vae: HierarchicalVAE, x: Tensor) -> Tensor:
 
     decoded = vae.model.decode(vae.model.walk(choose, len(x))[1])
     assert isinstance(decoded, DecodedLogistics)
-    return torch.stack(kl).sum() - decoded.level_law().log_prob(x).sum()
+    return torch.stack(kl).sum() - decoded.discretized().log_prob(x).sum()
 
 
 def task(vae: HierarchicalVAE, loss: Callable[[], Any], batch_size: int) -> Callable[[], int]:

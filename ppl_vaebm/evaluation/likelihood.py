@@ -97,14 +97,14 @@ def likelihood(loaded: LoadedRun, effort: Effort, seed: int, terms: Terms | None
         section["KL(data, VAE), same test points"] = mean_value(truth - estimate.value)
         kl = mean_value(truth - estimate.value - gain, log_z.error)
         section["KL(data, VAEBM), same test points"] = kl
-        # The data's own law as a control variate: most of log h's spread over test points is that of the points.
+        # log p(data) as a control variate: most of log h's spread over test points is that of the points.
         bound_less_kl = data.max_log_density_nats - kl["value"]
         section["log h (VAEBM), as the bound less that KL"] = {"value": bound_less_kl, "error": kl["error"]}
     return section
 
 
 def _bits(loaded: LoadedRun, x: Tensor, section: Rows, effort: Effort, seed: int) -> Rows:
-    """Convert a likelihood to bits per dimension; where the decoder scores levels, add the VAE's by that law."""
+    """Convert a likelihood to bits per dimension; where the decoder is discretised, add the VAE's discretised one."""
     data = loaded.data
     if not has_bits(loaded.config, data):
         return {}
@@ -114,8 +114,8 @@ def _bits(loaded: LoadedRun, x: Tensor, section: Rows, effort: Effort, seed: int
         assert isinstance(nats, dict)
         found[f"{name}, bits per dimension"] = bits_per_dim(nats, data)
     if scores_levels(loaded.config):
-        by_level = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, by_level=True)
-        found["the VAE, discretised, bits per dimension"] = bits_per_dim(mean_value(by_level.value), data)
+        estimate = log_p(loaded.vaebm.vae, x, seed_for(seed, "importance"), effort.num_importance, is_discretized=True)
+        found["the VAE, discretised, bits per dimension"] = bits_per_dim(mean_value(estimate.value), data)
     return found
 
 
@@ -128,7 +128,7 @@ def has_bits(config: Config, data: Data) -> bool:
 
 
 def scores_levels(config: Config) -> bool:
-    """Say whether the decoder scores data by a law of levels that its draws do not have."""
+    """Return whether the decoder scores data by a discretised distribution that its samples do not have."""
     return config.model.kind == "nvae" and config.model.nvae.decoder.startswith("logistic")
 
 

@@ -174,7 +174,7 @@ def bound_section(loaded: LoadedRun, found: LogZEstimates, terms: Terms, seed: i
         Bounds by the ELBO and by importance weights (of :func:`joint_bound` for an energy of x and z) with the upper
         bound on log Z, and the estimate with the middle; in nats, and in bits per dimension where these are defined.
     """
-    elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), by_level=False)
+    elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), is_discretized=False)
     high, middle = found.upper.log_z, found.middle
     name, weighted, more = "IWAE - E", terms.log_p.value.double() - terms.energy, Rows()
     if loaded.config.energy.inputs != "x":
@@ -245,7 +245,7 @@ def joint_bound(vaebm: VAEBM, x: Tensor, seed: int, num_draws: int) -> LogLikeli
 
 def _joint_log_weights(vaebm: VAEBM, x: Tensor, num_draws: int) -> Tensor:
     """``log p(x, z) - log q(z | x) - E(x, z)`` for draws of the guide, ``(n, num_draws)``, float64."""
-    one_pass = OnePass(vaebm.vae.guide, num_draws, by_level=False)
+    one_pass = OnePass(vaebm.vae.guide, num_draws, is_discretized=False)
     one_pass(x)
     model, guide = one_pass.get_traces()
     model.compute_log_prob()

@@ -74,7 +74,7 @@ def bounds(fitted: FittedVAE, vae: HierarchicalVAE, effort: Effort, seed: int) -
         elbos.append(elbo)
         kls.append(kl)
         draws = seed_for(seed, "importance", block)
-        bests.append(log_p(vae, x, draws, effort.num_importance, by_level=True).value)
+        bests.append(log_p(vae, x, draws, effort.num_importance, is_discretized=True).value)
     unit = "nats per image" if len(fitted.data.event_shape) == 3 else "nats per point"
     nats = {
         "ELBO": mean_value(torch.cat(elbos)),

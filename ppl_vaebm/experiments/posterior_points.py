@@ -68,7 +68,7 @@ def quadrature(loaded: LoadedRun, x_1: float, noise_sd: float | None, seed: int)
     position = potential.draw_reference(stream(seed, "quadrature"), NUM_Z)
     for rows in position.split(20_000):
         decoded = loaded.vaebm.vae.decode_noise(potential.packing.unravel(rows))[0]
-        normal = decoded.law().base_dist
+        normal = decoded.distribution().base_dist
         loc, scale = normal.loc.double(), normal.scale.double()
         first, second = (
             (-0.5 * ((values.double().unsqueeze(1) - loc[:, i]) / scale[:, i]).square()).exp() / scale[:, i]

@@ -76,7 +76,7 @@ class WithoutScale(ExactValues):
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
         """Transport, without the log scale of p(x_observed | z)."""
-        scale = at_coordinates(vae.decode_noise(eps)[0], self.observed).law().base_dist.scale
+        scale = at_coordinates(vae.decode_noise(eps)[0], self.observed).distribution().base_dist.scale
         correct = super().transport(vae, eps)
         return correct._replace(loss=correct.loss - scale.log().sum(1))
 

@@ -172,26 +172,28 @@ def _thin(position: Tensor, log_probability: float, generator: torch.Generator) 
     return position[uniform.log() < log_probability]
 
 
-def elbo_rows(vae: HierarchicalVAE, x: Tensor, seed: int, by_level: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+def elbo_rows(
+    vae: HierarchicalVAE, x: Tensor, seed: int, is_discretized: bool = True
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Estimate the ELBO of every data point by one draw of its posterior.
 
     Args:
         vae: the VAE, in evaluation mode.
         x: ``(n, *event_shape)``.
         seed: of the draws.
-        by_level: as in :func:`log_p`; stage 1's ELBO is by level.
+        is_discretized: as in :func:`log_p`; stage 1's ELBO is discretised.
 
     Returns:
         The ELBO ``(n,)``, float64, nats; and the KL of every group, of the same shape.
     """
     with torch.no_grad(), global_rng(seed):
-        parts = [_elbo_rows(vae, rows, by_level) for rows in x.split(vae.rows_per_block)]
+        parts = [_elbo_rows(vae, rows, is_discretized) for rows in x.split(vae.rows_per_block)]
     kl = {name: torch.cat([part[1][name] for part in parts]) for name in vae.model.latent_shapes}
     return torch.cat([elbo for elbo, _ in parts]), kl
 
 
-def _elbo_rows(vae: HierarchicalVAE, x: Tensor, by_level: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    one_pass = OnePass(vae.guide, by_level=by_level)
+def _elbo_rows(vae: HierarchicalVAE, x: Tensor, is_discretized: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    one_pass = OnePass(vae.guide, is_discretized=is_discretized)
     one_pass(x)
     model, guide = one_pass.get_traces()
     model.compute_log_prob()
@@ -207,7 +209,7 @@ def log_p(
     seed: int,
     num_importance: int,
     scales: Sequence[float] | None = None,
-    by_level: bool = False,
+    is_discretized: bool = False,
 ) -> LogLikelihood:
     """Estimate the VAE's log density by importance weighting (Burda et al. 2016) with its guide.
 
@@ -222,8 +224,8 @@ def log_p(
         num_importance: draws per data point, at least 2; raised to a multiple of the number of scales.
         scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` where the latents are few enough for a wide
             copy to be of use, else the guide alone.
-        by_level: score x by the decoder's law of levels, as stage 1 does, and not by the continuous law that is VAEBM's
-            base measure; for many decoders the two are one.
+        is_discretized: score x by the decoder's discretised distribution, as stage 1 does, and not by the continuous
+            one, VAEBM's base measure; most decoders have the continuous one alone.
 
     Returns:
         The estimate; its expectation is a lower bound that tightens with ``num_importance``.
@@ -236,7 +238,7 @@ def log_p(
     values, errors = [], []
     with torch.no_grad(), global_rng(seed):
         for rows in x.split(max(1, min(BATCH, vae.rows_per_block) // (per_scale * len(scales)))):
-            log_weights = estimate(vae, rows, per_scale, by_level=by_level)
+            log_weights = estimate(vae, rows, per_scale, is_discretized=is_discretized)
             total = log_weights.shape[1]
             value = log_weights.logsumexp(1) - math.log(total)
             ratios = (log_weights - value.unsqueeze(1)).exp()
@@ -245,12 +247,12 @@ def log_p(
     return LogLikelihood(torch.cat(values), torch.cat(errors))
 
 
-def _narrow_log_weights(vae: HierarchicalVAE, x: Tensor, num_draws: int, by_level: bool) -> Tensor:
+def _narrow_log_weights(vae: HierarchicalVAE, x: Tensor, num_draws: int, is_discretized: bool) -> Tensor:
     """``log p(x, z) - log q(z | x)`` for draws of the guide, ``(n, num_draws)``, in one walk for model and guide."""
     per_pass = max(1, min(num_draws, min(BATCH, vae.rows_per_block) // len(x)))
     parts = []
     for start in range(0, num_draws, per_pass):
-        one_pass = OnePass(vae.guide, min(per_pass, num_draws - start), by_level)
+        one_pass = OnePass(vae.guide, min(per_pass, num_draws - start), is_discretized)
         one_pass(x)
         model_trace, guide_trace = one_pass.get_traces()
         parts.append((_log_prob(model_trace) - _log_prob(guide_trace)).double().unflatten(0, (len(x), -1)))
@@ -258,21 +260,21 @@ def _narrow_log_weights(vae: HierarchicalVAE, x: Tensor, num_draws: int, by_leve
 
 
 def _wide_log_weights(
-    vae: HierarchicalVAE, x: Tensor, num_draws: int, by_level: bool, scales: Sequence[float]
+    vae: HierarchicalVAE, x: Tensor, num_draws: int, is_discretized: bool, scales: Sequence[float]
 ) -> Tensor:
     """Log weights of as many draws of every component against their mixture, ``(n, scales * num_draws)``."""
     repeated = x.repeat_interleave(num_draws, 0)
-    parts = [_component_log_weights(vae, repeated, scale, scales, by_level) for scale in scales]
+    parts = [_component_log_weights(vae, repeated, scale, scales, is_discretized) for scale in scales]
     return torch.cat([part.unflatten(0, (len(x), -1)) for part in parts], dim=1)
 
 
 def _component_log_weights(
-    vae: HierarchicalVAE, x: Tensor, scale: float, scales: Sequence[float], by_level: bool
+    vae: HierarchicalVAE, x: Tensor, scale: float, scales: Sequence[float], is_discretized: bool
 ) -> Tensor:
     """Log weight of one draw of z per row from one component, ``(n,)``, by Pyro's own traces."""
     with _Widened(scale):
         guide_trace = poutine.trace(vae.guide).get_trace(x)
-    model = partial(vae.model, by_level=by_level)
+    model = partial(vae.model, is_discretized=is_discretized)
     log_joint = _log_prob(poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(x))
     components = []
     for other in scales:

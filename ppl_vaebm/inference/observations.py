@@ -210,10 +210,10 @@ class ExactValues(Observation):
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
         """Transport the free part; see :meth:`Observation.transport`."""
         decoded, z = vae.decode_noise(eps)
-        p_observed = at_coordinates(decoded, self.observed).law()
+        p_observed = at_coordinates(decoded, self.observed).distribution()
         values = _per_row(self.values, len(eps["eps_x_free"]))
         free = at_coordinates(decoded, self.free)
-        x_free = free.transport(eps["eps_x_free"].view(-1, *free.law().event_shape)).flatten(1)
+        x_free = free.transport(eps["eps_x_free"].view(-1, *free.distribution().event_shape)).flatten(1)
         loss: Tensor = -p_observed.log_prob(values.view(-1, *p_observed.event_shape))
         return Transported(self._joined(values, x_free), z, loss)
 
@@ -223,9 +223,9 @@ class ExactValues(Observation):
         with pyro.plate("data", num):
             z, state = vaebm.vae.model.walk(partial(_sample, temperature=vaebm.vae.model.temperature), num)
             decoded = vaebm.vae.model.decode(state)
-            p_observed = at_coordinates(decoded, self.observed).law()
+            p_observed = at_coordinates(decoded, self.observed).distribution()
             pyro.sample("x_observed", p_observed, obs=values.view(-1, *p_observed.event_shape))
-            free: Tensor = pyro.sample("x_free", at_coordinates(decoded, self.free).law())
+            free: Tensor = pyro.sample("x_free", at_coordinates(decoded, self.free).distribution())
             x = self._joined(values, free.flatten(1))
             pyro.factor("energy", -vaebm.energy(x, z))
         return x

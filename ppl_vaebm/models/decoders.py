@@ -1,7 +1,6 @@
-"""What a hierarchical VAE says of x given its latents: the distribution, and its map from standard normal noise.
+"""Decoders: the distribution of x given the latents, and its transport ``x = T(eps)`` of standard normal noise.
 
-Every distribution here comes with a transport ``x = T(eps)`` that turns ``eps ~ N(0, I)`` into it, so that VAEBM's
-potential keeps its form ``E(x(eps)) + |eps|^2 / 2`` whatever the decoder.
+The transport gives VAEBM's potential one form, ``E(x(eps)) + |eps|^2 / 2``, for all decoders.
 """
 
 from __future__ import annotations
@@ -43,31 +42,23 @@ def positive_scale(raw: Tensor) -> Tensor:
 
 
 def diagonal_normal(loc: Tensor, scale: Tensor) -> Independent:
-    """Make a diagonal Normal whose first axis is the batch.
-
-    Args:
-        loc: ``(n, *event)``.
-        scale: positive, broadcastable to ``loc``.
-
-    Returns:
-        The distribution, batch shape ``(n,)``.
-    """
+    """Make a diagonal Normal of batch shape ``(n,)`` from a mean ``(n, *event)`` and a scale that broadcasts to it."""
     return Independent(Normal(loc, scale.expand_as(loc)), loc.dim() - 1)
 
 
 class Decoded(ABC):
-    """``p(x | z)`` at the end of a walk, for one batch of latents."""
+    """``p(x | z)`` for one batch of latents."""
 
     @abstractmethod
-    def law(self) -> TorchDistribution:
+    def distribution(self) -> TorchDistribution:
         """Return the distribution of x that :meth:`transport` draws from; batch shape ``(n,)``."""
 
-    def level_law(self) -> TorchDistribution:
-        """Return what observed data are scored by: as :meth:`law`, unless the decoder scores the levels of pixels.
+    def discretized(self) -> TorchDistribution:
+        """Return the density that observed data are scored by: the distribution, unless the decoder is discretised.
 
-        Then it is a density too, constant over the cell of each level, so that log densities of all decoders compare.
+        Then it is constant over the cell of each pixel value, so that log densities of all decoders compare.
         """
-        return self.law()
+        return self.distribution()
 
     @abstractmethod
     def transport(self, eps: Tensor) -> Tensor:
@@ -75,29 +66,20 @@ class Decoded(ABC):
 
     @abstractmethod
     def noise_of(self, x: Tensor) -> Tensor:
-        """Invert :meth:`transport`.
-
-        Raises:
-            InputError: a discrete x, which many noises map to.
-        """
+        """Invert :meth:`transport`; InputError for a discrete x, which many noises map to."""
 
     @abstractmethod
     def mean(self) -> Tensor:
-        """Return the x to show for these latents, ``(n, *event)``."""
+        """Return the x to plot for these latents, ``(n, *event)``."""
 
 
 class DecodedNormal(Decoded):
-    """A diagonal Normal.
-
-    Args:
-        loc: ``(n, *event)``.
-        scale: positive, of the same shape.
-    """
+    """A diagonal Normal with mean and positive scale ``(n, *event)``."""
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         self.loc, self.scale = loc, scale
 
-    def law(self) -> TorchDistribution:
+    def distribution(self) -> TorchDistribution:
         """Return the Normal."""
         return diagonal_normal(self.loc, self.scale)
 
@@ -115,12 +97,9 @@ class DecodedNormal(Decoded):
 
 
 class XScale(nn.Module):
-    """Standard deviation of x given z: one trained number, or the exponential of the decoder's own output.
+    """Standard deviation of x given z: one trained number, or computed from the decoder's output.
 
-    With one for every x, that output is averaged over all coordinates.
-
-    Args:
-        config: kind, floor and starting value.
+    The kind ``sample`` averages that output over all coordinates.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -145,11 +124,7 @@ class XScale(nn.Module):
 
 
 class SignBernoulli(TorchDistribution):
-    """Independent signs: 1 with probability ``sigmoid(logits)``, else -1; binarised images are made of these.
-
-    Args:
-        logits: any shape.
-    """
+    """Independent signs, the pixels of binarised images: 1 with probability ``sigmoid(logits)``, else -1."""
 
     arg_constraints = {"logits": constraints.real}
 
@@ -159,7 +134,7 @@ class SignBernoulli(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> Any:
-        """Return -1 and 1, the boundaries of an interval of integers without 0 in use."""
+        """Return the integers from -1 to 1."""
         return constraints.integer_interval(-1, 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SignBernoulli:
@@ -179,25 +154,21 @@ class SignBernoulli(TorchDistribution):
 
 
 class DecodedBernoulli(Decoded):
-    """Independent signs.
-
-    Args:
-        logits: of +1, ``(n, *event)``.
-    """
+    """Independent signs with logits ``(n, *event)`` of +1."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
 
-    def law(self) -> TorchDistribution:
+    def distribution(self) -> TorchDistribution:
         """Return the signs' distribution."""
         return Independent(SignBernoulli(self.logits), self.logits.dim() - 1)
 
     def transport(self, eps: Tensor) -> Tensor:
-        """Threshold the noise; a step function, so its gradient is zero."""
+        """Threshold the noise; the gradient of this step function is zero."""
         return torch.where(eps > -ndtri(self.logits.sigmoid()), 1.0, -1.0).to(eps.dtype)
 
     def noise_of(self, x: Tensor) -> Tensor:
-        """Refuse: a half-line of noises maps to each sign."""
+        """Raise InputError: a half-line of noises maps to each sign."""
         raise InputError("a Bernoulli decoder has no noise for a given x; use the decoder normal or logistic-mixture")
 
     def mean(self) -> Tensor:
@@ -208,35 +179,29 @@ class DecodedBernoulli(Decoded):
 class DecodedLogistics(Decoded):
     """A mixture of logistics in every pixel, with channels that depend on the ones before.
 
-    :meth:`law` is the continuous mixture, drawn by its quantile function; :meth:`level_law` scores the levels of
-    pixels, whose probabilities are the mixture's masses of their cells.
-
-    Args:
-        params: of the mixture.
-        levels: of a pixel.
+    :meth:`distribution` is continuous; :meth:`discretized` gives each of ``levels`` pixel values the mass of its cell.
     """
 
     def __init__(self, params: MixtureParams, levels: int) -> None:
         self.params, self.levels = params, levels
-        self.law_of_x = logistic_mixture(params)
+        self.continuous: TorchDistribution = logistic_mixture(params)
 
-    def law(self) -> TorchDistribution:
+    def distribution(self) -> TorchDistribution:
         """Return the continuous mixture."""
-        law: TorchDistribution = self.law_of_x
-        return law
+        return self.continuous
 
-    def level_law(self) -> TorchDistribution:
+    def discretized(self) -> TorchDistribution:
         """Return the discretised mixture."""
         return DiscretizedLogisticMixture(self.params, self.levels)
 
     def transport(self, eps: Tensor) -> Tensor:
         """Apply the quantile function, channel by channel."""
-        x: Tensor = self.law_of_x.transforms[0](eps)
+        x: Tensor = self.continuous.transforms[0](eps)
         return x
 
     def noise_of(self, x: Tensor) -> Tensor:
         """Apply the distribution function, channel by channel."""
-        eps: Tensor = self.law_of_x.transforms[0].inv(x)
+        eps: Tensor = self.continuous.transforms[0].inv(x)
         return eps
 
     def mean(self) -> Tensor:
@@ -245,32 +210,20 @@ class DecodedLogistics(Decoded):
 
 
 def num_decoder_outputs(decoder: str, num_channels: int, num_mixtures: int) -> int:
-    """Count the network outputs per pixel that a decoder reads.
-
-    Args:
-        decoder: ``normal``, ``bernoulli``, ``logistic`` or ``logistic-mixture``.
-        num_channels: of x.
-        num_mixtures: components of the logistic mixture.
-
-    Returns:
-        The number of channels of the output head.
-    """
+    """Count the network outputs per pixel that a decoder reads; ``decoder`` as in :class:`NvaeConfig`."""
     counts = {"bernoulli": num_channels, "normal": 2 * num_channels, "logistic": 2 * num_channels}
     return counts.get(decoder) or num_outputs(num_channels, num_mixtures)
 
 
 def decoded(decoder: str, out: Tensor, num_channels: int, num_mixtures: int, levels: int | None) -> Decoded:
-    """Read a network's output as the distribution of x.
+    """Convert a network's output, ``(n, outputs, H, W)``, to the distribution of x, in float32 at least.
 
     Args:
-        decoder: as in :func:`num_decoder_outputs`.
-        out: ``(n, outputs, H, W)``; computed in float32 at least.
+        decoder: as in :func:`num_decoder_outputs`, with which ``outputs`` agrees.
+        out: the output.
         num_channels: of x.
         num_mixtures: components of the logistic mixture.
-        levels: of a pixel, for the logistic decoders.
-
-    Returns:
-        The distribution.
+        levels: number of pixel values, for the logistic decoders.
     """
     raw = at_least_float32(out)
     if decoder == "bernoulli":

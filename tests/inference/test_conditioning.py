@@ -112,11 +112,11 @@ def decentred_program(potential: ConditionalPotential, position: Tensor, hidden:
     data = {f"{site}_decentered": noise for site, noise in zip(sites, noises.values(), strict=True)}
     vae, x_site = potential.vaebm.vae, sites[-1]
     decoded = vae.decode_noise(noises)[0]
-    if isinstance(decoded.law(), TransformedDistribution):
+    if isinstance(decoded.distribution(), TransformedDistribution):
         config[x_site] = TransformReparam()
         base = data.pop(f"{x_site}_decentered")
         if isinstance(potential.observation, ExactValues):
-            base = base.view(-1, *at_coordinates(decoded, potential.observation.free).law().event_shape)
+            base = base.view(-1, *at_coordinates(decoded, potential.observation.free).distribution().event_shape)
         data[f"{x_site}_base"] = base
     program = ConditionalProgram(potential.vaebm, potential.observation)
     conditioned = poutine.condition(poutine.reparam(program, config=config), data=data)
@@ -163,7 +163,9 @@ def test_the_split_program_has_the_density_of_the_vaebm(name: str) -> None:
         mask = half(x.shape[1:])
         observation = ExactValues(x, mask)
         free = x[:, ~mask]
-        free = free.view(-1, *at_coordinates(vaebm.vae.decode_noise(eps)[0], observation.free).law().event_shape)
+        free = free.view(
+            -1, *at_coordinates(vaebm.vae.decode_noise(eps)[0], observation.free).distribution().event_shape
+        )
         program = poutine.condition(ConditionalProgram(vaebm, observation), data={**z, "x_free": free})
         split = poutine.trace(program).get_trace(num=len(x))
         whole_x = poutine.trace(poutine.condition(vaebm, data=z)).get_trace(x)
@@ -178,8 +180,8 @@ def test_of_a_normal_the_loss_is_half_the_squared_noise_and_the_log_scale() -> N
     potential = condition(vaebm, given=x, mask=torch.tensor([False, True]))
     position = potential.draw_reference(stream(2, "positions"), 5)
     decoded = vae.decode_noise(potential.packing.unravel(position))[0]
-    law = decoded.law().base_dist
-    noise, scale = decoded.noise_of(x)[:, 1], law.scale[:, 1]
+    normal = decoded.distribution().base_dist
+    noise, scale = decoded.noise_of(x)[:, 1], normal.scale[:, 1]
     expected = vaebm.energy(potential.decode(position)) + 0.5 * noise.square() + scale.log()
     torch.testing.assert_close(potential(position), expected + 0.5 * math.log(2 * math.pi))
     assert scale.log().std() > 0.05  # so that it could not be left out
@@ -374,9 +376,9 @@ def quadrature(vaebm: VAEBM, x_1: float, noise_sd: float | None) -> Quadrature:
     grid = torch.linspace(-8, 8, 1_001, dtype=torch.float64)
     line = torch.linspace(-6, 6, 301, dtype=torch.float64) if noise_sd else torch.tensor([x_1]).double()
     with torch.no_grad():
-        law = vaebm.vae.decode_noise({"eps_z_1": z.unsqueeze(1)})[0].law().base_dist
+        normal = vaebm.vae.decode_noise({"eps_z_1": z.unsqueeze(1)})[0].distribution().base_dist
         given_z = [
-            (-0.5 * ((values.unsqueeze(1) - law.loc[:, i]) / law.scale[:, i]).square()).exp() / law.scale[:, i]
+            (-0.5 * ((values.unsqueeze(1) - normal.loc[:, i]) / normal.scale[:, i]).square()).exp() / normal.scale[:, i]
             for i, values in enumerate((line, grid))
         ]
         joint = (given_z[0] * (-0.5 * z.square()).exp()) @ given_z[1].T
@@ -421,7 +423,7 @@ class WithoutScale(ExactValues):
     """The likely mistake: observed values treated as transported ones, whose scale cancels."""
 
     def transport(self, vae: HierarchicalVAE, eps: Mapping[str, Tensor]) -> Transported:
-        p_observed = at_coordinates(vae.decode_noise(eps)[0], self.observed).law()
+        p_observed = at_coordinates(vae.decode_noise(eps)[0], self.observed).distribution()
         right = super().transport(vae, eps)
         return right._replace(loss=right.loss - p_observed.base_dist.scale.log().sum(1))
 

@@ -84,7 +84,7 @@ def decentred_program(vaebm: VAEBM, position: Tensor, with_factor: bool = True) 
     sites = [name.removeprefix("eps_") for name in noises]
     config: dict[str, Reparam] = {site: LocScaleReparam(0.0) for site in sites}
     data = {f"{site}_decentered": noise for site, noise in zip(sites, noises.values(), strict=True)}
-    if isinstance(vaebm.vae.decode_noise(noises)[0].law(), TransformedDistribution):
+    if isinstance(vaebm.vae.decode_noise(noises)[0].distribution(), TransformedDistribution):
         config["x"], data["x_base"] = TransformReparam(), data.pop("x_decentered")
     conditioned = poutine.condition(poutine.reparam(vaebm, config=config), data=data)
     hidden = poutine.block(conditioned, hide=[] if with_factor else ["energy"])
@@ -101,7 +101,7 @@ def official_potential(potential: NoisePotential) -> Potential:
 
     def phi(position: Tensor) -> Tensor:
         x, z = vae.transport(potential.packing.unravel(position))
-        log_p = row_log_prob(poutine.trace(poutine.condition(vae.model, data=z)).get_trace(x, by_level=False))
+        log_p = row_log_prob(poutine.trace(poutine.condition(vae.model, data=z)).get_trace(x, is_discretized=False))
         return potential.vaebm.energy(x, z) - log_p - 0.5 * position.square().sum(-1)
 
     return phi

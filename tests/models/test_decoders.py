@@ -55,7 +55,7 @@ def test_the_head_has_as_many_outputs_as_the_decoder_reads(decoder: str, num_cha
     assert num_decoder_outputs(decoder, num_channels, 10) == expected
     one = decoded(decoder, torch.zeros(2, expected, 4, 4), num_channels, 10, 256)
     assert one.mean().shape == (2, num_channels, 4, 4)
-    assert (one.law().batch_shape, one.law().event_shape) == ((2,), (num_channels, 4, 4))
+    assert (one.distribution().batch_shape, one.distribution().event_shape) == ((2,), (num_channels, 4, 4))
 
 
 @pytest.mark.parametrize("decoder", SMOOTH)
@@ -73,7 +73,7 @@ def test_the_law_is_that_of_the_transported_noise(decoder: str, generator: torch
     matrices = torch.autograd.functional.jacobian(lambda noise: one.transport(noise).sum(0), eps).movedim(3, 0)
     log_dets = torch.linalg.slogdet(matrices.reshape(3, 12, 12)).logabsdet
     normal = -0.5 * (eps.square() + math.log(2 * math.pi)).flatten(1).sum(1)
-    torch.testing.assert_close(one.law().log_prob(x.clone()), normal - log_dets, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one.distribution().log_prob(x.clone()), normal - log_dets, rtol=1e-9, atol=1e-9)
     assert log_dets.abs().min() > 0.1  # negative control: the volumes count
 
 
@@ -81,7 +81,7 @@ def test_the_law_is_that_of_the_transported_noise(decoder: str, generator: torch
 def test_the_law_draws_by_the_transport(decoder: str, generator: torch.Generator) -> None:
     one = random_decoded(decoder, generator)
     with global_rng(0):
-        drawn = one.law().rsample()
+        drawn = one.distribution().rsample()
     with global_rng(0):
         eps = torch.randn(3, *EVENT, dtype=torch.float64)
     torch.testing.assert_close(drawn, one.transport(eps))
@@ -96,7 +96,7 @@ def test_a_normal_has_nvaes_soft_clamps(generator: torch.Generator) -> None:
     torch.testing.assert_close(one.mean(), loc)
     torch.testing.assert_close(one.transport(eps), loc + scale * eps)
     log_prob = -0.5 * eps.square() - scale.log() - 0.5 * math.log(2 * math.pi)
-    torch.testing.assert_close(one.law().log_prob(loc + scale * eps), log_prob.flatten(1).sum(1))
+    torch.testing.assert_close(one.distribution().log_prob(loc + scale * eps), log_prob.flatten(1).sum(1))
     assert (raw[:, :3] - loc).abs().max() > 1  # negative control: the clamp is felt
     bounds = decoded("normal", torch.tensor([-1e9, -1e9, 1e9, 1e9]).double().reshape(2, 2, 1, 1), 1, 1, None)
     assert isinstance(bounds, DecodedNormal)
@@ -111,27 +111,27 @@ LOGITS = torch.tensor([-40.0, -3.0, -0.2, 0.0, 1.5, 40.0], dtype=torch.float64).
 
 
 def test_signs_have_the_probabilities_of_a_bernoulli() -> None:
-    law = SignBernoulli(LOGITS)
+    signs = SignBernoulli(LOGITS)
     reference = Bernoulli(logits=LOGITS)
     ones = torch.ones_like(LOGITS)
-    torch.testing.assert_close(law.log_prob(ones), reference.log_prob(ones))
-    torch.testing.assert_close(law.log_prob(-ones), reference.log_prob(0 * ones))
-    torch.testing.assert_close(law.log_prob(ones).exp() + law.log_prob(-ones).exp(), ones)
-    assert (law.log_prob(ones) - law.log_prob(-ones)).flatten().tolist() == pytest.approx(LOGITS.flatten().tolist())
-    whole = DecodedBernoulli(LOGITS).law()
+    torch.testing.assert_close(signs.log_prob(ones), reference.log_prob(ones))
+    torch.testing.assert_close(signs.log_prob(-ones), reference.log_prob(0 * ones))
+    torch.testing.assert_close(signs.log_prob(ones).exp() + signs.log_prob(-ones).exp(), ones)
+    assert (signs.log_prob(ones) - signs.log_prob(-ones)).flatten().tolist() == pytest.approx(LOGITS.flatten().tolist())
+    whole = DecodedBernoulli(LOGITS).distribution()
     assert (whole.batch_shape, whole.event_shape) == ((1,), (1, 2, 3))
     torch.testing.assert_close(whole.log_prob(ones), reference.log_prob(ones).sum((1, 2, 3)))
     with pytest.raises(ValueError, match="support"):
         whole.log_prob(ones * 0.5)
 
 
-@pytest.mark.parametrize("route", ["transport", "law"])
+@pytest.mark.parametrize("route", ["transport", "distribution"])
 def test_signs_come_as_often_as_they_should(route: str, generator: torch.Generator, seed: int) -> None:
     num = 20_000
     one = DecodedBernoulli(LOGITS.expand(num, -1, -1, -1))
-    if route == "law":
+    if route == "distribution":
         with global_rng(seed):
-            x = one.law().sample()
+            x = one.distribution().sample()
     else:
         x = one.transport(draws(generator, num, 1, 2, 3))
     assert set(x.unique().tolist()) == {-1.0, 1.0} and x.dtype == torch.float64
@@ -156,7 +156,7 @@ def test_signs_have_no_noise_and_their_transport_no_gradient(generator: torch.Ge
 def test_only_the_logistics_score_levels(decoder: str, generator: torch.Generator) -> None:
     one = random_decoded(decoder, generator)
     x = torch.ones(3, *EVENT, dtype=torch.float64)
-    torch.testing.assert_close(one.level_law().log_prob(x), one.law().log_prob(x))
+    torch.testing.assert_close(one.discretized().log_prob(x), one.distribution().log_prob(x))
 
 
 @pytest.mark.parametrize("levels", [2, 8, 32])
@@ -164,22 +164,22 @@ def test_only_the_logistics_score_levels(decoder: str, generator: torch.Generato
 def test_the_law_of_levels_sums_to_one(decoder: str, levels: int, generator: torch.Generator) -> None:
     out = draws(generator, 1, num_decoder_outputs(decoder, 1, 2), 1, 1)
     one = decoded(decoder, out, 1, 2, levels)
-    assert isinstance(one, DecodedLogistics) and isinstance(one.level_law(), DiscretizedLogisticMixture)
+    assert isinstance(one, DecodedLogistics) and isinstance(one.discretized(), DiscretizedLogisticMixture)
     centres = (2 * torch.arange(levels, dtype=torch.float64) + 1) / levels - 1
     x = centres.reshape(-1, 1, 1, 1)
-    density = one.level_law().log_prob(x).exp()
+    density = one.discretized().log_prob(x).exp()
     assert float(density.sum()) * 2 / levels == pytest.approx(1, abs=1e-12)
     # It is constant over a level's cell, and not the density of the samples, which have tails beyond [-1, 1].
-    torch.testing.assert_close(one.level_law().log_prob(x + 0.9 / levels).exp(), density)
-    assert abs(float(one.law().log_prob(x).exp().sum()) * 2 / levels - 1) > 1e-2
+    torch.testing.assert_close(one.discretized().log_prob(x + 0.9 / levels).exp(), density)
+    assert abs(float(one.distribution().log_prob(x).exp().sum()) * 2 / levels - 1) > 1e-2
 
 
 def test_with_many_levels_the_two_laws_agree_inside(generator: torch.Generator) -> None:
     one = random_decoded("logistic-mixture", generator, levels=1 << 16)
     x = 0.5 * draws(generator, 3, *EVENT).tanh()
-    torch.testing.assert_close(one.level_law().log_prob(x), one.law().log_prob(x), rtol=0, atol=1e-2)
+    torch.testing.assert_close(one.discretized().log_prob(x), one.distribution().log_prob(x), rtol=0, atol=1e-2)
     coarse = random_decoded("logistic-mixture", generator, levels=4)
-    assert (coarse.level_law().log_prob(x) - coarse.law().log_prob(x)).abs().min() > 1e-2  # negative control
+    assert (coarse.discretized().log_prob(x) - coarse.distribution().log_prob(x)).abs().min() > 1e-2  # negative control
 
 
 # --- precision -----------------------------------------------------------------------------------
@@ -192,15 +192,20 @@ def test_half_precision_is_read_in_float32(decoder: str, dtype: torch.dtype, gen
     one, wide = (decoded(decoder, raw, EVENT[0], 2, 8) for raw in (out.to(dtype), out.to(dtype).float()))
     eps = draws(generator, 3, *EVENT).float()
     x = one.transport(eps)
-    assert x.dtype == one.law().log_prob(x).dtype == one.mean().dtype == torch.float32
+    assert x.dtype == one.distribution().log_prob(x).dtype == one.mean().dtype == torch.float32
     assert torch.equal(x, wide.transport(eps))
-    assert torch.equal(one.law().log_prob(x), wide.law().log_prob(x))
+    assert torch.equal(one.distribution().log_prob(x), wide.distribution().log_prob(x))
 
 
 @pytest.mark.parametrize("decoder", [*SMOOTH, "bernoulli"])
 def test_float64_stays_float64(decoder: str, generator: torch.Generator) -> None:
     one, eps = random_decoded(decoder, generator), draws(generator, 3, *EVENT)
-    assert one.transport(eps).dtype == one.mean().dtype == one.law().log_prob(one.transport(eps)).dtype == torch.float64
+    assert (
+        one.transport(eps).dtype
+        == one.mean().dtype
+        == one.distribution().log_prob(one.transport(eps)).dtype
+        == torch.float64
+    )
 
 
 def test_soft_clamp_is_the_identity_near_zero_and_stays_within_five() -> None:

@@ -158,19 +158,19 @@ def test_the_density_is_that_of_the_change_of_variables(num_pairs: int, generato
     transforms = new_flow(num_pairs)
     assert [bool(transform.first.mask[0, 0, 0, 0]) for transform in transforms] == [True, False] * num_pairs
     base = diagonal_normal(draws(generator), draws(generator).exp())
-    law = TransformedDistribution(base, [*transforms])
-    assert (law.batch_shape, law.event_shape) == ((2,), SHAPE)
+    flowed = TransformedDistribution(base, [*transforms])
+    assert (flowed.batch_shape, flowed.event_shape) == ((2,), SHAPE)
     z0 = draws(generator)
     z = through(transforms, z0).detach().clone()
     matrices = [jacobian(nn.Sequential(*transforms), row) for row in z0]
     log_dets = torch.stack([torch.linalg.slogdet(matrix).logabsdet for matrix in matrices])
     expected = base.log_prob(z0) - log_dets
-    torch.testing.assert_close(law.log_prob(z), expected, rtol=1e-10, atol=1e-10)
-    assert (base.log_prob(z) - expected).abs().min() > 1  # negative control: the flow moved the law
+    torch.testing.assert_close(flowed.log_prob(z), expected, rtol=1e-10, atol=1e-10)
+    assert (base.log_prob(z) - expected).abs().min() > 1  # negative control: the flow changed the distribution
     # The sample's own density comes from the cache, and is the same.
     with global_rng(0):
-        drawn = law.rsample()
-    torch.testing.assert_close(law.log_prob(drawn), law.log_prob(drawn.detach().clone()), rtol=1e-10, atol=1e-10)
+        drawn = flowed.rsample()
+    torch.testing.assert_close(flowed.log_prob(drawn), flowed.log_prob(drawn.detach().clone()), rtol=1e-10, atol=1e-10)
 
 
 def test_the_density_integrates_to_one(generator: torch.Generator) -> None:
@@ -182,11 +182,11 @@ def test_the_density_integrates_to_one(generator: torch.Generator) -> None:
         for transform in transforms:
             transform.last.bias.normal_(generator=generator)
     loc, scale = (torch.full((1, 2, 1, 1), value, dtype=torch.float64) for value in (0.3, 0.8))
-    law = TransformedDistribution(diagonal_normal(loc, scale), [*transforms])
+    flowed = TransformedDistribution(diagonal_normal(loc, scale), [*transforms])
     axis = torch.linspace(-8, 8, 161, dtype=torch.float64)
     z = torch.cartesian_prod(axis, axis)[:, :, None, None]
     with torch.no_grad():
-        total = law.expand((len(z),)).log_prob(z).exp().sum() * 0.1**2
+        total = flowed.expand((len(z),)).log_prob(z).exp().sum() * 0.1**2
     assert float(total) == pytest.approx(1, abs=1e-6)
 
 

@@ -313,7 +313,7 @@ def test_noise_far_out_is_finite_with_finite_gradients_in_float32(generator: tor
     torch.testing.assert_close(QuantileTransport(params).inv(x), eps, rtol=1e-4, atol=0)
 
 
-# --- the continuous law --------------------------------------------------------------------------
+# --- the continuous mixture --------------------------------------------------------------------------
 
 
 def test_log_abs_det_jacobian_is_that_of_the_whole_jacobian(generator: torch.Generator) -> None:
@@ -331,10 +331,10 @@ def test_log_abs_det_jacobian_is_that_of_the_whole_jacobian(generator: torch.Gen
 def test_the_transported_normal_has_the_mixture_density_and_its_gradient(generator: torch.Generator) -> None:
     raw = random_raw(generator, num_components=4, size=(3, 2)).requires_grad_()
     params = MixtureParams.from_raw(raw, 3, 4)
-    law = logistic_mixture(params)
-    assert (law.batch_shape, law.event_shape) == ((2,), (3, 3, 2))
+    mixture = logistic_mixture(params)
+    assert (mixture.batch_shape, mixture.event_shape) == ((2,), (3, 3, 2))
     x = (0.5 * normal_noise(params, generator)).requires_grad_()
-    found, expected = law.log_prob(x), params.log_density(x)
+    found, expected = mixture.log_prob(x), params.log_density(x)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for by_law, by_density in zip(
         torch.autograd.grad(found.sum(), (x, raw), retain_graph=True),
@@ -409,7 +409,7 @@ def test_transports_are_equal_when_their_parameters_are(generator: torch.Generat
     assert transport.inv(transport(eps)) is not eps
 
 
-# --- the discretised law -------------------------------------------------------------------------
+# --- the discretised mixture -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -462,22 +462,22 @@ def test_a_grey_level_has_the_mass_of_its_cell_with_the_tails_in_the_outermost(g
 
 def test_the_density_is_constant_over_cells_and_counts_their_width(generator: torch.Generator) -> None:
     params = random_params(generator, num=2, size=(3, 2))
-    law = DiscretizedLogisticMixture(params, 8)
-    assert (law.batch_shape, law.event_shape) == ((2,), (3, 3, 2))
+    mixture = DiscretizedLogisticMixture(params, 8)
+    assert (mixture.batch_shape, mixture.event_shape) == ((2,), (3, 3, 2))
     k = torch.randint(8, (2, 3, 3, 2), generator=generator)
     u = torch.rand(k.shape, generator=generator, dtype=torch.float64)
     y = 2 * (k + u) / 8 - 1
-    torch.testing.assert_close(law.log_prob(y) + 18 * math.log(2 / 8), law.log_prob_levels(k))
+    torch.testing.assert_close(mixture.log_prob(y) + 18 * math.log(2 / 8), mixture.log_prob_levels(k))
     assert (params.log_density(y) - params.log_density((2 * k + 1) / 8.0 - 1)).abs().min() > 1e-3
     corners = torch.tensor([-1.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 3, 3, 2)
     outermost = torch.tensor([0, 7]).view(2, 1, 1, 1).expand(2, 3, 3, 2)
-    torch.testing.assert_close(law.log_prob(corners) + 18 * math.log(2 / 8), law.log_prob_levels(outermost))
+    torch.testing.assert_close(mixture.log_prob(corners) + 18 * math.log(2 / 8), mixture.log_prob_levels(outermost))
 
 
 def test_the_density_has_finite_gradients_in_the_tails_in_float32(generator: torch.Generator) -> None:
     raw = random_raw(generator, 1, 3, 2, (1, 1), -8.0).float().requires_grad_()
-    law = DiscretizedLogisticMixture(MixtureParams.from_raw(raw, 1, 3), 256)
-    log_probs = law.log_prob_levels(torch.arange(256).view(-1, 1, 1, 1, 1))
+    mixture = DiscretizedLogisticMixture(MixtureParams.from_raw(raw, 1, 3), 256)
+    log_probs = mixture.log_prob_levels(torch.arange(256).view(-1, 1, 1, 1, 1))
     (by_raw,) = torch.autograd.grad(log_probs.sum(), raw)
     assert log_probs.isfinite().all() and by_raw.isfinite().all()
     assert log_probs.min() < -200
@@ -485,14 +485,14 @@ def test_the_density_has_finite_gradients_in_the_tails_in_float32(generator: tor
 
 def test_sampled_colours_have_the_probabilities_of_the_levels(generator: torch.Generator, seed: int) -> None:
     params = random_params(generator, num=2, size=(1, 1), log_scale=-1.0)
-    law = DiscretizedLogisticMixture(params, 4)
+    mixture = DiscretizedLogisticMixture(params, 4)
     with global_rng(seed):
-        draws = law.sample((20_000,))
+        draws = mixture.sample((20_000,))
     assert draws.shape == (20_000, 2, 3, 1, 1)
     assert set(draws.flatten().tolist()) <= {-0.75, -0.25, 0.25, 0.75}
     red, green, blue = ((4 * draws + 3) / 2).long().flatten(2).unbind(-1)
     counts = torch.stack([torch.bincount(row, minlength=64) for row in (16 * red + 4 * green + blue).T], 1)
-    expected = 20_000 * law.log_prob_levels(all_colours(4)).exp()
+    expected = 20_000 * mixture.log_prob_levels(all_colours(4)).exp()
 
     def chi_squared(expected: Tensor) -> Tensor:
         return ((counts - expected).square() / expected).sum(0)

@@ -506,7 +506,7 @@ def test_raw_outputs_are_added_and_then_clamped(is_residual: bool) -> None:
             other, _ = watched.normal(site, not is_residual)
             assert (other - loc).abs().max() > 0.1
             # Negative control: clamped first and then added it is another.
-            one, two = (watched.raw[f"{law}_{site}"].chunk(2, dim=1)[0] for law in "pq")
+            one, two = (watched.raw[f"{density}_{site}"].chunk(2, dim=1)[0] for density in "pq")
             assert (5 * (one / 5).tanh() + 5 * (two / 5).tanh() - loc).abs().max() > 0.1
 
 
@@ -581,9 +581,9 @@ def test_a_group_sees_the_tower_up_to_its_own_depth() -> None:
         if site == "z_1":
             continue
         zeros = torch.zeros(2, 2, *shapes[site][1:]).double()
-        law = vae.guide.posterior(site, Prior(zeros, zeros + 1, (zeros, zeros)), value, torch.zeros_like(value))
+        posterior = vae.guide.posterior(site, Prior(zeros, zeros + 1, (zeros, zeros)), value, torch.zeros_like(value))
         parameters = dict(vae.guide.combiners.named_parameters())
-        grads = torch.autograd.grad(law.mean.sum(), [*parameters.values()], allow_unused=True)
+        grads = torch.autograd.grad(posterior.mean.sum(), [*parameters.values()], allow_unused=True)
         used = {name.split(".")[0] for name, grad in zip(parameters, grads, strict=True) if grad is not None}
         assert used == {str(4 - int(site[-1]))}
 
@@ -676,7 +676,7 @@ def test_it_scores_levels_and_draws_what_the_transport_gives(
     with torch.no_grad(), global_rng(seed):
         one = poutine.trace(vae.model).get_trace(x)
     with torch.no_grad(), global_rng(seed):
-        other = poutine.trace(vae.model).get_trace(x, by_level=False)
+        other = poutine.trace(vae.model).get_trace(x, is_discretized=False)
     with torch.no_grad(), global_rng(seed):
         drawn = poutine.trace(vae.model).get_trace(num=3)
     is_same = type(sites_of(one)["x"]["fn"]) is type(sites_of(other)["x"]["fn"])
@@ -690,14 +690,14 @@ def test_a_posterior_with_flows_is_a_transformed_normal(seed: int) -> None:
     with torch.no_grad(), global_rng(seed):
         guide = poutine.trace(vae.guide).get_trace(x)
     for site in vae.model.latent_shapes:
-        law = sites_of(guide)[site]["fn"]
-        assert isinstance(law, TransformedDistribution)
-        assert [type(transform) for transform in law.transforms] == [AutoregressiveShift] * 2
+        posterior = sites_of(guide)[site]["fn"]
+        assert isinstance(posterior, TransformedDistribution)
+        assert [type(transform) for transform in posterior.transforms] == [AutoregressiveShift] * 2
         # Every group has flows of its own, each the opposite order of the one before.
-        assert [*law.transforms] == [*vae.guide.get_submodule(f"flows.{site}").children()]
+        assert [*posterior.transforms] == [*vae.guide.get_submodule(f"flows.{site}").children()]
         value = sites_of(guide)[site]["value"]
-        torch.testing.assert_close(law.log_prob(value), law.log_prob(value.clone()), rtol=1e-10, atol=1e-10)
-        assert (law.log_prob(value) - law.base_dist.log_prob(value)).abs().min() > 1e-3  # negative control
+        torch.testing.assert_close(posterior.log_prob(value), posterior.log_prob(value.clone()), rtol=1e-10, atol=1e-10)
+        assert (posterior.log_prob(value) - posterior.base_dist.log_prob(value)).abs().min() > 1e-3  # negative control
 
 
 @pytest.mark.parametrize(
