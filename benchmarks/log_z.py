@@ -29,7 +29,7 @@ from ppl_vaebm.inference.log_z import ais
 from ppl_vaebm.inference.log_z.annealing import BuildKernel, default_kernel
 from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.log_z.smc import Adaptive, run_smc, spaced_ladder
-from ppl_vaebm.inference.normalizing_constant import LogZEffort, estimate_log_z
+from ppl_vaebm.inference.normalizing_constant import estimate_log_z
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.models.energy import Energy
 from ppl_vaebm.models.vaebm import VAEBM, build_vae
@@ -86,7 +86,7 @@ def measure(potential: NoisePotential, seed: int) -> dict[str, Any]:
     print(f"  {num_draws} VAE samples: {truth.value:.4f} +- {truth.error:.4f}, ", end="")
     print(f"{truth.ess:.0f} effective, sd of E {energy.std():.2f}, {time.process_time() - start:.0f} s")
     start = time.process_time()
-    found = estimate_log_z(potential, LogZEffort(num_particles), energy[:200_000], seed)
+    found = estimate_log_z(potential, energy[:200_000], seed, num_particles)
     seconds = time.process_time() - start
     rows: dict[str, Any] = {}
     for name, estimate in found.estimates.items():

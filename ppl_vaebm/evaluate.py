@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from ppl_vaebm.config.evaluation import OOD_SETS, PARTS, SYNTHETIC_SETS, Part
+from ppl_vaebm.config.evaluation import OLD_NAMES, OOD_SETS, PARTS, SYNTHETIC_SETS, Part, split_parts
 from ppl_vaebm.config.options import Check, Checked, OptionalCount, RunFolder, at_least, split_names
 from ppl_vaebm.config.parsing import parse
 from ppl_vaebm.errors import InputError, exits_with_one_sentence
@@ -37,8 +37,8 @@ USED_BY = {
     "features": ("samples", "neighbours"),
     "feature_weights": ("samples", "neighbours"),
     "ood_root": ("ood",),
-    "num_particles": ("normaliser",),
-    "num_temperatures": ("normaliser",),
+    "num_particles": ("log-z",),
+    "num_temperatures": ("log-z",),
 }
 """Options that are not given by default, and the parts that use them."""
 SPREAD = Check("at least 2 so that it has a standard error", lambda value: value >= 2)
@@ -57,7 +57,7 @@ class Options(Checked):
     stage: Literal["svi", "ebm"] | None = None
     """svi: evaluate the VAE; ebm: evaluate the VAEBM; the default is the run's last stage."""
     only: str | None = None
-    """Parts to measure, separated by commas: likelihood, normaliser (of --log-likelihood), samples, ood, histograms,
+    """Parts to measure, separated by commas: likelihood, log-z (of --log-likelihood), samples, ood, histograms,
     neighbours; the default is all that fit the data, with ood where sets are named."""
     num_test: Size = 5_000
     """likelihood: test points."""
@@ -99,7 +99,7 @@ class Options(Checked):
 
     def check_together(self) -> None:
         """Refuse unknown names, and sets without their part."""
-        parts = None if self.only is None else split_names(self.only, PARTS, "part")
+        parts = None if self.only is None else split_parts(self.only)
         if self.ood is not None:
             split_names(self.ood, OOD_SETS, "set")
             if parts and "ood" not in parts:
@@ -120,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     from ppl_vaebm.reports.report import write_report
     from ppl_vaebm.runs.loading import stage_of
 
+    for old in {name.strip() for name in (options.only or "").split(",")} & {*OLD_NAMES}:
+        print(f"note: the part {old} is called {OLD_NAMES[old]} now", file=sys.stderr)
     read_parts(run)  # refuses a damaged file before anything slow is done
     weights, parts = (_vae if stage_of(run, options.stage) == "svi" else _vaebm)(options)
     for part, measured in parts:
@@ -161,13 +163,12 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
     """Turn the options into a plan; --log-likelihood adds its part to those of --only or to the default ones."""
     from ppl_vaebm.evaluation.evaluation import Plan
     from ppl_vaebm.evaluation.sections import Effort
-    from ppl_vaebm.inference.normalizing_constant import LogZEffort
 
-    asked = default if options.only is None else split_names(options.only, PARTS, "part")
-    chosen = tuple(part for part in PARTS if part in asked or (part == "normaliser" and options.log_likelihood))
+    asked = default if options.only is None else split_parts(options.only)
+    chosen = tuple(part for part in PARTS if part in asked or (part == "log-z" and options.log_likelihood))
     for name, parts in USED_BY.items():
         if getattr(options, name) is not None and not set(parts) & set(chosen):
-            use = "--log-likelihood" if "normaliser" in parts else f"the part {' or '.join(parts)}"
+            use = "--log-likelihood" if "log-z" in parts else f"the part {' or '.join(parts)}"
             raise InputError(f"option {name.replace('_', '-')} is for {use}, found it without: leave it out")
     ood = SYNTHETIC_SETS if "ood" in chosen else ()
     num_steps, kind = config.sampling.num_steps, "images" if len(data.event_shape) == 3 else "points"
@@ -180,6 +181,8 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
         options.num_reference,
         options.num_ood,
         options.num_ood_importance,
+        options.num_particles or NUM_PARTICLES,
+        options.num_temperatures,
     )
     return Plan(
         effort=effort,
@@ -189,7 +192,6 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
         feature_weights=None if options.feature_weights is None else Path(options.feature_weights),
         ood=ood if options.ood is None else split_names(options.ood, OOD_SETS, "set"),
         ood_root=options.ood_root,
-        normaliser=LogZEffort(options.num_particles or NUM_PARTICLES, options.num_temperatures),
     )
 
 

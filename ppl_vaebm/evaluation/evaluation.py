@@ -18,12 +18,11 @@ from ppl_vaebm.data.load import Data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.image_metrics import Judge, check_sizes, measure_neighbours, new_judge
 from ppl_vaebm.evaluation.likelihood import Scores, Terms, histograms, likelihood, likelihood_terms, score_data
-from ppl_vaebm.evaluation.log_z import normaliser_sections
+from ppl_vaebm.evaluation.log_z import log_z_sections
 from ppl_vaebm.evaluation.metrics.features import FeatureChoice, feature_net
 from ppl_vaebm.evaluation.ood import measure_ood, ood_sets
 from ppl_vaebm.evaluation.samples import NUM_KEPT, Samples, draw_samples, measure_samples, modes
 from ppl_vaebm.evaluation.sections import Effort, Measured, Section
-from ppl_vaebm.inference.normalizing_constant import LogZEffort
 from ppl_vaebm.runs.loading import LoadedRun
 from ppl_vaebm.runs.run import FEATURES_FILE, Run
 
@@ -51,8 +50,6 @@ class Plan:
     """Sets of images of other distributions."""
     ood_root: str | None = None
     """Where the files of these lie; where the run's own do, if not given."""
-    normaliser: LogZEffort | None = None
-    """How much to spend on log Z."""
 
 
 def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
@@ -116,7 +113,7 @@ class Evaluation:
         """Measure one part."""
         measure = {
             "likelihood": self._likelihood,
-            "normaliser": self._normaliser,
+            "log-z": self._log_z,
             "samples": self._samples,
             "ood": self._ood,
             "histograms": self._histograms,
@@ -146,9 +143,8 @@ class Evaluation:
         section = likelihood(self.loaded, self.plan.effort, self.plan.seed, self.terms)
         return Measured([Section("log-likelihood of test data (nats per point)", {"": section})], {})
 
-    def _normaliser(self) -> Measured:
-        assert self.plan.normaliser is not None
-        return Measured(normaliser_sections(self.loaded, self.plan.normaliser, self.terms, self.plan.seed), {})
+    def _log_z(self) -> Measured:
+        return Measured(log_z_sections(self.loaded, self.plan.effort, self.terms, self.plan.seed), {})
 
     def _samples(self) -> Measured:
         if self.loaded.data.modes is not None:

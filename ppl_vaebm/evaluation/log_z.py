@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.likelihood import Terms, bits_per_dim, has_bits
-from ppl_vaebm.evaluation.sections import Rows, Section, mean_value
+from ppl_vaebm.evaluation.sections import Effort, Rows, Section, mean_value
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
 from ppl_vaebm.inference.likelihood import BATCH, CERTIFIED_ESS, LogLikelihood, elbo_rows
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEffort, LogZEstimates, estimate_log_z
+from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEstimates, estimate_log_z
 from ppl_vaebm.models.vae import OnePass
 from ppl_vaebm.models.vaebm import VAEBM
 from ppl_vaebm.rng import global_rng, seed_for
@@ -35,14 +35,16 @@ NUM_JOINT_DRAWS = 100
 fewer than those for log p, because each needs a pass of the energy too."""
 
 
-def normaliser_sections(loaded: LoadedRun, effort: LogZEffort, terms: Terms, seed: int) -> list[Section]:
+def log_z_sections(loaded: LoadedRun, effort: Effort, terms: Terms, seed: int) -> list[Section]:
     """Estimate log Z by all methods, and bound log h of the test data.
 
     Returns:
         Three sections: the estimates, how they were made, and log h. One with the reason where annealing failed.
     """
     try:
-        found = estimate_log_z(loaded.potential, effort, terms.reference_energy, seed)
+        found = estimate_log_z(
+            loaded.potential, terms.reference_energy, seed, effort.num_particles, effort.num_temperatures
+        )
     except InputError as error:
         return [Section("log Z by all methods (nats)", {"": {"none": str(error)}})]
     return [
@@ -91,7 +93,7 @@ def how_section(found: LogZEstimates) -> Rows:
         "unique ancestors of the sequential samplers": ", ".join(str(p.num_ancestors) for p in found.populations),
         "their resamplings": ", ".join(str(p.num_resamplings) for p in found.populations),
         "effective draws, bridge": _ess(found.estimates["bridge from the VAE to h"]),
-        "effective draws, draws of the VAE": _ess(found.estimates["draws of the VAE"]),
+        "effective draws, VAE samples": _ess(found.estimates["VAE samples"]),
         "levels of the ladder": ", ".join(f"{b:.3f}" for b in _numbers(ladder.get("inverse_temperatures"))),
         "swap rates of its neighbours": ", ".join(f"{rate:.2f}" for rate in _numbers(ladder.get("swap_rates"))),
         "its round trips": int(sum(_numbers(ladder.get("num_round_trips")))),

@@ -57,6 +57,10 @@ class Effort(NamedTuple):
     """Images of every set whose log h is compared with that of others."""
     num_score_draws: int = 20
     """Draws of the guide for each of these."""
+    num_particles: int = 256
+    """Particles for log Z: of each direction of annealing, and of all sequential samplers together."""
+    num_temperatures: int | None = None
+    """Steps of annealing for log Z; ``None`` follows the pilot."""
 
 
 def random_order(split: Split, seed: int, name: str) -> Tensor:

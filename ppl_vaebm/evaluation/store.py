@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ppl_vaebm.config.evaluation import PARTS
+from ppl_vaebm.config.evaluation import OLD_NAMES, PARTS
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.sections import Arrays, Measured, Section
 from ppl_vaebm.files import write_atomic
@@ -43,7 +43,7 @@ def read_parts(run: Run) -> dict[str, StoredPart]:
     try:
         stored = _map_leaves(json.loads(run.evaluation_file.read_text(encoding="utf-8")), from_json)
         parts = stored["parts"] if "parts" in stored else _parts_of_old_file(stored)
-        return {name: _part(**part) for name, part in parts.items()}
+        return {OLD_NAMES.get(name, name): _part(**part) for name, part in parts.items()}
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise InputError(
             f"expected sections of numbers in {run.evaluation_file}, found something else; remove it"

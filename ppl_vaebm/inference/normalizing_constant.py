@@ -1,7 +1,7 @@
 """The log Z of a VAEBM by everything that can estimate it, and whether to believe it.
 
-Annealing gives a bound from either side. Every other estimate has another weakness: draws of the VAE and the bridge
-need overlap, a ladder needs round trips, a sequential sampler needs ancestors. Where they agree, none of these bites.
+Annealing gives a bound from either side. Every other estimate has another weakness: VAE samples and the bridge need
+overlap, a ladder needs round trips, a sequential sampler needs ancestors. Where they agree, none of these bites.
 """
 
 from __future__ import annotations
@@ -44,15 +44,6 @@ IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES = 0.1, 50, 1_000
 LOWER, UPPER = "annealing, forward: a lower bound", "annealing, reverse: an upper bound"
 
 
-class LogZEffort(NamedTuple):
-    """How much to spend on log Z."""
-
-    num_particles: int
-    """Of each direction of annealing, and of all sequential samplers together; at least two for each of these."""
-    num_temperatures: int | None = None
-    """Steps of annealing; ``None`` follows the pilot."""
-
-
 class TargetDraws(NamedTuple):
     """Draws of h for what starts there."""
 
@@ -93,28 +84,39 @@ class LogZEstimates(NamedTuple):
         return LogZ(0.5 * (low.value + high.value), error, min(low.ess, high.ess))
 
 
-def estimate_log_z(potential: NoisePotential, effort: LogZEffort, reference_energy: Tensor, seed: int) -> LogZEstimates:
+def estimate_log_z(
+    potential: NoisePotential,
+    reference_energy: Tensor,
+    seed: int,
+    num_particles: int,
+    num_temperatures: int | None = None,
+) -> LogZEstimates:
     """Estimate log Z by annealing both ways, sequentially, from ladders, by a bridge, and from VAE samples.
 
-    ``reference_energy`` is E of VAE samples, ``(n,)``, nats; rejection may take as many again.
+    Args:
+        reference_energy: E of VAE samples, ``(n,)``, nats; rejection may take as many again.
+        num_particles: of each direction of annealing, and of all sequential samplers together; at least two for each
+            of these.
+        num_temperatures: steps of annealing; ``None`` follows the pilot.
 
     Raises:
         InputError: annealing was not possible; the sentence says why.
     """
 
     def named(purpose: str) -> torch.Generator:
+        # The name of the stream is that of earlier versions, so that a seed gives the same numbers.
         return stream(seed, "normaliser", purpose, device=reference_energy.device)
 
     generator = named("pilot")
     pilot = smc.run_smc(potential, generator, potential.draw_reference(generator, NUM_PILOT), smc.Adaptive())
-    num_temperatures = effort.num_temperatures or smc.num_temperatures_for(
+    num_temperatures = num_temperatures or smc.num_temperatures_for(
         pilot, IDEAL_GAP_NATS, LEAST_TEMPERATURES, MOST_TEMPERATURES
     )
     ladder = smc.spaced_ladder(pilot, num_temperatures)
     generator = named("forward")
-    start = potential.draw_reference(generator, effort.num_particles)
+    start = potential.draw_reference(generator, num_particles)
     down = ais.anneal(potential, generator, start, ladder)
-    generator, size = named("smc"), max(2, effort.num_particles // NUM_POPULATIONS)
+    generator, size = named("smc"), max(2, num_particles // NUM_POPULATIONS)
     populations = [
         smc.run_smc(potential, generator, potential.draw_reference(generator, size), ladder)
         for _ in range(NUM_POPULATIONS)
@@ -132,7 +134,7 @@ def estimate_log_z(potential: NoisePotential, effort: LogZEffort, reference_ener
         "thermodynamic integration": integral.log_z,
         "bridges between levels": _attempt(lambda: ladder_bridge(levels, energy)),
         "bridge from the VAE to h": _attempt(lambda: bridge(-reference_energy.unsqueeze(1), -target.energy).log_z),
-        "draws of the VAE": log_mean_exp(-reference_energy),
+        "VAE samples": log_mean_exp(-reference_energy),
     }
     report = {name: value for name, value in chains.attrs.items() if isinstance(value, (float, int, list))}
     return LogZEstimates(

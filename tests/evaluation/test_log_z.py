@@ -20,16 +20,16 @@ from ppl_vaebm.evaluation.log_z import (
     estimate_section,
     how_section,
     joint_bound,
-    normaliser_sections,
+    log_z_sections,
     verdict,
 )
 from ppl_vaebm.evaluation.sections import Section, sections_text
 from ppl_vaebm.evaluation.store import read_parts
 from ppl_vaebm.inference import likelihood as likelihood_module
-from ppl_vaebm.inference import normalizing_constant as normaliser
+from ppl_vaebm.inference import normalizing_constant
 from ppl_vaebm.inference.likelihood import log_p
 from ppl_vaebm.inference.log_z.base import LogZ
-from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEffort, LogZEstimates, estimate_log_z
+from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEstimates, estimate_log_z
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.inference.svi.svi import new_vae
 from ppl_vaebm.models.energy import Energy
@@ -60,7 +60,7 @@ LOG_Z = 0.5 * math.log(2 * math.pi * WIDTH**2) + float(
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRun, Terms, LogZEstimates]:
     loaded = loaded_run(tmp_path_factory.mktemp("run"))
     terms = likelihood_terms(loaded, EFFORT, seed=0)
-    return loaded, terms, estimate_log_z(loaded.potential, LogZEffort(256), terms.reference_energy, seed=0)
+    return loaded, terms, estimate_log_z(loaded.potential, terms.reference_energy, seed=0, num_particles=256)
 
 
 def test_the_estimates_are_listed_with_their_errors(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
@@ -274,7 +274,7 @@ def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, Lo
     vague = others(
         found,
         {
-            "draws of the VAE": LogZ(LOG_Z + 1, 0.01, 12.0),  # too few effective draws
+            "VAE samples": LogZ(LOG_Z + 1, 0.01, 12.0),  # too few effective draws
             "thermodynamic integration": LogZ(LOG_Z + 1, 0.4, 5_000.0),  # too large an error to disagree
             "bridge from the VAE to h": "the two densities hardly overlap",
         },
@@ -287,24 +287,24 @@ def test_what_knows_too_little_is_not_asked(measured: tuple[LoadedRun, Terms, Lo
 def test_bounds_without_an_error_are_taken_at_their_word(
     outside: float, agrees: bool, measured: tuple[LoadedRun, Terms, LogZEstimates]
 ) -> None:
-    found = others(bounds(measured[2], 0.0, 0.0, error=0.0), {"draws of the VAE": LogZ(LOG_Z + outside, 0.0, 5_000.0)})
-    assert ("draws of the VAE" in agreeing(found)) is agrees
+    found = others(bounds(measured[2], 0.0, 0.0, error=0.0), {"VAE samples": LogZ(LOG_Z + outside, 0.0, 5_000.0)})
+    assert ("VAE samples" in agreeing(found)) is agrees
 
 
 def test_an_energy_that_does_not_vary_has_a_log_z_without_an_error(tmp_path: Path, quick: None) -> None:
     loaded = loaded_run(tmp_path)
     vaebm = VAEBM(linear_vae(), ZeroEnergy())
     loaded = replace(loaded, vaebm=vaebm, potential=noise_potential(vaebm))
-    few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200)
-    sections = normaliser_sections(loaded, LogZEffort(16, 3), likelihood_terms(loaded, few, 0), seed=0)
+    few = EFFORT._replace(num_test=10, num_importance=4, num_z_draws=200, num_particles=16, num_temperatures=3)
+    sections = log_z_sections(loaded, few, likelihood_terms(loaded, few, 0), seed=0)
     section: dict[str, object] = {**columns_of(sections, "log Z by all methods (nats)")[""]}
     assert cell(section, UPPER) == cell(section, LOWER) == (0.0, 0.0)
-    assert "draws of the VAE" in str(section["agree with the bounds"])
+    assert "VAE samples" in str(section["agree with the bounds"])
 
 
 def test_where_annealing_fails_the_section_says_so(measured: tuple[LoadedRun, Terms, LogZEstimates]) -> None:
     loaded, terms, _ = measured
-    sections = normaliser_sections(loaded, LogZEffort(1), terms, seed=0)
+    sections = log_z_sections(loaded, EFFORT._replace(num_particles=1), terms, seed=0)
     assert "at least 2 particles" in str(columns_of(sections, "log Z by all methods (nats)")[""]["none"])
 
 
@@ -318,7 +318,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(likelihood_module, "NUM_PILOT", 100)
     small = {"NUM_PILOT": 16, "NUM_EXACT": 20, "NUM_LADDERS": 4, "NUM_LADDER_WARMUP": 20, "NUM_LADDER_DRAWS": 10}
     for name, value in small.items():
-        monkeypatch.setattr(normaliser, name, value)
+        monkeypatch.setattr(normalizing_constant, name, value)
     monkeypatch.setattr("ppl_vaebm.reports.report.write_report", write_empty_report)
 
 
@@ -332,7 +332,7 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
     options = ["--only", "likelihood", "--log-likelihood", "--num-particles", "16", "--num-temperatures", "3"]
     evaluate.main([str(run), *FEW, *options])
     parts = read_parts(Run(run))
-    sections = parts.pop("normaliser").sections
+    sections = parts.pop("log-z").sections
     assert parts == plain and len(sections) == 3
     assert columns_of(sections, "how log Z was estimated")[""]["temperatures"] == 3
     assert "annealing, reverse: an upper bound" in capsys.readouterr().out
@@ -380,4 +380,4 @@ def test_options_that_cannot_work_end_in_a_sentence(
 
 
 def test_the_least_number_of_particles_is_two_for_each_sequential_sampler() -> None:
-    assert evaluate.MIN_PARTICLES == 2 * normaliser.NUM_POPULATIONS
+    assert evaluate.MIN_PARTICLES == 2 * normalizing_constant.NUM_POPULATIONS

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ppl_vaebm import evaluate
-from ppl_vaebm.config.evaluation import PARTS, Part
+from ppl_vaebm.config.evaluation import PARTS, Part, split_parts
 from ppl_vaebm.data.splits import IntegerImages, image_data
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import evaluation
@@ -33,7 +33,7 @@ from tests.judged import LEVELS, Brightness, PixelNet, columns_of, image_levels,
 from tests.tiny import IMAGES, fit_run, write_empty_report
 
 EFFORT = Effort(20, 2, 100, num_samples=30, steps=(1, 3), num_scored=20, num_score_draws=2)
-WITHOUT_NORMALISER: tuple[Part, ...] = tuple(part for part in PARTS if part != "normaliser")
+WITHOUT_LOG_Z: tuple[Part, ...] = tuple(part for part in PARTS if part != "log-z")
 FEW = ["--num-test", "20", "--num-importance", "4", "--num-z-draws", "200", "--num-samples", "30"]
 
 
@@ -48,9 +48,9 @@ def test_every_part_is_measured_and_pictured(tmp_path: Path, quick: None, monkey
     monkeypatch.setattr(evaluation_plan, "feature_net", lambda *options: PixelNet())
     data = level_data(image_levels(120), image_levels(60, name="test"))
     loaded = image_run(Run.create(tmp_path / "run").path, data, Brightness(3.0))
-    plan = Plan(EFFORT, WITHOUT_NORMALISER, features="classifier", ood=tuple(SYNTHETIC))
+    plan = Plan(EFFORT, WITHOUT_LOG_Z, features="classifier", ood=tuple(SYNTHETIC))
     found = dict(evaluate_parts(loaded, plan))
-    assert tuple(found) == WITHOUT_NORMALISER
+    assert tuple(found) == WITHOUT_LOG_Z
     assert {part for part, measured in found.items() if measured.arrays} == set(PICTURES)
     titles = [section.title for measured in found.values() for section in measured.sections]
     assert len(titles) == len(set(titles))  # no part hides another's numbers
@@ -60,7 +60,7 @@ def test_every_part_is_measured_and_pictured(tmp_path: Path, quick: None, monkey
     assert section is not None and len(section.pictures) == len(PICTURES)
     assert all("Good: " in picture.note for picture in section.pictures)
     assert any(table.caption == "pixels, 30 samples" and len(table.header) == 9 for table in section.tables)
-    assert section.notes == [f"{part}: seed 0, weights ab" for part in WITHOUT_NORMALISER]
+    assert section.notes == [f"{part}: seed 0, weights ab" for part in WITHOUT_LOG_Z]
 
 
 def test_neighbours_alone_take_the_first_samples_of_all(
@@ -162,9 +162,18 @@ def test_parts_can_be_measured_one_by_one(points: Path, quick: None, capsys: pyt
     assert list(read_parts(Run(points))) == ["samples"]
 
 
+def test_an_old_name_of_a_part_is_accepted_with_a_note(points: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert split_parts("ood, normaliser") == ("ood", "log-z")
+    with pytest.raises(SystemExit):
+        evaluate.main([str(points), "--only", "normaliser", "--stage", "svi"])
+    note, error = capsys.readouterr().err.splitlines()
+    assert note == "note: the part normaliser is called log-z now" and "log-z not" in error
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--only", "log-z,normaliser"], ["different parts", "log-z, log-z"]),
         (["--only", "likelyhood"], ["unknown part", "expected some of likelihood", "did you mean likelihood?"]),
         (["--only", ","], ["parts", "none"]),
         (["--ood", "noise"], ["are points"]),
@@ -223,4 +232,4 @@ def test_the_command_on_images(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "VAEBM, 2 mala steps" in metrics["Frechet distance"]
     assert "30 samples are fewer than the 64 features" in capsys.readouterr().out
     assert (run / "report.html").read_text().count("<img") >= 6
-    assert set(parts) == set(get_args(Part)) - {"normaliser"}
+    assert set(parts) == set(get_args(Part)) - {"log-z"}

@@ -105,6 +105,15 @@ def test_files_of_earlier_versions_are_read(run: Run) -> None:
     assert read_parts(run) == {"samples": samples, "ood": StoredPart("1f", 0, [AREAS])}
 
 
+def test_results_under_the_old_name_of_a_part_are_read(run: Run) -> None:
+    section = {"title": "log Z", "columns": {"": {"middle": 1.5}}}
+    old = {"parts": {"normaliser": {"weights": "ab", "seed": 3, "sections": [section]}}}
+    run.evaluation_file.write_text(json.dumps(old))
+    assert read_parts(run) == {"log-z": StoredPart("ab", 3, [listed("log Z", {"middle": 1.5})])}
+    store(run, "ood", Measured([AREAS], {}), "ab", 0)
+    assert list(read_parts(run)) == ["log-z", "ood"]
+
+
 def test_bare_non_finite_numbers_of_earlier_versions_are_read(run: Run) -> None:
     run.evaluation_file.write_text('{"distance": {"a": NaN, "b": {"value": -Infinity, "error": Infinity}}}')
     ((part,),) = (found.sections for found in read_parts(run).values())
