@@ -1,11 +1,8 @@
-"""Chains of the first latent under the energy's own term of it, and swaps of that latent with them.
+"""Chains of the first latent under its own term of the energy, and their swaps with chains of h.
 
-The term's density ``exp(-E_1(z_1)) N(eps_1; 0, I)`` is the VAE with its first prior corrected. Its chains need neither
-decoder nor image, and replica exchange joins its modes, which single chains hardly leave.
-
-Behind every chain of h stands one of these. Every few steps the two propose to swap their noises of the first latent.
-``E_1`` cancels under the product of the two densities, so a swap is accepted with probability
-``min(1, exp(J(eps) - J(eps')))``, ``J = E - E_1``, and leaves both densities as they are.
+Chains of ``exp(-E_1(z_1)) N(eps_1; 0, I)`` need neither decoder nor image, and replica exchange joins its modes. Each
+chain of h has one as its partner. Every few steps the two propose to swap their noises of the first latent, which is
+accepted with probability ``min(1, exp(J(eps) - J(eps')))``, ``J = E - E_1``, and preserves both densities.
 """
 
 from __future__ import annotations
@@ -30,6 +27,7 @@ from ppl_vaebm.inference.kernels.base import (
     init_with_grad,
     init_without_grad,
     metropolis,
+    run_steps,
     select,
 )
 from ppl_vaebm.inference.kernels.ladder import follow_rates, start_ladder, stored_ladder
@@ -86,30 +84,21 @@ def run_first_latent(
 
     Args:
         potential: of the VAEBM, whose energy has the term.
-        generator: on the position's device.
+        generator: on the device of the position.
         position: all noises, ``(C, D)``; the chains start at the first latent's, from N(0, I).
         num_steps: sweeps of the chains.
-        params: of an earlier run; if not given they are tuned on the first half of the sweeps.
+        params: of an earlier run; if ``None`` they are tuned on the first half of the sweeps.
     """
     kernel = build_latent_kernel(LatentPotential(potential.vaebm))
-    state = kernel.init(position[:, : num_first(potential)])
-    num_warmup = 0 if params else num_steps // 2
+    state, num_warmup = kernel.init(position[:, : num_first(potential)]), 0
     if params is None:
-        start = init_params(state.position, LATENT_STEP_SIZE)
+        start, num_warmup = init_params(state.position, LATENT_STEP_SIZE), num_steps // 2
         state, params, _ = adaptation.warm_up(kernel, generator, state, start, num_warmup)
-    for _ in range(num_steps - num_warmup):
-        state, _ = kernel.step(generator, state, params)
-    return state, params
+    return run_steps(kernel, generator, state, params, num_steps - num_warmup)[0], params
 
 
 class LatentStore:
-    """Persistent chains of the first latent, for training.
-
-    Args:
-        vaebm: with the energy in training.
-        generator: source of the starts, from N(0, I); on the energy's device.
-        num: chains, each with a replica at every level.
-    """
+    """Persistent chains of the first latent, for training: ``num`` of them from N(0, I), with a replica at each level."""
 
     def __init__(self, vaebm: VAEBM, generator: torch.Generator, num: int) -> None:
         self.potential = LatentPotential(vaebm)
@@ -121,23 +110,14 @@ class LatentStore:
         self.params: KernelParams = params._replace(ladder=start_ladder(LATENT_NUM_LEVELS, params, 1))
 
     def advance(self, generator: torch.Generator, num: int, num_sweeps: int) -> tuple[Tensor, Tensor, list[KernelInfo]]:
-        """Move some of the chains, with a ladder that follows their acceptance and swaps.
+        """Move some of the chains by at least 2 sweeps, with a ladder that follows their acceptance and swaps.
 
-        Args:
-            generator: on the chains' device.
-            num: chains to move, at most those that there are.
-            num_sweeps: at least 2, so that every pair of neighbours is proposed.
-
-        Returns:
-            Positions at b = 1, ``(num, d)``, their slots ``(num,)``, and the reports of their sweeps.
+        Returns positions at b = 1, ``(num, d)``, their slots ``(num,)``, and the reports of their sweeps.
         """
         slots = torch.randperm(len(self.positions), generator=generator, device=self.positions.device)[:num]
         start = self.positions[slots]
-        state, infos = self.kernel.init(start[:, -1]), []
-        state = tempered.with_replicas(self.potential, state, start[:, :-1])
-        for _ in range(num_sweeps):
-            state, info = self.kernel.step(generator, state, self.params)
-            infos.append(info)
+        state = tempered.with_replicas(self.potential, self.kernel.init(start[:, -1]), start[:, :-1])
+        state, infos = run_steps(self.kernel, generator, state, self.params, num_sweeps)
         self.positions[slots] = tempered.all_positions(state)
         assert state.replicas is not None and self.params.ladder is not None
         ladder = follow_rates(self.params.ladder, state.replicas.counts, LATENT_TARGET_ACCEPTANCE)
@@ -154,11 +134,7 @@ class LatentStore:
         return {"positions": self.positions, **self.params.ladder._asdict()}
 
     def load(self, state: Mapping[Any, Any]) -> None:
-        """Restore what :meth:`state` returned.
-
-        Raises:
-            InputError: it is of other chains.
-        """
+        """Restore what :meth:`state` returned; raise InputError if it is of other chains."""
         stored = state["positions"]
         if stored.shape != self.positions.shape:
             raise InputError(
@@ -173,13 +149,10 @@ class LatentStore:
 def with_swaps(kernel: Kernel, potential: NoisePotential) -> Kernel:
     """Let a kernel swap the first latent with chains of its own term, every :data:`STEPS_PER_SWAP` steps.
 
-    ``init`` puts all replicas of a chain's partner at the chain's own first latent, which they forget within a few
-    round trips; ``warm_up`` tunes them over as many sweeps as draws give them. :func:`with_partners` puts others there.
-
-    Returns:
-        The kernel itself for an energy without that term. Else one of which a swap costs one evaluation more.
-        Acceptance rate, energy and divergences are those of the local moves; the report of a run adds
-        ``exchange_rate``, and what the partners' ladder reports, as ``first_latent_...``.
+    ``init`` starts a chain's partner at the chain's own first latent, :func:`with_partners` at another place. A swap
+    costs one evaluation more. Acceptance rate, energy and divergences are those of the local moves; the report of a run
+    adds ``exchange_rate``, and the report of the partners as ``first_latent_...``. An energy without that term gives
+    the kernel itself.
     """
     if potential.vaebm.energy.latent_net is None:
         return kernel
@@ -195,9 +168,7 @@ def with_swaps(kernel: Kernel, potential: NoisePotential) -> Kernel:
         num_steps = partners.num_steps + 1
         if num_steps < STEPS_PER_SWAP:
             return moved._replace(partners=partners._replace(num_steps=num_steps)), info
-        other = partners.state
-        for _ in range(SWEEPS_PER_SWAP):
-            other, _ = latent.step(generator, other, partner_params)
+        other, _ = run_steps(latent, generator, partners.state, partner_params, SWEEPS_PER_SWAP)
         swapped = swap(generator, potential, own, moved, other)
         rate_sum = partners.rate_sum + swapped.acceptance_rate
         info = info._replace(is_accepted=info.is_accepted | swapped.is_accepted, num_evals=info.num_evals + 1)
@@ -233,7 +204,7 @@ def with_partners(state: KernelState, partners: KernelState) -> KernelState:
 
 
 class Swap(NamedTuple):
-    """Result of one proposed swap of every chain."""
+    """Result of one proposed swap for each chain."""
 
     state: KernelState
     """The chains, ``(C, D)``, with their replicas, and with a gradient if they had one."""
@@ -248,17 +219,14 @@ class Swap(NamedTuple):
 def swap(
     generator: torch.Generator, potential: Potential, own: Potential, state: KernelState, other: KernelState
 ) -> Swap:
-    """Propose to every chain to swap its first latent with its partner.
+    """Propose to swap the first latent of each chain, ``(C, D)`` on ``potential``, with its partner, ``(C, d)`` on ``own``.
 
-    Chains are ``(C, D)`` on ``potential``; partners are ``(C, d)`` on ``own``, the first latent's own term. A proposal
-    whose energy or gradient is not finite is rejected.
+    A proposal whose energy or gradient is not finite is rejected.
     """
     mine, position = state.position[:, : other.position.shape[1]], with_first(state.position, other.position)
     back, proposal = _init_like(other, own)(mine), _init_like(state, potential)(position)
-    # J, for E_1 is in both terms of each.
-    after, before = (
-        phi.potential.double() - term.potential.double() for phi, term in ((proposal, other), (state, back))
-    )
+    # The joint term before and after the swap.
+    before, after = state.potential.double() - back.potential, proposal.potential.double() - other.potential
     chosen, rate, is_accepted, _ = metropolis(generator, state, proposal, after - before)
     new = select(is_accepted, back, other)
     return Swap(chosen._replace(replicas=state.replicas), new._replace(replicas=other.replicas), rate, is_accepted)
@@ -274,5 +242,5 @@ def _partner_params(state: KernelState, params: KernelParams) -> KernelParams:
 
 
 def _init_like(state: KernelState, potential: Potential) -> Callable[[Tensor], KernelState]:
-    """Make the ``init`` that gives states a gradient if that one has it."""
+    """Return the ``init`` that evaluates a gradient if a state has one."""
     return init_without_grad(potential) if state.grad is None else init_with_grad(potential)

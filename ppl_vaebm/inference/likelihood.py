@@ -1,13 +1,13 @@
-"""Normalised likelihoods: log p(x) by importance weighting, log Z from draws of the VAE, and so log h(x).
+"""Normalized likelihoods: log p(x) by importance weighting, log Z from VAE samples, and so log h(x).
 
-``log h(x) = log p(x) - E(x) - log Z`` with ``Z = E_p[exp(-E(x))]``. Draws of the VAE estimate Z well where
-its weights exp(-E) have many effective samples; the estimate says how many.
+``log h(x) = log p(x) - E(x) - log Z`` with ``Z = E_p[exp(-E(x))]``. VAE samples estimate Z well where their weights
+exp(-E) have many effective samples, which the estimate reports.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,19 +20,17 @@ from torch import Tensor
 
 from ppl_vaebm.inference.elbo import kl_rows
 from ppl_vaebm.inference.kernels.base import value_only
-from ppl_vaebm.inference.log_z.base import LogZ as LogZ
-from ppl_vaebm.inference.log_z.base import log_mean_exp
-from ppl_vaebm.inference.log_z.base import weights_ess as weights_ess
+from ppl_vaebm.inference.log_z.base import LogZ, log_mean_exp
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE, OnePass
 from ppl_vaebm.rng import global_rng
 
 BATCH = 10_000
-"""Rows that one pass evaluates, fewer for large models. Which random numbers a row gets depends on it."""
+"""Rows whose random numbers are drawn together, fewer for large models. The draws depend on it."""
 NUM_PILOT = 50_000
 """VAE samples that set the first bound of the rejection sampler, at most."""
 PILOT_PER_DRAW = 5
-"""VAE samples of that pilot for every draw that is asked for. Chosen by us."""
+"""VAE samples of that pilot for every draw of h. Chosen by us."""
 MIN_PILOT = 2_000
 """VAE samples of that pilot, at least. Chosen by us."""
 WIDE_SCALES = (1.0, 2.0, 4.0)
@@ -41,7 +39,7 @@ WIDE_SCALES = (1.0, 2.0, 4.0)
 MAX_WIDE_DIM = 8
 """Latent values d up to which they are used: a guide twice as wide has 2^-d of its mass where the narrow one is."""
 CERTIFIED_ESS = 100.0
-"""Effective samples below which a log Z from draws of the VAE is reported as not certified."""
+"""Effective samples below which a log Z from VAE samples is reported as not certified."""
 
 
 class LogLikelihood(NamedTuple):
@@ -63,61 +61,34 @@ class ExactDraws(NamedTuple):
     position: Tensor
     """Noise, ``(num, D)``."""
     acceptance_rate: float
-    """Share of the VAE's draws that were kept."""
+    """Fraction of the VAE samples that were kept."""
     num_proposals: int
-    """Draws of the VAE that it took, those before the bound was last raised included."""
+    """VAE samples that it took, those before the bound was last raised included."""
 
 
 def reference_energies(potential: NoisePotential, generator: torch.Generator, num: int) -> Tensor:
-    """Evaluate the energy of draws of the VAE.
-
-    Args:
-        potential: of the VAEBM.
-        generator: source of the draws.
-        num: how many.
-
-    Returns:
-        ``(num,)``, nats.
-    """
+    """Evaluate the energy of VAE samples, ``(num,)``, nats."""
     batch = min(BATCH, potential.rows_per_block)
     sizes = [min(batch, num - start) for start in range(0, num, batch)]
     return torch.cat([value_only(potential, potential.draw_reference(generator, size)) for size in sizes])
 
 
 def log_z_from_vae(potential: NoisePotential, generator: torch.Generator, num: int) -> LogZ:
-    """Estimate log Z from draws of the VAE.
-
-    Args:
-        potential: of the VAEBM.
-        generator: source of the draws.
-        num: how many.
-
-    Returns:
-        The estimate; trust it where its ``ess`` is large.
-    """
+    """Estimate log Z from VAE samples; trust it where its ``ess`` is large."""
     return log_mean_exp(-reference_energies(potential, generator, num))
 
 
 def exact_draws(
     potential: NoisePotential, generator: torch.Generator, num: int, max_proposals: int = 20_000_000
 ) -> ExactDraws:
-    """Draw independently from h by rejection from the VAE.
+    """Draw independently from h by rejection from at most ``max_proposals`` VAE samples.
 
-    A draw is kept with probability ``exp(-E - bound)``. The bound starts as the largest -E of a pilot; when a draw
-    exceeds it, it is raised and the draws kept so far are thinned to match, so the result is exact given that no
-    unseen draw of the VAE has a larger weight.
-
-    Args:
-        potential: of the VAEBM.
-        generator: source of the draws.
-        num: how many to return.
-        max_proposals: draws of the VAE after which to give up.
-
-    Returns:
-        The draws.
+    A sample is kept with probability ``exp(-E - bound)``. The bound starts as the largest -E of a pilot. A sample
+    beyond it raises it, and those kept so far are thinned to match, so that the result is exact if no unseen VAE sample
+    has a larger weight.
 
     Raises:
-        RejectionError: not enough were kept within ``max_proposals``, or an energy is NaN or minus infinity.
+        RejectionError: not enough were kept, or an energy is NaN or minus infinity.
     """
     num_pilot = min(NUM_PILOT, max(MIN_PILOT, PILOT_PER_DRAW * num))
     pilot = _checked(-reference_energies(potential, generator, num_pilot).double())
@@ -126,35 +97,27 @@ def exact_draws(
     # Twice over, for the pilot's own chance; it also spares the wait where there is no hope.
     if 2 * max_proposals * fraction_kept < num:
         raise RejectionError(
-            f"rejection would keep about {fraction_kept:.2g} of the VAE's draws: "
+            f"rejection would keep about {fraction_kept:.2g} of the VAE samples: "
             "h is too far from the VAE to be drawn this way; sample it by chains"
         )
     kept: list[Tensor] = []
     kept_count, proposals = 0, 0
-    for position, log_weight in _proposals(potential, generator, max_proposals):
-        proposals += len(position)
+    batch = min(BATCH, potential.rows_per_block)
+    for proposals in range(batch, max_proposals + batch, batch):
+        position = potential.draw_reference(generator, batch)
+        log_weight = _checked(-value_only(potential, position).double())
         largest = float(log_weight.max())
         if largest > bound:
-            kept = [_thin(block, bound - largest, generator) for block in kept]
-            bound, kept_count = largest, sum(map(len, kept))
-        uniform = torch.rand(len(position), generator=generator, dtype=torch.float64, device=position.device)
-        kept.append(position[uniform.log() < log_weight - bound])
-        kept_count += len(kept[-1])
+            kept = [_thinned(block, bound - largest, generator) for block in kept]
+            bound = largest
+        kept.append(_thinned(position, log_weight - bound, generator))
+        kept_count = sum(map(len, kept))
         if kept_count >= num:
             return ExactDraws(torch.cat(kept)[:num], kept_count / proposals, proposals)
     raise RejectionError(
-        f"rejection kept {kept_count} of {proposals} draws of the VAE where {num} were asked for: "
+        f"rejection kept {kept_count} of {proposals} VAE samples where {num} were asked for: "
         "h is too far from the VAE to be drawn this way; sample it by chains"
     )
-
-
-def _proposals(
-    potential: NoisePotential, generator: torch.Generator, max_proposals: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    batch = min(BATCH, potential.rows_per_block)
-    for _ in range(0, max_proposals, batch):
-        position = potential.draw_reference(generator, batch)
-        yield position, _checked(-value_only(potential, position).double())
 
 
 def _checked(log_weight: Tensor) -> Tensor:
@@ -167,7 +130,8 @@ def _checked(log_weight: Tensor) -> Tensor:
     return log_weight
 
 
-def _thin(position: Tensor, log_probability: float, generator: torch.Generator) -> Tensor:
+def _thinned(position: Tensor, log_probability: float | Tensor, generator: torch.Generator) -> Tensor:
+    """Keep each row with its probability, given by its log."""
     uniform = torch.rand(len(position), generator=generator, dtype=torch.float64, device=position.device)
     return position[uniform.log() < log_probability]
 
@@ -175,16 +139,10 @@ def _thin(position: Tensor, log_probability: float, generator: torch.Generator) 
 def elbo_rows(
     vae: HierarchicalVAE, x: Tensor, seed: int, is_discretized: bool = True
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Estimate the ELBO of every data point by one draw of its posterior.
+    """Estimate the ELBO of data ``(n, *event_shape)`` by one posterior sample of a VAE in evaluation mode.
 
-    Args:
-        vae: the VAE, in evaluation mode.
-        x: ``(n, *event_shape)``.
-        seed: of the draws.
-        is_discretized: as in :func:`log_p`; stage 1's ELBO is discretised.
-
-    Returns:
-        The ELBO ``(n,)``, float64, nats; and the KL of every group, of the same shape.
+    ``is_discretized`` is as in :func:`log_p`; the ELBO of stage svi is discretised. Returns the ELBO and the KL of each
+    group, ``(n,)`` each, float64, nats.
     """
     with torch.no_grad(), global_rng(seed):
         parts = [_elbo_rows(vae, rows, is_discretized) for rows in x.split(vae.rows_per_block)]
@@ -213,19 +171,19 @@ def log_p(
 ) -> LogLikelihood:
     """Estimate the VAE's log density by importance weighting (Burda et al. 2016) with its guide.
 
-    A guide is often narrower than the posterior, and then a few draws carry the estimate. So the draws come from an
-    equal mixture of the guide and of copies whose standard deviations are multiplied, and are weighted by the
-    mixture's density (multiple importance sampling's balance heuristic, Veach and Guibas 1995).
+    A guide is often narrower than the posterior, and then a few draws carry the estimate. Therefore the draws come from
+    an equal mixture of the guide and of copies with multiplied standard deviations, and are weighted by its density
+    (balance heuristic, Veach and Guibas 1995).
 
     Args:
         vae: the VAE, in evaluation mode.
         x: ``(n, *event_shape)``.
         seed: of the guide's draws.
         num_importance: draws per data point, at least 2; raised to a multiple of the number of scales.
-        scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` where the latents are few enough for a wide
-            copy to be of use, else the guide alone.
-        is_discretized: score x by the decoder's discretised distribution, as stage 1 does, and not by the continuous
-            one, VAEBM's base measure; most decoders have the continuous one alone.
+        scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` up to :data:`MAX_WIDE_DIM` latent values,
+            else the guide alone.
+        is_discretized: score x by the decoder's discretised distribution, as stage svi does, and not by the continuous
+            one that is VAEBM's base measure; for many decoders the two are one.
 
     Returns:
         The estimate; its expectation is a lower bound that tightens with ``num_importance``.
@@ -291,10 +249,10 @@ class _Widened(Messenger):
         self.factor = factor
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if isinstance(fn, Independent) and isinstance(fn.base_dist, Normal):
-            wide = Normal(fn.base_dist.loc, self.factor * fn.base_dist.scale)
-            msg["fn"] = Independent(wide, fn.reinterpreted_batch_ndims)
+        posterior = msg["fn"]
+        if isinstance(posterior, Independent) and isinstance(posterior.base_dist, Normal):
+            wide = Normal(posterior.base_dist.loc, self.factor * posterior.base_dist.scale)
+            msg["fn"] = Independent(wide, posterior.reinterpreted_batch_ndims)
 
 
 def _log_prob(trace: poutine.Trace) -> Tensor:

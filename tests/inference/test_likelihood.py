@@ -161,7 +161,7 @@ def test_the_exact_draws_are_those_of_the_product(generator: torch.Generator) ->
     # A draw is kept with probability exp(-E - bound), and the bound is near the largest -E, which is 0.
     error = math.sqrt(math.exp(LOG_Z) * (1 - math.exp(LOG_Z)) / draws.num_proposals)
     assert draws.acceptance_rate == pytest.approx(math.exp(LOG_Z), abs=5 * error + 1e-4)
-    # Negative control: draws of the VAE are others.
+    # Negative control: VAE samples have other moments.
     reference = potential.draw_reference(generator, 20_000)
     assert min(moment_errors(potential.decode(reference))) > 20
 
@@ -237,7 +237,12 @@ def test_raising_the_bound_thins_what_was_kept_before(
     monkeypatch.setattr(likelihood, "NUM_PILOT", size)
     monkeypatch.setattr(likelihood, "BATCH", size)
     if not thins:  # negative control
-        monkeypatch.setattr(likelihood, "_thin", lambda position, log_probability, generator: position)
+        thinned = likelihood._thinned
+
+        def without_thinning(rows: Tensor, log_probability: float | Tensor, generator: torch.Generator) -> Tensor:
+            return rows if isinstance(log_probability, float) else thinned(rows, log_probability, generator)
+
+        monkeypatch.setattr(likelihood, "_thinned", without_thinning)
     pilot, first, second, third = [0.0] * size, [0.0] * size, [high] + [-1.0] * (size - 1), [high] * size
     scripted = Scripted([pilot, first, second, third])
     draws = exact_draws(scripted, generator, 12_000, max_proposals=4 * size)  # type: ignore[arg-type]
@@ -255,12 +260,12 @@ def test_raising_the_bound_thins_what_was_kept_before(
 def test_it_gives_up_with_the_numbers(generator: torch.Generator) -> None:
     share = exact_draws(linear_potential(), generator, 1_000).acceptance_rate
     num = round(30_000 * share * 1.4)  # more than 30,000 proposals give, but not twice as many
-    with pytest.raises(RejectionError, match=rf"rejection kept \d+ of 30000 draws of the VAE where {num} were asked"):
+    with pytest.raises(RejectionError, match=rf"rejection kept \d+ of 30000 VAE samples where {num} were asked"):
         exact_draws(linear_potential(), generator, num, max_proposals=30_000)
 
 
 def test_it_gives_up_at_once_where_there_is_no_hope(generator: torch.Generator) -> None:
-    with pytest.raises(RejectionError, match=r"would keep about \d.*e-\d+ of the VAE's draws"):
+    with pytest.raises(RejectionError, match=r"would keep about \d.*e-\d+ of the VAE samples"):
         exact_draws(linear_potential(QuadraticEnergy(4.0, 1e-4)), generator, 20_000)
 
 

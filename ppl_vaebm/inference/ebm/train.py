@@ -23,7 +23,7 @@ from ppl_vaebm.inference.ebm.negatives import Moved, PersistentChains, replay_pr
 from ppl_vaebm.inference.ebm.state import Training
 from ppl_vaebm.inference.ebm.validation import Gain, likelihood_gain
 from ppl_vaebm.inference.kernels.base import value_only
-from ppl_vaebm.inference.likelihood import weights_ess
+from ppl_vaebm.inference.log_z.base import weights_ess
 from ppl_vaebm.inference.optim import DivergedError
 from ppl_vaebm.inference.potential import noise_potential
 from ppl_vaebm.models.vae import HierarchicalVAE

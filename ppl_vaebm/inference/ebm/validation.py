@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ppl_vaebm.config import Config
 from ppl_vaebm.data.splits import Split
-from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, LogZ, log_z_from_vae
+from ppl_vaebm.inference.likelihood import CERTIFIED_ESS, log_z_from_vae
+from ppl_vaebm.inference.log_z.base import LogZ
 from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng, seed_for, stream
