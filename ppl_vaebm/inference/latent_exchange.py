@@ -98,7 +98,7 @@ def run_first_latent(
 
 
 class LatentStore:
-    """Persistent chains of the first latent, for training: ``num`` of them from N(0, I), with a replica at each level."""
+    """Persistent chains of the first latent for training, ``num`` from N(0, I), with a replica at each level."""
 
     def __init__(self, vaebm: VAEBM, generator: torch.Generator, num: int) -> None:
         self.potential = LatentPotential(vaebm)
@@ -219,7 +219,7 @@ class Swap(NamedTuple):
 def swap(
     generator: torch.Generator, potential: Potential, own: Potential, state: KernelState, other: KernelState
 ) -> Swap:
-    """Propose to swap the first latent of each chain, ``(C, D)`` on ``potential``, with its partner, ``(C, d)`` on ``own``.
+    """Propose to swap the first latents of chains ``(C, D)`` with their partners ``(C, d)``, on the potential ``own``.
 
     A proposal whose energy or gradient is not finite is rejected.
     """
