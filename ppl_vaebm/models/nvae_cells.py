@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -29,19 +29,21 @@ MEMORY_FORMAT = torch.channels_last
 class Conv2d(nn.Conv2d):
     """A convolution whose weight is ``exp(log_gain) * v / |v|``, one gain and one norm per output channel.
 
-    Weight normalisation (Salimans and Kingma 2016) as NVAE has it: the norm is over inputs and kernel, and the gain
-    starts at the norm of PyTorch's own initial weights. Sides are padded to keep the grid.
+    Weight normalisation (Salimans and Kingma 2016) as in NVAE: the norm is over inputs and kernel, and the gain starts
+    at the norm of PyTorch's initial weights. The kernel's side ``size`` is odd; padding keeps the grid.
 
     Args:
         num_in: input channels.
         num_out: output channels.
-        size: side of the kernel, odd.
-        weight_norm: whether the weight is normalised; if not, it is v itself.
-        mask: of v, broadcastable to ``(out, in / groups, k, k)``; the rest of v is zero and not in the norm.
+        size: side of the kernel.
+        weight_norm: whether the weight is normalised; if not, it is v.
+        mask: factor on v, broadcastable to ``(out, in / groups, k, k)``.
         options: of :class:`torch.nn.Conv2d`.
     """
 
     mask: Tensor | None
+    folded: Tensor | None = None
+    """Weight that :func:`fold_weight_norm` stored; in no state, and dropped where the parameters may change."""
 
     def __init__(
         self,
@@ -65,8 +67,11 @@ class Conv2d(nn.Conv2d):
 
     def effective_weight(self) -> Tensor:
         """Return the weight that the convolution uses, of the same shape."""
-        v = self.direction()
-        return v if self.log_gain is None else normalized(v, self.log_gain)
+        if self.log_gain is None:
+            return self.direction()
+        if self.folded is not None and not (self.weight.requires_grad or self.log_gain.requires_grad):
+            return self.folded
+        return normalized(self.direction(), self.log_gain)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(n, in, h, w)`` to ``(n, out, h', w')``."""
@@ -74,6 +79,39 @@ class Conv2d(nn.Conv2d):
         weight = self.effective_weight().to(memory_format=MEMORY_FORMAT)
         out: Tensor = self._conv_forward(x, weight, self.bias)
         return out
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; training drops the folded weight."""
+        if mode:
+            self.folded = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the folded weight out of copies, such as averages."""
+        return {**super().__getstate__(), "folded": None}
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.folded = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        """Move or convert the parameters, and drop the folded weight."""
+        self.folded = None
+        moved: Self = super()._apply(*args, **options)
+        return moved
+
+
+@torch.no_grad()
+def fold_weight_norm(net: nn.Module) -> None:
+    """Store the normalised weights of a net's frozen convolutions, so that its calls do not compute them again.
+
+    Training mode, ``requires_grad_()``, ``load_state_dict`` and ``to`` end that. Parameters written in place, as an
+    average's update does, need another call.
+    """
+    for conv in net.modules():
+        if isinstance(conv, Conv2d) and not any(parameter.requires_grad for parameter in conv.parameters()):
+            conv.folded = None
+            conv.folded = None if conv.log_gain is None else conv.effective_weight().to(memory_format=MEMORY_FORMAT)
 
 
 def normalized(v: Tensor, log_gain: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from ppl_vaebm.inference.ebm.latent_term import BALANCE_STAGE, TERM_STAGE
 from ppl_vaebm.inference.potential import NoisePotential, noise_potential
 from ppl_vaebm.inference.svi.batch_norm import set_statistics
 from ppl_vaebm.inference.svi.svi import new_vae
+from ppl_vaebm.models.nvae_cells import fold_weight_norm
 from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.models.vaebm import VAEBM, build_vaebm, has_discrete_x
 from ppl_vaebm.runs import checkpoint as checkpoints
@@ -100,7 +101,7 @@ def run_config(run: Run) -> Config:
 
 
 def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -> HierarchicalVAE:
-    """Load the VAE with stage 1's best averaged weights, in evaluation mode.
+    """Load the VAE with stage 1's best averaged weights, frozen, in evaluation mode.
 
     With ``has_prior_statistics`` batch normalisations of the generator get the statistics of prior samples, in place of
     those of training, which the validation ELBO is measured with.
@@ -118,7 +119,9 @@ def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -
                 "--svi.norm-temperature, or leave out ebm.prior-statistics"
             )
         set_statistics(vae.model, saved.weights["prior_statistics"])
-    return vae.eval()
+    vae.eval().requires_grad_(False)
+    fold_weight_norm(vae)
+    return vae
 
 
 def load_fitted_vae(run: Run, config: Config, data: Data) -> FittedVAE:
@@ -127,11 +130,11 @@ def load_fitted_vae(run: Run, config: Config, data: Data) -> FittedVAE:
     Raises:
         InputError: as :func:`load_vae`.
     """
-    vae = load_vae(run, config, data, has_prior_statistics=False).requires_grad_(False)
+    vae = load_vae(run, config, data, has_prior_statistics=False)
     saved = checkpoints.load(run.checkpoints("svi"), "best")
     if not saved.weights.get("prior_statistics"):
         return FittedVAE(run, config, data, vae)
-    prior_vae = load_vae(run, config, data, has_prior_statistics=True).requires_grad_(False)
+    prior_vae = load_vae(run, config, data, has_prior_statistics=True)
     return FittedVAE(run, config, data, vae, prior_vae, saved.state["norm_temperature"])
 
 
@@ -177,6 +180,7 @@ def load_run(path: Path | str) -> LoadedRun:
     vaebm = build_vaebm(config, vae)
     vaebm.energy.load_state_dict(saved.weights["energy_average"])
     vaebm.requires_grad_(False)
+    fold_weight_norm(vaebm.energy)
     return LoadedRun(run, config, data, vaebm, noise_potential(vaebm))
 
 

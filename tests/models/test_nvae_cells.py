@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,9 +24,12 @@ from ppl_vaebm.models.nvae_cells import (
     SqueezeExcite,
     decoder_cell,
     encoder_cell,
+    fold_weight_norm,
+    normalized,
 )
+from ppl_vaebm.models.vae import HierarchicalVAE
 from ppl_vaebm.rng import global_rng
-from tests.small_models import unsettle
+from tests.small_models import shipped_vae, unsettle
 
 
 def made(build: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -74,6 +78,78 @@ def test_gains_start_at_the_norms_of_pytorchs_own_weights() -> None:
     # So a fresh layer is PyTorch's, times 1 + 0.01 / norm.
     ratio = 1 + 0.01 / norm
     torch.testing.assert_close(conv.effective_weight(), stock.weight * ratio[:, None, None, None], rtol=1e-4, atol=0)
+
+
+@pytest.fixture
+def num_normalized(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets an entry at every normalisation of a weight."""
+    calls: list[int] = []
+
+    def counted(v: Tensor, log_gain: Tensor) -> Tensor:
+        calls.append(len(v))
+        return normalized(v, log_gain)
+
+    monkeypatch.setattr(nvae_cells, "normalized", counted)
+    return calls
+
+
+def transported(vae: HierarchicalVAE, eps: dict[str, Tensor]) -> list[Tensor]:
+    """Run every convolution of an NVAE, in the transport and in the guide."""
+    x, z = vae.transport(eps)
+    with global_rng(0):
+        return [x, *z.values(), *vae.guide(x).values()]
+
+
+ENDS_OF_FOLDING: dict[str, Callable[[nn.Module], object]] = {
+    "training": lambda net: net.train().eval(),
+    "gradients": lambda net: net.requires_grad_(True),
+    "weights": lambda net: net.load_state_dict(net.state_dict()),
+    "a dtype": lambda net: net.float().double(),
+    "a device": lambda net: net.to("cpu"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS_OF_FOLDING)
+def test_the_weights_of_a_frozen_nvae_are_normalised_once(
+    end: str, num_normalized: list[int], generator: torch.Generator
+) -> None:
+    vae = shipped_vae("nvae, flows, logistic mixture").requires_grad_(False)
+    eps = {name: images(generator, 2, *shape) for name, shape in vae.noise_shapes.items()}
+    names = vae.state_dict().keys()
+    before = transported(vae, eps)
+    fold_weight_norm(vae)
+    num_normalized.clear()
+    for _ in range(2):
+        assert all(map(torch.equal, transported(vae, eps), before))
+    assert not num_normalized
+    assert vae.state_dict().keys() == names
+    copied = copy.deepcopy(vae)
+    transported(copied, eps)
+    assert num_normalized  # a copy may become an average, which is updated in place
+    num_normalized.clear()
+    ENDS_OF_FOLDING[end](vae)
+    transported(vae, eps)
+    assert num_normalized
+
+
+def test_a_folded_weight_is_dropped_where_others_are_loaded(generator: torch.Generator) -> None:
+    one, x = made(Conv2d, 3, 4, 3).requires_grad_(False), images(generator, 2, 3, 5, 5)
+    fold_weight_norm(one)
+    one.load_state_dict({name: 2 * value + 1 for name, value in one.state_dict().items()})
+    fresh = made(Conv2d, 3, 4, 3)
+    fresh.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), fresh(x))
+    with torch.no_grad():
+        one.log_gain += 1  # in place, which nothing notices, until the next call of the function
+    fold_weight_norm(one)
+    assert torch.equal(one(x), functional.conv2d(x, one.effective_weight(), one.bias, padding=1))
+    assert not torch.allclose(one(x), fresh(x))
+
+
+def test_a_trained_convolution_is_not_folded() -> None:
+    conv = made(Conv2d, 3, 4, 3)
+    fold_weight_norm(conv)
+    assert conv.folded is None
 
 
 def test_masked_weights_are_zero_and_do_not_count_for_the_norm(generator: torch.Generator) -> None:

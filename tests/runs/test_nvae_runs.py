@@ -16,6 +16,7 @@ from ppl_vaebm import evaluate, fit, sample
 from ppl_vaebm.evaluation.metrics import features
 from ppl_vaebm.evaluation.metrics.classifier import load_or_train
 from ppl_vaebm.inference import sampling
+from ppl_vaebm.models import nvae_cells
 from ppl_vaebm.runs import checkpoint
 from ppl_vaebm.runs.loading import load_run
 from ppl_vaebm.runs.run import Run
@@ -40,10 +41,7 @@ sampling: {kernel: {name: mala}, num_steps: 3}
 NVAE = ["--model.kind", "nvae", "--model.nvae.channels", "2", "--model.nvae.groups-per-scale", "1"]
 
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-pytestmark = pytest.mark.usefixtures("quick_reports")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "quick_reports")
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +92,12 @@ def test_stage_two_takes_the_batch_statistics_that_it_is_told_to(
     other = str(fit_run(without, IMAGES))
     error = refusal(["--stage", "ebm", "--run", other, "--overwrite", "--ebm.prior-statistics"], capsys)
     assert "batch statistics of prior samples" in error and "--svi.norm-temperature" in error
+
+
+def test_a_loaded_run_normalises_no_weights(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    potential = load_run(mixture).potential
+    monkeypatch.delattr(nvae_cells, "normalized")
+    assert potential(torch.zeros(2, potential.packing.dim)).shape == (2,)
 
 
 def test_it_is_sampled_and_evaluated(
