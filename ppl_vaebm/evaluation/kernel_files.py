@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,14 +28,14 @@ _NAME = re.compile(r"(?P<kernel>.+)-seed(?P<seed>\d+)\.nc")
 
 
 class Outcome(NamedTuple):
-    """What became of one kernel with one seed: chains, or the reason why there are none."""
+    """Result of one kernel with one seed: chains, or the error."""
 
     kernel: str
     seed: int
     idata: InferenceData | None
-    """The chains, with their budget and fingerprint among the attributes."""
+    """The chains; their attributes include budget and fingerprint."""
     error: str = ""
-    """Why there are none; empty if there are."""
+    """Empty if there are chains."""
 
 
 def chains_path(run: Run, kernel: str, seed: int) -> Path:
@@ -44,12 +44,12 @@ def chains_path(run: Run, kernel: str, seed: int) -> Path:
 
 
 def pictures_path(run: Run, kernel: str, seed: int) -> Path:
-    """Return the file with the images that some of these chains passed through."""
+    """Return the file of images of these chains."""
     return chains_path(run, kernel, seed).with_suffix(".npz")
 
 
 def identity(budget: Budget, fingerprint: str) -> dict[str, str | int | float]:
-    """Return the attributes that decide whether chains may stand side by side."""
+    """Return the attributes that chains must have in common to be compared."""
     return {"fingerprint": fingerprint, **{f"budget_{name}": value for name, value in budget._asdict().items()}}
 
 
@@ -71,7 +71,7 @@ def run_and_save(loaded: LoadedRun, kernel: str, seed: int, budget: Budget) -> O
             seed,
             recorder if num_pictured else functionals,
         )
-    # What kernels of four libraries raise on targets and options that they cannot do with; the other kernels go on.
+    # Errors of four libraries for targets and options that a kernel does not support; the other kernels continue.
     except (RuntimeError, ValueError, ArithmeticError) as error:
         return Outcome(kernel, seed, None, " ".join(str(error).split()) or type(error).__name__)
     idata = to_inference_data(chains)
@@ -94,23 +94,20 @@ def _save_pictures(path: Path, potential: NoisePotential, recorder: PositionReco
 def kept_outcomes(
     run: Run, but: Sequence[str], seeds: Sequence[int], budget: Budget, fingerprint: str
 ) -> dict[str, list[Outcome]]:
-    """Read the outcomes of an earlier comparison by kernel, in the order of the seeds; leave out kernels ``but``.
+    """Read the outcomes of an earlier comparison by kernel, in the order of the seeds, except of kernels in ``but``.
 
     Raises:
         InputError: there are none, or some have another density or budget, or lack a seed.
     """
-    found: dict[str, list[int]] = {}
-    for kernel, seed in _files(run):
-        if kernel not in but:
-            found.setdefault(kernel, []).append(seed)
-    if not found:
+    files = [(kernel, seed) for kernel, seed in _files(run) if kernel not in but]
+    if not files:
         raise InputError(
             f"expected chains of other kernels in {run.comparison_dir} to keep, found none; leave out --keep"
         )
     expected = identity(budget, fingerprint)
     kept = {}
-    for kernel, available in sorted(found.items()):
-        lacking = sorted(set(seeds) - set(available))
+    for kernel in sorted({kernel for kernel, _ in files}):
+        lacking = [seed for seed in seeds if (kernel, seed) not in files]
         if lacking:
             raise InputError(
                 f"expected the kept {kernel} to have the seeds of this comparison, found none of seed "
@@ -120,11 +117,9 @@ def kept_outcomes(
     return kept
 
 
-def _files(run: Run) -> Iterator[tuple[str, int]]:
-    for path in sorted(run.comparison_dir.glob("*.nc")):
-        match = _NAME.fullmatch(path.name)
-        if match:
-            yield match["kernel"], int(match["seed"])
+def _files(run: Run) -> list[tuple[str, int]]:
+    matches = [_NAME.fullmatch(path.name) for path in sorted(run.comparison_dir.glob("*.nc"))]
+    return [(match["kernel"], int(match["seed"])) for match in matches if match]
 
 
 def _checked(run: Run, kernel: str, seed: int, expected: Mapping[str, Any]) -> Outcome:
@@ -150,19 +145,16 @@ def _checked(run: Run, kernel: str, seed: int, expected: Mapping[str, Any]) -> O
 
 
 def remove_others(run: Run, outcomes: Sequence[Outcome]) -> None:
-    """Delete the chains and pictures that are not of this comparison, so that a later one keeps no others."""
-    for kernel, seed in list(_files(run)):
-        if not any((kernel, seed) == (outcome.kernel, outcome.seed) for outcome in outcomes):
+    """Delete chains and pictures of earlier comparisons."""
+    kept = {(outcome.kernel, outcome.seed) for outcome in outcomes}
+    for kernel, seed in _files(run):
+        if (kernel, seed) not in kept:
             chains_path(run, kernel, seed).unlink()
             pictures_path(run, kernel, seed).unlink(missing_ok=True)
 
 
 def load_pictures(run: Run, kernel: str, seed: int) -> tuple[NDArray[Any], int] | None:
-    """Read the images that chains passed through.
-
-    Returns:
-        Images ``(chains, times, C, H, W)`` and the number of draws from one to the next; ``None`` where none were kept.
-    """
+    """Read images of chains, ``(chains, times, C, H, W)``, and the draws between two; ``None`` without a file."""
     path = pictures_path(run, kernel, seed)
     if not path.exists():
         return None

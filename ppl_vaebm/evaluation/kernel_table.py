@@ -1,4 +1,4 @@
-"""The table of a comparison of kernels: a line for each kernel with mean and standard deviation over seeds."""
+"""Table of a comparison of kernels: a row for each kernel with mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +23,9 @@ from ppl_vaebm.tables import text_table
 
 
 class Measures(NamedTuple):
-    """What one run of a kernel gave, or the mean or the standard deviation of that over seeds.
+    """Measures of one run of a kernel, or their means or standard deviations over seeds.
 
-    All but ``ess_at_equal_seconds`` is of the draws up to the budget's evaluations.
+    All but ``ess_at_equal_seconds`` are of the draws up to the budget's evaluations.
     """
 
     step_size: float
@@ -35,24 +35,24 @@ class Measures(NamedTuple):
     evals: float
     """Per chain, over its draws."""
     max_r_hat: float
-    """Largest over functionals."""
+    """Largest over scalar summaries (functionals of the state)."""
     min_ess: float
-    """Smallest bulk ESS over functionals, all chains; so are the next four."""
+    """Smallest bulk ESS over scalar summaries, of all chains together; the next four rest on it too."""
     ess_per_1000_evals: float
     ess_per_second: float
-    """Warm-up not counted."""
+    """Without warm-up."""
     ess_per_second_with_warmup: float
     ess_at_equal_seconds: float
-    """Of the draws up to the budget's seconds; nan where the chains stopped before, or had made fewer than 4."""
+    """Of the draws up to the budget's seconds; nan where the chains stopped earlier or have fewer than 4 draws."""
     mean_energy: float
     energy_error: float
     """Monte Carlo standard error of the mean energy."""
     energy_bias: float
-    """Mean energy minus that of exact draws; nan where these cannot be had."""
+    """Mean energy minus that of exact draws; nan without exact draws."""
     modes_found: float
-    """Modes with at least one draw within three standard deviations; nan where the data's are not known."""
+    """Modes with at least one draw within three standard deviations; nan where the data have no known modes."""
     mode_kl: float
-    """KL divergence, in nats, of the draws' shares of the modes from those of exact draws, or from equal shares."""
+    """KL divergence, in nats, of the fractions of draws at the modes from those of exact draws, or from equal ones."""
     divergences: float
     seconds: float
     """Of the draws."""
@@ -64,38 +64,38 @@ class SeedRow(NamedTuple):
 
     measures: Measures
     worst_functional: str
-    """That of ``max_r_hat``."""
+    """Summary with ``max_r_hat``."""
     slowest_functional: str
-    """That of ``min_ess``."""
+    """Summary with ``min_ess``."""
 
 
 class Row(NamedTuple):
-    """One kernel's line."""
+    """One kernel in the table."""
 
     kernel: str
     is_adjusted: bool | None
-    """Whether a Metropolis test makes it exact; ``None`` where no seed ran."""
+    """Whether a Metropolis test makes it exact; ``None`` where no seed has chains."""
     num_seeds: int
-    """Seeds that ran."""
+    """Seeds with chains."""
     mean: Measures
     sd: Measures
     """Standard deviation over seeds; nan with one."""
     bias_sigmas: float
-    """Bias of the mean energy over seeds in units of its standard error: the chains' own or the spread over seeds,
-    whichever is larger, and that of the exact draws."""
+    """Bias of the mean energy over seeds in units of its standard error, which joins that of the exact draws with the
+    larger of the chains' own error and the spread over seeds."""
     worst_functional: str
-    """That of the seed with the largest R-hat."""
+    """Of the seed with the largest R-hat."""
     slowest_functional: str
-    """That of the seed with the smallest ESS."""
+    """Of the seed with the smallest ESS."""
     note: str
-    """What has to be known of the line, or why there is none."""
+    """Warnings and failures."""
 
 
 _NAN = Measures(*[math.nan] * len(Measures._fields))
 
 
 def kernel_row(kernel: str, outcomes: Sequence[Outcome], budget: Budget, reference: Reference) -> Row:
-    """Summarize a kernel's seeds in a line; a measure is nan where one of the seeds has too few draws for it."""
+    """Summarize the seeds of a kernel; a measure is nan where one of the seeds has too few draws for it."""
     chains = [outcome.idata for outcome in outcomes if outcome.idata is not None]
     runs = [seed_row(idata, budget, reference) for idata in chains]
     note = "; ".join(_notes(outcomes, budget))
@@ -111,8 +111,9 @@ def kernel_row(kernel: str, outcomes: Sequence[Outcome], budget: Budget, referen
     spread = sd[Measures._fields.index("energy_bias")]
     error = math.sqrt(np.fmax(np.square(errors).mean(), np.square(spread)) / len(runs))
     error = math.hypot(error, reference.energy_error)
-    worst = max(runs, key=lambda row: _nan_as(math.inf, row.measures.max_r_hat))
-    slowest = min(runs, key=lambda row: _nan_as(-math.inf, row.measures.min_ess))
+    # nan is the largest R-hat and the smallest ESS.
+    worst = max(runs, key=lambda row: (math.isnan(row.measures.max_r_hat), row.measures.max_r_hat))
+    slowest = min(runs, key=lambda row: (not math.isnan(row.measures.min_ess), row.measures.min_ess))
     return Row(
         kernel=kernel,
         is_adjusted=bool(chains[0]["posterior"].attrs["is_adjusted"]),
@@ -133,7 +134,7 @@ def seed_row(idata: InferenceData, budget: Budget, reference: Reference) -> Seed
     num_chains, num_draws = stat(kept, "lp").shape
     if num_draws >= MIN_DRAWS:
         summaries = diagnostics.summarize(kept)
-    else:  # the budget is spent: this kernel's line says so, and the other kernels keep theirs
+    else:  # the budget allows no more; the other kernels keep their rows
         unknown = [math.nan] * (len(diagnostics.QuantitySummary._fields) - 2)
         energy_mean = float(scalar_draws(kept)["energy"].mean())
         summaries = [diagnostics.QuantitySummary("energy", energy_mean, *unknown)]
@@ -164,13 +165,6 @@ def seed_row(idata: InferenceData, budget: Budget, reference: Reference) -> Seed
     return SeedRow(measures, worst.name, slowest.name)
 
 
-def _nan_as(value: float, number: float) -> float:
-    return value if math.isnan(number) else number
-
-
-# --- equal budgets -----------------------------------------------------------------------------------
-
-
 def mean_evals(idata: InferenceData) -> FloatArray:
     """Return the evaluations per chain up to the end of every draw, ``(N,)``."""
     spent: FloatArray = stat(idata, "n_steps").mean(axis=0).cumsum()
@@ -178,23 +172,22 @@ def mean_evals(idata: InferenceData) -> FloatArray:
 
 
 def elapsed_seconds(idata: InferenceData) -> FloatArray:
-    """Return the seconds up to the end of every draw, over all chains, ``(N,)``; by evaluations if not measured."""
+    """Return the seconds up to the end of every draw, over all chains, ``(N,)``; else in proportion to evaluations."""
     if "elapsed" in idata["sample_stats"]:
-        elapsed: FloatArray = stat(idata, "elapsed")[0]
-        return elapsed
+        return np.asarray(stat(idata, "elapsed")[0])
     evals = mean_evals(idata)
-    shared: FloatArray = evals / evals[-1] * float(idata["posterior"].attrs["seconds"])
-    return shared
+    seconds: FloatArray = evals / evals[-1] * float(idata["posterior"].attrs["seconds"])
+    return seconds
 
 
 def draws_within_evals(idata: InferenceData, num_evals: float) -> int:
-    """Count the draws up to and with the one that reaches so many evaluations per chain; all if none does."""
+    """Count the draws up to the first that reaches this number of evaluations per chain, included; all if none does."""
     evals = mean_evals(idata)
     return min(len(evals), int(np.searchsorted(evals, num_evals)) + 1)
 
 
 def draws_within_seconds(idata: InferenceData, num_seconds: float) -> int:
-    """Count the draws that ended within a time; 0 where the chains stopped before they had used it."""
+    """Count the draws that ended within a time; 0 where the chains stopped earlier."""
     elapsed = elapsed_seconds(idata)
     return int(np.searchsorted(elapsed, num_seconds, side="right")) if elapsed[-1] >= num_seconds else 0
 
@@ -214,55 +207,42 @@ def _mode_coverage(idata: InferenceData, reference: Reference) -> tuple[float, f
     counts = mode_counts(torch.from_numpy(x), torch.from_numpy(reference.modes), reference.mode_std).numpy()
     weights = np.full(len(counts), 1 / len(counts)) if reference.mode_weights is None else reference.mode_weights
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = counts / counts.sum()
-        terms = np.where(shares > 0, shares * np.log(shares / weights), shares)
+        fractions = counts / counts.sum()
+        terms = np.where(fractions > 0, fractions * np.log(fractions / weights), fractions)
     return float((counts > 0).sum()), float(terms.sum())
 
 
-# --- notes -------------------------------------------------------------------------------------------
-
-
 def _notes(outcomes: Sequence[Outcome], budget: Budget) -> list[str]:
-    """Say what failed, and what chains are wrong with, each sentence once with the seeds that it is of."""
-    found: dict[str, list[int]] = {}
+    """List errors of runs and warnings about chains, each once with its seeds."""
+    seeds_of: dict[str, list[int]] = {}
     for outcome in outcomes:
         sentences = [outcome.error] if outcome.idata is None else _run_notes(outcome.idata, budget)
         for sentence in sentences:
-            found.setdefault(sentence, []).append(outcome.seed)
+            seeds_of.setdefault(sentence, []).append(outcome.seed)
     return [
         sentence if len(seeds) == len(outcomes) else f"seed {', '.join(map(str, seeds))}: {sentence}"
-        for sentence, seeds in found.items()
+        for sentence, seeds in seeds_of.items()
     ]
 
 
 def _run_notes(idata: InferenceData, budget: Budget) -> list[str]:
     attrs = idata["posterior"].attrs
-    found = notes(cut(idata, draws_within_evals(idata, budget.num_evals)), counts_divergences=False)
+    sentences = notes(cut(idata, draws_within_evals(idata, budget.num_evals)), counts_divergences=False)
     if elapsed_seconds(idata)[-1] < budget.num_seconds:
-        found.append(f"stopped before {budget.num_seconds:g} s, so there is no ESS at equal seconds")
+        sentences.append(f"stopped before {budget.num_seconds:g} s, so there is no ESS at equal seconds")
     rates = attribute_list(idata, "swap_rates")
     if rates:
-        found.append(f"swaps accepted {min(rates):.1f} to {max(rates):.1f}")
+        sentences.append(f"swaps accepted {min(rates):.1f} to {max(rates):.1f}")
     if attrs.get("num_evals_computed", 0) > 1.05 * stat(idata, "n_steps").sum():
-        found.append("chains wait for the longest trajectory, and what is evaluated while they wait is not counted")
-    return found
+        sentences.append("chains wait for the longest trajectory, and what is evaluated while they wait is not counted")
+    return sentences
 
 
 NUM_DIGITS = 4  # of a mean with a spread, at most
 
 
-class Column(NamedTuple):
-    """A column of a table for people."""
-
-    title: str
-    unit: str
-    text: Callable[[Row, Reference], str]
-    """Empty for what nothing is known of, such as modes of images; nan is a number that the chains could not give."""
-    is_number: bool = True
-
-
 def to_csv(rows: Sequence[Row]) -> str:
-    """Format lines as CSV with a header; ``..._sd`` is the standard deviation over seeds."""
+    """Format rows as CSV with a header; ``..._sd`` is the standard deviation over seeds."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     columns = [column for name in Measures._fields for column in (name, f"{name}_sd")]
@@ -284,54 +264,50 @@ def _adjusted(row: Row) -> str:
     return {True: "yes", False: "no", None: ""}[row.is_adjusted]
 
 
-def _measure(title: str, unit: str, name: str) -> Column:
-    """Make a column of a measure with its spread, empty where nothing is known that it compares with."""
+def _trust(row: Row, reference: Reference) -> dict[tuple[str, str], str]:
+    """Write the cells that show whether to trust a kernel, by title and unit.
 
-    def text(row: Row, reference: Reference) -> str:
-        mean, sd = getattr(row.mean, name), getattr(row.sd, name)
-        has_no_bias = name == "energy_bias" and math.isnan(mean) and math.isnan(reference.energy)
-        return "" if has_no_bias or (name == "mode_kl" and reference.modes is None) else with_spread(mean, sd)
-
-    return Column(title, unit, text)
-
-
-def _modes(row: Row, reference: Reference) -> str:
-    return "" if reference.modes is None else f"{row.mean.modes_found:.3g} of {len(reference.modes)}"
-
-
-KERNEL = Column("kernel", "", lambda row, reference: row.kernel, is_number=False)
-TRUST = (
-    KERNEL,
-    Column("exact", "by test", lambda row, reference: _adjusted(row), is_number=False),
-    Column("step", "h", lambda row, reference: digits(row.mean.step_size, 3)),
-    Column("acceptance", "", lambda row, reference: digits(row.mean.acceptance, 2)),
-    Column("R-hat", "largest", lambda row, reference: r_hat_text(row.mean.max_r_hat)),
-    Column("R-hat", "largest of", lambda row, reference: row.worst_functional, is_number=False),
-    _measure("bias of E", "nats", "energy_bias"),
-    Column("bias", "sigmas", lambda row, reference: _known(f"{row.bias_sigmas:+.1f}")),
-    Column("modes", "found", _modes),
-    _measure("KL of modes", "nats", "mode_kl"),
-    Column("divergent", "draws", lambda row, reference: digits(row.mean.divergences, 3)),
-)
+    A text is empty for what is not known of the target, such as modes of images; nan is a number that the chains do not
+    have.
+    """
+    mean, sd = row.mean, row.sd
+    bias = kl = modes = ""
+    if not math.isnan(reference.energy):
+        bias = with_spread(mean.energy_bias, sd.energy_bias)
+    if reference.modes is not None:
+        modes, kl = f"{mean.modes_found:.3g} of {len(reference.modes)}", with_spread(mean.mode_kl, sd.mode_kl)
+    return {
+        ("kernel", ""): row.kernel,
+        ("exact", "by test"): _adjusted(row),
+        ("step", "h"): digits(mean.step_size, 3),
+        ("acceptance", ""): digits(mean.acceptance, 2),
+        ("R-hat", "largest"): r_hat_text(mean.max_r_hat),
+        ("R-hat", "largest of"): row.worst_functional,
+        ("bias of E", "nats"): bias,
+        ("bias", "sigmas"): "" if math.isnan(row.bias_sigmas) else f"{row.bias_sigmas:+.1f}",
+        ("modes", "found"): modes,
+        ("KL of modes", "nats"): kl,
+        ("divergent", "draws"): digits(mean.divergences, 3),
+    }
 
 
-def cost(budget: Budget) -> tuple[Column, ...]:
-    """Return the columns on what effective draws cost."""
-    return (
-        KERNEL,
-        Column("draws", "per chain", lambda row, reference: digits(row.mean.draws, 3)),
-        _measure("ESS per", "1000 evals", "ess_per_1000_evals"),
-        Column("ESS", "fewest of", lambda row, reference: row.slowest_functional, is_number=False),
-        _measure("ESS per s", "draws", "ess_per_second"),
-        _measure("ESS per s", "with warm-up", "ess_per_second_with_warmup"),
-        *([_measure("ESS", f"at {budget.num_seconds:g} s", "ess_at_equal_seconds")] if budget.num_seconds else []),
-        _measure("seconds", "draws", "seconds"),
-        _measure("seconds", "warm-up", "warmup_seconds"),
-    )
-
-
-def _known(text: str) -> str:
-    return "" if text == "+nan" else text
+def _cost(row: Row, budget: Budget) -> dict[tuple[str, str], str]:
+    """Write the cells that show what effective draws cost, by title and unit."""
+    mean, sd = row.mean, row.sd
+    at_seconds = {
+        ("ESS", f"at {budget.num_seconds:g} s"): with_spread(mean.ess_at_equal_seconds, sd.ess_at_equal_seconds)
+    }
+    return {
+        ("kernel", ""): row.kernel,
+        ("draws", "per chain"): digits(mean.draws, 3),
+        ("ESS per", "1000 evals"): with_spread(mean.ess_per_1000_evals, sd.ess_per_1000_evals),
+        ("ESS", "fewest of"): row.slowest_functional,
+        ("ESS per s", "draws"): with_spread(mean.ess_per_second, sd.ess_per_second),
+        ("ESS per s", "with warm-up"): with_spread(mean.ess_per_second_with_warmup, sd.ess_per_second_with_warmup),
+        **(at_seconds if budget.num_seconds else {}),
+        ("seconds", "draws"): with_spread(mean.seconds, sd.seconds),
+        ("seconds", "warm-up"): with_spread(mean.warmup_seconds, sd.warmup_seconds),
+    }
 
 
 def with_spread(mean: float, sd: float) -> str:
@@ -344,29 +320,27 @@ def with_spread(mean: float, sd: float) -> str:
     return f"{mean:.{decimals}f} ± {sd:.{decimals}f}"
 
 
-def table_of(
-    columns: Sequence[Column], rows: Sequence[Row], reference: Reference
-) -> tuple[list[Column], list[list[str]]]:
-    """Return the columns that are not empty, and the text of each line in them; kernels without a run are left out."""
-    body = [[column.text(row, reference) for column in columns] for row in rows if row.num_seeds]
-    indices = [str(index) for index in range(len(columns))]
-    kept, *body = without_empty_columns([indices, *body], num_header=1)
-    return [columns[int(index)] for index in kept], body
+def tables(rows: Sequence[Row], budget: Budget, reference: Reference) -> list[list[list[str]]]:
+    """Lay kernels with chains out as two tables: whether to trust them, and what their draws cost.
+
+    The first two rows of a table are the titles and the units of its columns; columns without a text are left out.
+    """
+    laid_out = []
+    for cells in ([_trust(row, reference) for row in rows], [_cost(row, budget) for row in rows]):
+        body = [[*texts.values()] for row, texts in zip(rows, cells, strict=True) if row.num_seeds]
+        laid_out.append(without_empty_columns([*map(list, zip(*cells[0], strict=True)), *body], num_header=2))
+    return laid_out
 
 
 def to_text(rows: Sequence[Row], budget: Budget, reference: Reference) -> str:
-    """Lay lines out for a terminal: what to trust, then what it costs, then what has to be known."""
-    blocks = []
-    for columns in (TRUST, cost(budget)):
-        kept, body = table_of(columns, rows, reference)
-        head = [[column.title for column in kept], [column.unit for column in kept]]
-        blocks.append(text_table([*head, *body], numbers=range(1, len(kept))))
+    """Lay rows out for a terminal: what to trust, what it costs, then the notes."""
+    blocks = [text_table(table, numbers=range(1, len(table[0]))) for table in tables(rows, budget, reference)]
     notes = [f"{row.kernel}: {row.note}" for row in rows if row.note]
     return "\n\n".join([*blocks, *(["\n".join(notes)] if notes else [])])
 
 
 def reference_text(reference: Reference) -> str:
-    """Say what is known of the target without chains, in one sentence without its full stop."""
+    """Describe the reference in one sentence without its full stop."""
     if math.isnan(reference.energy):
         return "no exact draws to compare with: E is not finite, or the target is too far from the VAE for rejection"
     return f"mean energy of exact draws: {reference.energy:.4g} ± {reference.energy_error:.2g} nats"

@@ -18,6 +18,7 @@ from ppl_vaebm.inference.bridges.pyro_samplers import PyroKernelName, run_pyro
 from ppl_vaebm.inference.bridges.transitions import Limits, SamplerOptions
 from ppl_vaebm.inference.diagnostics.convergence import FloatArray
 from ppl_vaebm.inference.diagnostics.functionals import noise_functionals
+from ppl_vaebm.inference.kernels.base import value_only
 from ppl_vaebm.inference.kernels.chains import Chains, Functionals, run_chains
 from ppl_vaebm.inference.kernels.registry import DEFAULT_STEP_SIZES, build_kernel, start_params
 from ppl_vaebm.inference.latent_exchange import with_swaps
@@ -26,53 +27,52 @@ from ppl_vaebm.inference.potential import NoisePotential
 from ppl_vaebm.rng import seed_for, stream
 
 UNADJUSTED = ("langevin",)
-"""Of our kernels those that no Metropolis test makes exact; JAX's say it themselves."""
+"""Kernels without a Metropolis test among ours; chains of JAX report it themselves."""
 
 NUM_EXACT = 20_000
 MAX_PROPOSALS = 2_000_000
 # Most draws per chain where time is to be filled: 200 MB of functionals for 8 chains in two dimensions.
 MAX_DRAWS = 50_000
-# Trees and trajectories that nothing bounds would spend a budget in a few draws: these bound one draw of Pyro's HMC to
-# 16 evaluations at the step that its trajectory starts from, and one of any NUTS to 63.
+# Without a bound a few long trajectories would spend the budget. One draw of Pyro's HMC takes at most 16 evaluations at
+# its first step size, and one of any NUTS 63.
 COMPARED_MAX_NUM_STEPS = 16
 COMPARED_MAX_TREE_DEPTH = 6
-# Pyro's chains run one after another for equal times, and are cut to the one with the fewest draws, which leaves less
-# than the time of all: so much more is asked for. Chosen by us.
+# Pyro's chains run one by one for equal times and are cut to the fewest draws, so they get more time. Chosen by us.
 PYRO_SLACK = 1.5
 
 
 class Budget(NamedTuple):
-    """What every kernel may spend."""
+    """Limits on what every kernel spends."""
 
     num_chains: int
     num_warmup: int
-    """Steps of warm-up; they are counted and timed apart."""
+    """Steps of warm-up, counted and timed separately."""
     num_evals: int
     """Evaluations of the potential per chain for the draws."""
     num_seconds: float = 0.0
-    """Draws go on until so much time has passed too, over all chains."""
+    """Least time of the draws of all chains."""
 
 
 class Reference(NamedTuple):
-    """What is known of the target without chains."""
+    """Properties of the target that are known without chains."""
 
     energy: float
-    """Mean E of exact draws, nats; nan where these cannot be had."""
+    """Mean E of exact draws, nats; nan where there are none."""
     energy_error: float
-    """Its standard error."""
+    """Standard error of ``energy``."""
     modes: FloatArray | None = None
-    """Centres of the data's modes, ``(m, d)``, where they are known."""
+    """Centers of the data's modes, ``(m, d)``, where they are known."""
     mode_std: float = math.nan
     """Standard deviation of each."""
     mode_weights: FloatArray | None = None
-    """Their probabilities under the target, ``(m,)``: shares of exact draws; ``None`` where these cannot be had."""
+    """Probabilities of the modes under the target, ``(m,)``, from exact draws; ``None`` where there are none."""
 
 
 def starts(potential: NoisePotential, num_chains: int, seed: int, chains_per_start: int = 1) -> Tensor:
     """Draw starts ``(num_chains, D)`` from N(0, I), each for ``chains_per_start`` neighbouring chains."""
     device = next(potential.vaebm.parameters()).device
-    places = potential.draw_reference(stream(seed, "start", device=device), num_chains // chains_per_start)
-    return places.repeat_interleave(chains_per_start, 0)
+    position = potential.draw_reference(stream(seed, "start", device=device), num_chains // chains_per_start)
+    return position.repeat_interleave(chains_per_start, 0)
 
 
 def run_kernel(
@@ -90,7 +90,7 @@ def run_kernel(
 
     Args:
         name: one of :data:`~ppl_vaebm.config.kernel.COMPARABLE_KERNELS`.
-        config: options; step size and target acceptance are used only by the kernel that the configuration names.
+        config: step size and target acceptance apply to the kernel that it names only.
         start: ``(num_chains, D)``.
         functionals: scalar summaries to store of each draw; the default is :func:`noise_functionals`.
 
@@ -107,16 +107,17 @@ def run_kernel(
         length = (config.num_steps or COMPARED_MAX_NUM_STEPS) * step_size
         options = options._replace(step_size=step_size, trajectory_length=length)
         limits = limits._replace(min_seconds=PYRO_SLACK * budget.num_seconds)
-        pyro_name = cast(PyroKernelName, name)
-        chains = run_pyro(pyro_name, potential, potential.packing, start, options, limits, **common)
+        chains = run_pyro(cast(PyroKernelName, name), potential, potential.packing, start, options, limits, **common)
     elif name in get_args(JaxKernelName):
         chains = run_jax(cast(JaxKernelName, name), potential, start, options, limits, **common)
     else:
         config = _own_config(name, config)
         kernel = with_swaps(build_kernel(config, potential), potential)
         generator = stream(seed, "chains", name, device=start.device)
-        settings: dict[str, Any] = {"num_warmup": budget.num_warmup, "functionals": functionals, **limits._asdict()}
-        chains = run_chains(kernel, generator, start, start_params(config, start), **settings)
+        params, limited = start_params(config, start), limits._asdict()
+        chains = run_chains(
+            kernel, generator, start, params, num_warmup=budget.num_warmup, functionals=functionals, **limited
+        )
     return replace(
         chains, kernel=name, attrs={"is_adjusted": int(name not in UNADJUSTED), **chains.attrs, "seed": seed}
     )
@@ -136,23 +137,17 @@ def reference(potential: NoisePotential, data: Data, seed: int) -> Reference:
     modes = None if data.modes is None else data.modes.double().numpy()
     unknown = Reference(math.nan, math.nan, modes, data.mode_std or math.nan)
     device = next(potential.vaebm.parameters()).device
-    with torch.no_grad():
-        pilot = potential(potential.draw_reference(stream(seed, "pilot", device=device), 64))
+    pilot = value_only(potential, potential.draw_reference(stream(seed, "pilot", device=device), 64))
     if not pilot.isfinite().all():
-        return unknown  # rejection would wait for proposals that never come
+        return unknown  # rejection would never accept
     try:
-        draws = exact_draws(
-            potential, stream(seed, "exact", device=device), NUM_EXACT, max_proposals=MAX_PROPOSALS
-        ).position
+        draws = exact_draws(potential, stream(seed, "exact", device=device), NUM_EXACT, MAX_PROPOSALS).position
     except RejectionError:
         return unknown
-    with torch.no_grad():
-        rows = draws.split(potential.rows_per_pass)
-        energy = torch.cat([potential(part) for part in rows]).double()
+    energy = value_only(potential, draws).double()
     known = unknown._replace(energy=float(energy.mean()), energy_error=float(energy.std()) / math.sqrt(len(energy)))
-    if modes is None:
+    if data.modes is None:
         return known
-    assert data.modes is not None
-    x = torch.cat([potential.decode(part).flatten(1) for part in rows]).cpu()
+    x = torch.cat([potential.decode(rows).flatten(1) for rows in draws.split(potential.rows_per_pass)]).cpu()
     counts = mode_counts(x, data.modes, known.mode_std).double()
     return known._replace(mode_weights=(counts / counts.sum()).numpy())

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ppl_vaebm.evaluation.kernel_files import Outcome, load_pictures
-from ppl_vaebm.evaluation.kernel_table import TRUST, Row, cost, reference_text, table_of
+from ppl_vaebm.evaluation.kernel_table import Row, reference_text, tables
 from ppl_vaebm.evaluation.kernels import Budget, Reference
 from ppl_vaebm.files import write_atomic
 from ppl_vaebm.inference.diagnostics.convergence import MIN_DRAWS
@@ -82,13 +82,13 @@ def _chapters(
 def _tables(rows: Sequence[Row], budget: Budget, reference: Reference) -> list[Table]:
     """Make the two tables; an R-hat that misses its threshold is marked."""
     misses = [i for i, row in enumerate(row for row in rows if row.num_seeds) if not row.mean.max_r_hat <= MAX_R_HAT]
-    tables = []
-    for caption, columns in (("whether to trust a kernel", TRUST), ("what its draws cost", cost(budget))):
-        kept, body = table_of(columns, rows, reference)
-        r_hats = [place for place, column in enumerate(kept) if column.unit == "largest"]
-        header = [f"{column.title}\n{column.unit}".strip() for column in kept]
-        tables.append(Table(caption, header, body, frozenset((i, place) for i in misses for place in r_hats)))
-    return tables
+    captions = ("whether to trust a kernel", "what its draws cost")
+    laid_out = []
+    for caption, (titles, units, *body) in zip(captions, tables(rows, budget, reference), strict=True):
+        r_hats = [place for place, unit in enumerate(units) if unit == "largest"]
+        header = [f"{title}\n{unit}".strip() for title, unit in zip(titles, units, strict=True)]
+        laid_out.append(Table(caption, header, body, frozenset((i, place) for i in misses for place in r_hats)))
+    return laid_out
 
 
 def _places(
