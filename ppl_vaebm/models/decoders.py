@@ -218,12 +218,8 @@ def num_decoder_outputs(decoder: str, num_channels: int, num_mixtures: int) -> i
 def decoded(decoder: str, out: Tensor, num_channels: int, num_mixtures: int, levels: int | None) -> Decoded:
     """Convert a network's output, ``(n, outputs, H, W)``, to the distribution of x, in float32 at least.
 
-    Args:
-        decoder: as in :func:`num_decoder_outputs`, with which ``outputs`` agrees.
-        out: the output.
-        num_channels: of x.
-        num_mixtures: components of the logistic mixture.
-        levels: number of pixel values, for the logistic decoders.
+    ``outputs`` is that of :func:`num_decoder_outputs`, and ``levels`` the number of pixel values, for the logistic
+    decoders.
     """
     raw = at_least_float32(out)
     if decoder == "bernoulli":

@@ -56,17 +56,7 @@ class Energy(nn.Module):
         raise NotImplementedError
 
     def latent_term(self, z: Mapping[str, Tensor]) -> Tensor:
-        """Evaluate the first latent's own term.
-
-        Args:
-            z: the latents, of which the first one counts, ``(n, *shape)``.
-
-        Returns:
-            ``(n,)``, nats.
-
-        Raises:
-            ValueError: the energy has no such term.
-        """
+        """Evaluate the first latent's own term, ``(n,)``, nats, given all latents; ValueError without that term."""
         if self.latent_net is None:
             raise ValueError("this energy has no term of the first latent alone: set energy.latent-term")
         return self._of_first_latent(self.latent_net, z)
@@ -78,17 +68,9 @@ class Energy(nn.Module):
         return self._of_first_latent(self.balance_net, z)
 
     def forward(self, x: Tensor, z: dict[str, Tensor] | None = None) -> Tensor:
-        """Evaluate the energy.
+        """Evaluate the energy, ``(n,)``, nats, of x ``(n, *event_shape)`` and the latents, ``(n, *shape)`` each.
 
-        Args:
-            x: ``(n, *event_shape)``.
-            z: the latents, ``(n, *shape)`` each; ignored by an energy of x alone.
-
-        Returns:
-            ``(n,)``, nats.
-
-        Raises:
-            ValueError: an energy of x and z was called without z.
+        An energy of x alone ignores z; one of x and z raises ValueError without it.
         """
         energy = self.joint_term(x, z)
         if self.latent_net is not None:
@@ -146,13 +128,7 @@ def _given(z: Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
 
 
 class VectorEnergy(Energy):
-    """Fourier features of x, and the latents as they are, into a fully connected net.
-
-    Args:
-        config: sizes.
-        dim: of x.
-        latent_shapes: of the latents that the energy reads.
-    """
+    """Fourier features of x, ``(n, dim)``, and the latents that the energy reads, into a fully connected net."""
 
     def __init__(self, config: EnergyConfig, dim: int, latent_shapes: Mapping[str, torch.Size]) -> None:
         super().__init__()
@@ -185,38 +161,26 @@ class ImageEnergy(Energy):
 
     Latents are added to what a block takes, through a 1x1 convolution: each to the first block with the coarsest grid
     that is not coarser than its own. A vector is a grid of one pixel. On other grids they are means or repetitions.
-
-    Args:
-        config: blocks, and their options.
-        event_shape: ``(channels, side, side)``.
-        latent_shapes: of the latents that the energy reads.
-
-    Raises:
-        InputError: images that the layout is not for.
+    InputError for images that the layout is not for.
     """
 
     def __init__(self, config: EnergyConfig, event_shape: torch.Size, latent_shapes: Mapping[str, torch.Size]) -> None:
         super().__init__()
-        layout = build_layout(config, event_shape)
-        normed: dict[str, Any] = {"weight_norm": config.weight_norm}
+        layout, norm = build_layout(config, event_shape), config.weight_norm
         self.padding = layout.padding * 2
         if layout.stem_stride == 1:
-            self.stem = Conv2d(event_shape[0], config.channels, 3, **normed)
+            self.stem = Conv2d(event_shape[0], config.channels, 3, weight_norm=norm)
         else:
-            self.stem = Conv2d(event_shape[0], config.channels, 4, stride=2, **normed)
+            self.stem = Conv2d(event_shape[0], config.channels, 4, stride=2, weight_norm=norm)
             self.stem.padding = (1, 1)  # an even kernel halves the grid with a row less than its half
         self.activation = LipSwish()
         self.blocks = nn.ModuleList(build_block(config, shape) for shape in layout.blocks)
         self.head = nn.Linear(layout.blocks[-1].num_out, 1)
         self.sides, self.entries = layout.sides, _entries(layout, latent_shapes)
-        self.latent_maps = nn.ModuleDict(
-            {
-                str(index): Conv2d(
-                    sum(latent_shapes[name][0] for name in names), layout.blocks[index].num_in, 1, bias=False, **normed
-                )
-                for index, names in self.entries.items()
-            }
-        )
+        self.latent_maps = nn.ModuleDict()
+        for index, names in self.entries.items():
+            num_in, num_out = sum(latent_shapes[name][0] for name in names), layout.blocks[index].num_in
+            self.latent_maps[str(index)] = Conv2d(num_in, num_out, 1, bias=False, weight_norm=norm)
         self._complete(config, latent_shapes)
 
     def last_layer(self) -> nn.Linear:
@@ -260,25 +224,20 @@ def _entries(layout: Layout, latent_shapes: Mapping[str, torch.Size]) -> dict[in
 def build_energy(
     config: EnergyConfig, event_shape: torch.Size, latent_shapes: Mapping[str, torch.Size] | None = None
 ) -> Energy:
-    """Make the energy network that fits the data.
+    """Make the energy network that fits the data, initialised from the global generator.
 
     Args:
         config: sizes and options.
         event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
         latent_shapes: of every latent by name, as the VAE's model has them; only an energy of x and z needs them.
 
-    Returns:
-        The network, freshly initialised from the global generator.
-
     Raises:
         InputError: a layout or an option that does not fit the data's shape.
         ValueError: no latents' shapes for an energy of x and z.
     """
-    read: Mapping[str, torch.Size] = {}
-    if config.inputs == "x-and-z":
-        if not latent_shapes:
-            raise ValueError("an energy of x and z needs the shapes of the latents, got none")
-        read = latent_shapes
+    if config.inputs == "x-and-z" and not latent_shapes:
+        raise ValueError("an energy of x and z needs the shapes of the latents, got none")
+    read = latent_shapes if config.inputs == "x-and-z" and latent_shapes else {}
     if len(event_shape) == 3:
         return ImageEnergy(config, event_shape, read)
     standard = EnergyConfig()
@@ -292,19 +251,11 @@ def build_energy(
 
 
 def initialise_from_data(energy: Energy, x: Tensor, z: dict[str, Tensor] | None = None) -> None:
-    """Give every hidden layer outputs of mean 0 and standard deviation 0.2 on data, in place.
+    """Give every hidden layer outputs of mean 0 and standard deviation 0.2 on data, in place; before it is copied.
 
-    Only the first call does anything, and a flag that is saved with the weights says so; nor does a call on an energy
-    that was configured without it. See :func:`standardise_layers`.
-
-    Args:
-        energy: to initialise; before it is copied, for averages or otherwise.
-        x: data, ``(n, *event_shape)``; VAEBM takes five batches.
-        z: their latents, for an energy of x and z.
-
-    Raises:
-        InputError: a channel does not vary on the data.
-        ValueError: as the energy's call.
+    Only the first call does anything, as a flag in the weights records, and only on an energy configured with it. The
+    data are x, ``(n, *event_shape)``, of which VAEBM takes five batches, and their latents for an energy of x and z.
+    For errors see :func:`standardise_layers`.
     """
     flag = energy.is_initialised
     if flag is not None and not flag:
@@ -324,12 +275,8 @@ def standardise_layers(net: nn.Module, layers: Sequence[nn.Module], call: Callab
 
     One pass, layer after layer (Salimans and Kingma 2016, section 3): each sees what those before it give once they are
     done. Weight-normalised layers change their gains, others their weights; layers without a bias keep their mean.
-    Convolutions count before the mean over pixels that may follow.
-
-    Args:
-        net: that the layers belong to.
-        layers: convolutions and fully connected ones; each is called once.
-        call: calls the network with the data.
+    Convolutions count before the mean over pixels that may follow. ``call`` calls the network with the data, and so
+    each of its ``layers`` once.
 
     Raises:
         InputError: a channel is constant on the data, or not finite, so that no scale gives it that deviation.
@@ -349,10 +296,7 @@ def _standardise(name: str, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     if layer.bias is not None:
         layer.bias.zero_()
     # Not by a call, which would come back here; and a subclass may go on to take a mean over pixels.
-    if isinstance(layer, Conv2d):
-        out: Tensor = Conv2d.forward(layer, inputs[0])
-    else:
-        out = nn.Linear.forward(layer, inputs[0])
+    out: Tensor = (Conv2d if isinstance(layer, Conv2d) else nn.Linear).forward(layer, inputs[0])  # type: ignore[arg-type]
     std, mean = torch.std_mean(out.double().transpose(0, 1).flatten(1), dim=1, correction=0)
     num_bad = int((~((std > MIN_STD) & std.isfinite())).sum())
     if num_bad:

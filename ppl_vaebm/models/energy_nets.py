@@ -6,7 +6,8 @@ into the weights of a 3x3 one. Both save work and change nothing but the roundin
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -132,12 +133,8 @@ def _layout(
 class PooledConv2d(Conv2d):
     """A 3x3 convolution and then the mean over squares of 2x2 pixels, as one strided convolution.
 
-    That is the mean of the kernel's four shifts, 4x4 with stride 2: 16 products per output where there were 36.
-
-    Args:
-        num_in: input channels.
-        num_out: output channels.
-        weight_norm: as in :class:`~ppl_vaebm.models.nvae_cells.Conv2d`, of the 3x3 kernel.
+    That is the mean of the kernel's four shifts, 4x4 with stride 2: 16 products per output where there were 36. The
+    weight norm is that of the 3x3 kernel.
     """
 
     def __init__(self, num_in: int, num_out: int, *, weight_norm: bool) -> None:
@@ -152,11 +149,7 @@ class PooledConv2d(Conv2d):
 class EnergyBlock(nn.Module):
     """``LipSwish(pool(skip(x) + second(LipSwish(first(x)))))`` (Xiao et al. 2021, appendix).
 
-    Args:
-        first: the branch before its activation.
-        second: the branch after it; what halves the grid, if the block does, is in the branch.
-        skip: the way past the branch, pixel by pixel.
-        is_down: whether the block takes the mean over squares of 2x2 pixels.
+    The branch halves the grid by itself where ``is_down``; the skip takes the mean over squares of 2x2 pixels then.
     """
 
     def __init__(self, first: nn.Module, second: nn.Module, skip: nn.Module, is_down: bool) -> None:
@@ -176,26 +169,19 @@ def build_block(config: EnergyConfig, shape: BlockShape) -> EnergyBlock:
     """Make a block.
 
     The standard one has two 3x3 convolutions. The light one has a single depthwise 5x5, as wide as the two together,
-    and two 1x1, and its stride takes the place of the mean; at equal width it has a seventh of the weights.
-
-    Args:
-        config: kind of block, and weight normalisation.
-        shape: its sizes.
-
-    Returns:
-        The block; the skip is an identity only where neither channels nor grid change.
+    and two 1x1, and its stride takes the place of the mean; at equal width it has a seventh of the weights. The skip is
+    an identity only where neither channels nor grid change.
     """
     num_in, num_out, is_down = shape
-    normed: dict[str, Any] = {"weight_norm": config.weight_norm}
+    conv = partial(Conv2d, weight_norm=config.weight_norm)
     if config.block == "depthwise":
         # Without a bias, which would do the same as the next one.
-        stride = 2 if is_down else 1
-        depthwise = Conv2d(num_in, num_in, DEPTHWISE_SIZE, groups=num_in, stride=stride, bias=False, **normed)
-        first: nn.Module = nn.Sequential(depthwise, Conv2d(num_in, num_out, 1, **normed))
-        second: nn.Module = Conv2d(num_out, num_out, 1, **normed)
+        depthwise = conv(num_in, num_in, DEPTHWISE_SIZE, groups=num_in, stride=2 if is_down else 1, bias=False)
+        first: nn.Module = nn.Sequential(depthwise, conv(num_in, num_out, 1))
+        second: nn.Module = conv(num_out, num_out, 1)
     else:
-        first = Conv2d(num_in, num_out, 3, **normed)
-        second = PooledConv2d(num_out, num_out, **normed) if is_down else Conv2d(num_out, num_out, 3, **normed)
-    is_linear = is_down or num_in != num_out
-    skip = Conv2d(num_in, num_out, 1, bias=False, **normed) if is_linear else nn.Identity()
+        first = conv(num_in, num_out, 3)
+        pooled = partial(PooledConv2d, weight_norm=config.weight_norm)
+        second = pooled(num_out, num_out) if is_down else conv(num_out, num_out, 3)
+    skip = conv(num_in, num_out, 1, bias=False) if is_down or num_in != num_out else nn.Identity()
     return EnergyBlock(first, second, skip, is_down)

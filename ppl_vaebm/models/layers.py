@@ -37,10 +37,7 @@ class LipSwish(nn.Module):
 class FourierFeatures(nn.Module):
     """Random Fourier features (Tancik et al. 2020), with which a small net can fit a density with narrow modes.
 
-    Args:
-        dim: size of the input vectors.
-        num: number of frequencies; the output has twice as many numbers, cosines and sines.
-        scale: standard deviation of the frequencies, radians per unit of input.
+    The output has cosines and sines of ``num`` frequencies of standard deviation ``scale``, radians per unit of input.
     """
 
     frequencies: Tensor
@@ -72,11 +69,7 @@ def leaky_relu() -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions around a skip, without normalisation, so rows of a batch stay independent.
 
-    Args:
-        num_in: input channels.
-        num_out: output channels.
-        activation: makes the activation.
-        resample: ``same``; ``down``, a 2x2 mean at the end; or ``up``, nearest neighbour x2 at the start.
+    ``resample`` is ``same``; ``down``, a 2x2 mean at the end; or ``up``, nearest neighbour x2 at the start.
     """
 
     def __init__(self, num_in: int, num_out: int, activation: Callable[[], nn.Module], resample: str = "same") -> None:
@@ -105,11 +98,7 @@ def num_halvings(side: int) -> int:
 
 
 def check_side(event_shape: torch.Size, halvings: int) -> None:
-    """Refuse images that are not square or cannot be halved that often.
-
-    Raises:
-        InputError: with the shape and the multiple that it takes.
-    """
+    """Raise InputError for images that are not square or cannot be halved that often."""
     multiple = 1 << halvings
     if event_shape[-1] != event_shape[-2] or event_shape[-1] % multiple:
         raise InputError(
@@ -121,13 +110,8 @@ def check_side(event_shape: torch.Size, halvings: int) -> None:
 def net_kind(kind: str, event_shape: torch.Size, option: str) -> str:
     """Return ``vector`` or ``image``: the kind asked for, or that of the data for ``auto``.
 
-    Args:
-        kind: ``auto``, ``vector`` or ``image``.
-        event_shape: of the data.
-        option: the option's name, for the message.
-
     Raises:
-        InputError: the kind does not fit.
+        InputError: the kind does not fit data of this shape; the message names the option.
     """
     fitting = {1: "vector", 3: "image"}.get(len(event_shape))
     if fitting is None or kind not in ("auto", fitting):
@@ -146,10 +130,8 @@ class SpectralPenalty(nn.Module):
 
     A convolution counts as its matrix ``(out, in * k * k)``, after weight normalisation, as in NVAE's spectral
     regularisation (Vahdat and Kautz 2020, section 3.2). Matrices of equal shape are iterated in one batched product.
-    The vectors are buffers, so they are saved with the run and each call refines the last one's.
-
-    Args:
-        layers: the layers whose weights count; they are no submodules.
+    The vectors are buffers, so they are saved with the run and each call refines the last one's. The layers are no
+    submodules.
     """
 
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d]) -> None:
@@ -218,11 +200,8 @@ def bound_spectral_norm(layer: nn.Linear | nn.Conv2d) -> None:
 
     Power iterations run in backward passes that reach the weight, and never in a call, so that all calls between two
     updates evaluate one function, as kernels need. The norm lags a little behind moving weights. A convolution counts
-    as its matrix ``(out, in * k * k)``. A deep copy does not refine its vectors: use it for averages, which copy the
-    buffers, and not for training.
-
-    Args:
-        layer: changed in place; its vectors are buffers, saved with the weights.
+    as its matrix ``(out, in * k * k)``. The layer is changed in place; its vectors are buffers, saved with the weights.
+    A deep copy does not refine them: use it for averages, which copy the buffers, and not for training.
     """
     bounded = parametrizations.spectral_norm(layer, n_power_iterations=NUM_POWER_ITERATIONS)
     norm, original = _spectral_norm_of(bounded)

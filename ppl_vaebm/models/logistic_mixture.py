@@ -1,4 +1,4 @@
-"""Mixtures of logistics over the channels of every pixel: their parameters, their density, and the law of levels.
+"""Mixtures of logistics over the channels of every pixel: their parameters, and their densities.
 
 PixelCNN++ (Salimans et al. 2017, arXiv:1701.05517) with the parameters of NVAE (Vahdat and Kautz 2020). Every pixel
 has M components with weights w_i; component i gives channel c a logistic of mean m_ic and scale s_ic, and the means
@@ -25,15 +25,7 @@ MIN_LOG_SCALE_SINGLE = -8.0
 
 
 def num_outputs(num_channels: int, num_components: int | None = None) -> int:
-    """Count the network outputs per pixel.
-
-    Args:
-        num_channels: C.
-        num_components: M; ``None`` for the single logistic.
-
-    Returns:
-        ``M * (1 + 2 C + C (C - 1) / 2)``, or ``2 C`` for the single logistic.
-    """
+    """Count the network outputs per pixel: ``M * (1 + 2 C + C (C - 1) / 2)``, or ``2 C`` for a single logistic."""
     if num_components is None:
         return 2 * num_channels
     return num_components * (1 + 2 * num_channels + _num_coefs(num_channels))
@@ -58,21 +50,10 @@ class MixtureParams:
 
     @staticmethod
     def from_raw(out: Tensor, num_channels: int, num_components: int) -> MixtureParams:
-        """Read a mixture off a network's output.
+        """Read a mixture off a network's output ``(n, K, H, W)``, K from :func:`num_outputs`; ValueError for another K.
 
-        The K outputs are M logits, C * M means, C * M log scales and the raw coefficients, each block with M last.
-        The official codes interleave the blocks channel by channel instead.
-
-        Args:
-            out: ``(n, K, H, W)`` with K = ``num_outputs(num_channels, num_components)``.
-            num_channels: C.
-            num_components: M.
-
-        Returns:
-            The parameters; log scales are at least -7.
-
-        Raises:
-            ValueError: another number of outputs.
+        The outputs are M logits, C * M means, C * M log scales, bounded to at least -7, and the raw coefficients, each
+        block with M last. The official codes interleave the blocks channel by channel instead.
         """
         out = _checked_raw(out, num_outputs(num_channels, num_components))
         blocks = out.unflatten(1, (-1, num_components))
@@ -83,17 +64,9 @@ class MixtureParams:
 
     @staticmethod
     def from_raw_single(out: Tensor, num_channels: int) -> MixtureParams:
-        """Read independent logistics, one per channel, off a network's output.
+        """Read independent logistics off an output ``(n, 2 C, H, W)``: C means, then C log scales of at least -8.
 
-        Args:
-            out: ``(n, 2 C, H, W)``: C means, then C log scales.
-            num_channels: C.
-
-        Returns:
-            The parameters, with M = 1 and coefficients 0; log scales are at least -8.
-
-        Raises:
-            ValueError: another number of outputs.
+        The mixture has M = 1 and coefficients 0. ValueError for another number of outputs.
         """
         loc, log_scale = _checked_raw(out, num_outputs(num_channels)).unsqueeze(2).chunk(2, 1)
         coefs = loc.new_zeros(()).expand(len(out), _num_coefs(num_channels), *loc.shape[2:])
@@ -115,54 +88,28 @@ class MixtureParams:
         return torch.Size((self.num_channels, *self.loc.shape[-2:]))
 
     def channel_loc(self, channel: int, earlier: Sequence[Tensor]) -> Tensor:
-        """Move the means of one channel by the channels before it.
-
-        Args:
-            channel: c.
-            earlier: the c channels before it, each ``(n, H, W)``.
-
-        Returns:
-            ``(n, M, H, W)``.
-        """
+        """Move the means of a channel, ``(n, M, H, W)``, by the channels before it, each ``(n, H, W)``."""
         loc = self.loc.select(-4, channel)
         for index, value in enumerate(earlier, start=_num_coefs(channel)):
             loc = loc + self.coefs.select(-4, index) * value.unsqueeze(-3)
         return loc
 
     def conditional_loc(self, x: Tensor) -> Tensor:
-        """Move the means of every channel by the channels before it.
-
-        Args:
-            x: ``(n, C, H, W)``.
-
-        Returns:
-            ``(n, C, M, H, W)``.
-        """
+        """Move the means of every channel, ``(n, C, M, H, W)``, by the channels before it in x, ``(n, C, H, W)``."""
         values = x.unbind(-3)
         locs = [self.channel_loc(channel, values[:channel]) for channel in range(self.num_channels)]
         return torch.stack(torch.broadcast_tensors(*locs), -4)
 
     def log_density(self, x: Tensor) -> Tensor:
-        """Evaluate the continuous law.
+        """Evaluate the continuous density of any real ``(n, C, H, W)``, ``(n,)``, nats.
 
-        Args:
-            x: ``(n, C, H, W)``, any real numbers.
-
-        Returns:
-            ``(n,)``, nats: per pixel, ``logsumexp_i(log w_i + sum_c log f_ic(x_c))``, summed.
+        It is the sum over pixels of ``logsumexp_i(log w_i + sum_c log f_ic(x_c))``.
         """
         log_densities = log_logistic(x.unsqueeze(-3), self.conditional_loc(x), self.log_scale)
         return torch.logsumexp(self.log_weights + log_densities.sum(-4), -3).sum((-2, -1))
 
     def pick(self, chosen: Tensor) -> MixtureParams:
-        """Keep one component per pixel.
-
-        Args:
-            chosen: which, ``(*sample_shape, n, H, W)``, int64.
-
-        Returns:
-            The parameters with M = 1 and the leading axes of ``chosen``.
-        """
+        """Keep one component per pixel, chosen by ``(*sample_shape, n, H, W)``, int64; the result has M = 1."""
         indices = chosen[..., None, None, :, :]
         lead = chosen.shape[:-2]
         loc, log_scale, coefs = (
@@ -182,15 +129,9 @@ def _checked_raw(out: Tensor, expected: int) -> Tensor:
 
 
 def display_mean(params: MixtureParams) -> Tensor:
-    """Make the picture that NVAE shows: weighted parameters, channels clipped in turn.
+    """Make the picture that NVAE shows, ``(n, C, H, W)`` in [-1, 1]: weighted parameters, channels clipped in turn.
 
-    It is not the mean of the law: means and coefficients are averaged before they are multiplied.
-
-    Args:
-        params: of the mixture.
-
-    Returns:
-        ``(n, C, H, W)`` in [-1, 1].
+    It is not the mixture's mean: means and coefficients are averaged before they are multiplied.
     """
     weights = params.log_weights.exp().unsqueeze(-4)
     loc, log_scale, coefs = (
@@ -218,11 +159,11 @@ def log_logistic(x: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
     return 2 * log_sigmoid(z) - z - log_scale
 
 
-# --- the discretised law -------------------------------------------------------------------------
+# --- the discretised mixture ---------------------------------------------------------------------
 
 
 class DiscretizedLogisticMixture(TorchDistribution):
-    """The mixture's law of the levels, as a density that is constant over each level's cell.
+    """The mixture of discretised pixels, as a density that is constant over each level's cell.
 
     Level k of L has the cell ``[2 k / L - 1, 2 (k + 1) / L - 1)`` and the mixture's probability of it; the first and
     the last cell take the tails. Later channels see the centres of the earlier channels' cells, so that dequantisation
@@ -231,59 +172,38 @@ class DiscretizedLogisticMixture(TorchDistribution):
     the identity ``sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a))`` in logs is exact in every cell,
     so the probabilities sum to 1.
 
-    Args:
-        params: of the mixture.
-        levels: L.
-        validate_args: whether ``log_prob`` refuses values outside [-1, 1]; ``None`` for torch's setting.
+    ``validate_args`` makes ``log_prob`` refuse values outside [-1, 1]; ``None`` takes torch's setting.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}
     support = constraints.independent(constraints.interval(-1, 1), 3)
 
     def __init__(self, params: MixtureParams, levels: int, validate_args: bool | None = None) -> None:
-        self.params = params
-        self.levels = levels
+        self.params, self.levels = params, levels
         super().__init__(params.batch_shape, params.event_shape, validate_args=validate_args)
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """Evaluate the density.
+        """Evaluate the density of pixels ``(n, C, H, W)`` in [-1, 1], ``(n,)``, nats.
 
-        Args:
-            y: pixels in [-1, 1], ``(n, C, H, W)``.
-
-        Returns:
-            ``(n,)``, nats; adding ``log(2 / levels)`` per coordinate gives the log probability of the levels.
-
-        Raises:
-            ValueError: a pixel outside [-1, 1], where validation is on.
+        Adding ``log(2 / levels)`` per coordinate gives the log probability of the levels. ValueError for a pixel
+        outside [-1, 1], where validation is on.
         """
-        if self._validate_args:
-            self._check_pixels(y)
+        if self._validate_args and (is_bad := ~((y >= -1) & (y <= 1))).any():
+            raise ValueError(
+                f"expected pixels in [-1, 1], got {int(is_bad.sum())} of {y.numel()} outside, the first of them "
+                f"{float(y[is_bad][0])}; scale the pixels, or clip them"
+            )
         return self.log_prob_levels(self._level(y)) + self.event_shape.numel() * math.log(self.levels / 2)
 
     def log_prob_levels(self, k: Tensor) -> Tensor:
-        """Evaluate the probability of levels.
-
-        Args:
-            k: in {0, ..., levels - 1}, ``(n, C, H, W)``, integers of any dtype.
-
-        Returns:
-            ``(n,)``, nats.
-        """
+        """Evaluate the log probability, ``(n,)``, nats, of levels ``(n, C, H, W)`` in {0, ..., levels - 1}."""
         k = k.to(self.params.loc.dtype)
         log_masses = self._log_mass(k.unsqueeze(-3), self.params.conditional_loc(self._centre(k)))
         return torch.logsumexp(self.params.log_weights + log_masses.sum(-4), -3).sum((-2, -1))
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draw from torch's global generator.
-
-        Args:
-            sample_shape: of the draws.
-
-        Returns:
-            Centres of cells, ``(*sample_shape, n, C, H, W)``.
-        """
+        """Draw centres of cells, ``(*sample_shape, n, C, H, W)``, from torch's global generator."""
         logits = self.params.log_weights.movedim(-3, -1)
         picked = self.params.pick(Categorical(logits=logits).sample(torch.Size(sample_shape)))
         values: list[Tensor] = []
@@ -309,11 +229,3 @@ class DiscretizedLogisticMixture(TorchDistribution):
         log_above = log_sigmoid((loc - lower) * inv_scale).masked_fill(is_first, 0)
         log_inside = (-torch.expm1(-2 / self.levels * inv_scale)).log()
         return log_below + log_above + log_inside.masked_fill(is_first | is_last, 0)
-
-    def _check_pixels(self, y: Tensor) -> None:
-        is_bad = ~((y >= -1) & (y <= 1))
-        if is_bad.any():
-            raise ValueError(
-                f"expected pixels in [-1, 1], got {int(is_bad.sum())} of {y.numel()} outside, the first of them "
-                f"{float(y[is_bad][0])}; scale the pixels, or clip them"
-            )

@@ -40,20 +40,14 @@ OUTPUT_GAIN = 0.1  # of the last layer's initial weight norm, so that a fresh fl
 
 
 def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, mirror: bool) -> Tensor:
-    """Make the mask of a convolution that reads earlier elements only.
+    """Make the mask ``(num_out, num_in, size, size)``, ones and zeros, of a convolution that reads earlier elements.
 
     Elements are ordered by pixel in raster order, and within a pixel by channel; where a layer has several channels
-    per latent channel, they come in blocks.
+    per latent channel, they come in blocks. The kernel's side ``size`` is odd.
 
     Args:
-        num_out: output channels.
-        num_in: input channels.
-        size: side of the kernel, odd.
         is_strict: leave out the element itself (the first layer); else it is seen too.
         mirror: reverse the order of the pixels; channels keep theirs, as in NVAE.
-
-    Returns:
-        ``(num_out, num_in, size, size)`` of ones and zeros.
     """
     num_latent = min(num_out, num_in)
     row = torch.arange(num_out)[:, None] // (num_out // num_latent)
@@ -69,11 +63,8 @@ def autoregressive_mask(num_out: int, num_in: int, size: int, is_strict: bool, m
 class AutoregressiveShift(TransformModule):
     """``z' = z - m(z)``, where every element of m depends on earlier elements of z only (Kingma et al. 2016).
 
-    The Jacobian is triangular with a unit diagonal, so the log determinant is 0.
-
-    Args:
-        num_latents: channels of the group.
-        mirror: reverse the order of the pixels.
+    The Jacobian is triangular with a unit diagonal, so the log determinant is 0. The group has ``num_latents``
+    channels; ``mirror`` reverses the order of the pixels.
     """
 
     domain = constraints.independent(constraints.real, 3)
@@ -109,8 +100,7 @@ class AutoregressiveShift(TransformModule):
 
     def shift(self, z: Tensor) -> Tensor:
         """Compute m, ``(n, num_latents, h, w)`` to the same shape."""
-        hidden = functional.elu(self.mix(functional.elu(self.first(z))))
-        shift: Tensor = self.last(functional.elu(hidden))
+        shift: Tensor = self.last(functional.elu(self.mix(functional.elu(self.first(z)))))
         return shift
 
     def _call(self, z: Tensor) -> Tensor:
@@ -200,13 +190,7 @@ class LatentGrids:
 
 
 class NVAEGenerator(Generator):
-    """The top-down tower.
-
-    Args:
-        config: sizes.
-        event_shape: of x, ``(channels, side, side)``.
-        levels: number of values of a pixel; ``None`` where x is continuous.
-    """
+    """The top-down tower, for x of ``event_shape``; ``levels`` as in :func:`build_nvae`."""
 
     def __init__(self, config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> None:
         super().__init__()
@@ -319,8 +303,8 @@ class NVAEGuide(Guide):
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Run the tower, and keep its state at the depth of every group."""
-        # The padding is black.
-        padded = functional.pad(x, (self.config.padding,) * 4, value=-1.0) if self.config.padding else x
+        black = -1.0
+        padded = functional.pad(x, (self.config.padding,) * 4, value=black) if self.config.padding else x
         state = self.pre(self.stem(padded))
         kept = []
         for cells in self.tower:
@@ -344,11 +328,9 @@ class NVAEGuide(Guide):
 
 
 def build_nvae(config: NvaeConfig, event_shape: torch.Size, levels: int | None) -> HierarchicalVAE:
-    """Make an NVAE with weights from the global generator.
+    """Make an NVAE for x of ``event_shape``, ``(channels, side, side)``, with weights from the global generator.
 
     Args:
-        config: sizes.
-        event_shape: of x, ``(channels, side, side)``.
         levels: number of values of a pixel: 2 for binarised images, ``None`` where x is continuous.
 
     Raises:

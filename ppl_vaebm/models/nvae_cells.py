@@ -33,9 +33,6 @@ class Conv2d(nn.Conv2d):
     at the norm of PyTorch's initial weights. The kernel's side ``size`` is odd; padding keeps the grid.
 
     Args:
-        num_in: input channels.
-        num_out: output channels.
-        size: side of the kernel.
         weight_norm: whether the weight is normalised; if not, it is v.
         mask: factor on v, broadcastable to ``(out, in / groups, k, k)``.
         options: of :class:`torch.nn.Conv2d`.
@@ -206,8 +203,7 @@ class ShiftedDown(nn.Module):
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        quarter = num_out // 4
-        widths = (quarter, quarter, quarter, num_out - 3 * quarter)
+        widths = (*[num_out // 4] * 3, num_out - 3 * (num_out // 4))
         self.convs = nn.ModuleList(Conv2d(num_in, width, 1) for width in widths)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -248,10 +244,7 @@ class ResidualCell(nn.Module):
 def encoder_cell(num_channels: int, is_down: bool, squeeze_excite: bool) -> ResidualCell:
     """Make a cell of the bottom-up tower: twice batch norm, swish, 3x3 convolution (``res_bnswish``).
 
-    Args:
-        num_channels: input channels.
-        is_down: halve the grid and double the channels.
-        squeeze_excite: whether the cell has that layer.
+    It takes ``num_channels``; with ``is_down`` it halves the grid and doubles the channels.
     """
     num_out = 2 * num_channels if is_down else num_channels
     branch = nn.Sequential(
@@ -271,13 +264,8 @@ def decoder_cell(
 ) -> ResidualCell:
     """Make a cell of the top-down tower: an inverted bottleneck with a depthwise 5x5 convolution (``mconv_e6k5``).
 
-    The convolutions in it have neither bias nor weight norm, and its first and last batch norm no activation.
-
-    Args:
-        num_channels: input channels.
-        is_up: double the grid and halve the channels.
-        squeeze_excite: whether the cell has that layer.
-        expansion: hidden channels per input channel.
+    The convolutions in it have neither bias nor weight norm, and its first and last batch norm no activation. It takes
+    ``num_channels``, and has ``expansion`` times as many inside; ``is_up`` doubles the grid and halves the channels.
     """
     num_out = num_channels // 2 if is_up else num_channels
     hidden = expansion * num_channels

@@ -1,4 +1,4 @@
-"""The continuous law of a mixture of logistics as a transport of standard normal noise: its quantile function.
+"""The continuous mixture of logistics as a transport of standard normal noise: its quantile function.
 
 Shapes are those of :mod:`ppl_vaebm.models.logistic_mixture`.
 """
@@ -47,16 +47,10 @@ def _lower_side(eps: Tensor) -> Tensor:
 
 
 def _tail_terms(x: Tensor, lifted: Tensor, loc: Tensor, inv_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the lower tail at x among the components.
+    """Split the lower tail at x among the components: ``exp(tau) * w_i * sigmoid(z_i)`` and ``sigmoid(-z_i)``.
 
-    Args:
-        x: on the mirrored axis, with an axis of length 1 for the components.
-        lifted: log weights plus tau, the size of the target's log odds; it keeps the terms near 1 at the root.
-        loc: means on the mirrored axis.
-        inv_scale: ``1 / s_i``.
-
-    Returns:
-        ``exp(tau) * w_i * sigmoid(z_i)`` and ``sigmoid(-z_i)``.
+    x, with an axis of length 1 for the components, and the means ``loc`` are on the mirrored axis. ``lifted`` are the
+    log weights plus tau, the size of the target's log odds, which keeps the terms near 1 at the root.
     """
     z = (x - loc).mul_(inv_scale)
     # exp2 and sigmoid are several times as fast as exp, log and softplus on a CPU.
@@ -134,18 +128,10 @@ def _start(tau: Tensor, log_weights: Tensor, loc: Tensor, log_scale: Tensor) -> 
 
 @torch.no_grad()
 def _solve(tau: Tensor, log_weights: Tensor, loc: Tensor, log_scale: Tensor) -> Tensor:
-    """Find the quantiles of P mixtures at log odds ``-tau``, to the precision of the dtype.
+    """Find the quantiles of P mixtures at log odds ``-tau``, ``(P,)``, at most 0, to the precision of the dtype.
 
-    Safeguarded Newton on the log odds, where a single logistic is a straight line.
-
-    Args:
-        tau: ``(P,)``, at least 0.
-        log_weights: ``(M, P)``.
-        loc: ``(M, P)``.
-        log_scale: ``(M, P)``.
-
-    Returns:
-        ``(P,)``; NaN where an argument is.
+    Safeguarded Newton on the log odds, where a single logistic is a straight line. The parameters are ``(M, P)``; NaN
+    in them gives NaN.
     """
     search = _start(tau, log_weights, loc, log_scale)
     roots = torch.empty_like(tau)
@@ -261,9 +247,7 @@ class QuantileTransport(Transform):
     The map is smooth, but steep between components far apart: the gap of the density is crossed within a
     range of eps as small as the density there. Gradients are the implicit ones; a second derivative raises.
 
-    Args:
-        params: of the mixture.
-        cache_size: 1 keeps the last pair, so that the inverse of a value just made is free; see torch's Transform.
+    With a ``cache_size`` of 1 the inverse of a value just made is free; see torch's Transform.
     """
 
     domain = constraints.independent(constraints.real, 3)
@@ -315,28 +299,15 @@ class QuantileTransport(Transform):
         return eps
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Evaluate ``sum log phi(eps) - log f(pixels)``.
-
-        Args:
-            x: the noise eps, ``(n, C, H, W)``; torch calls a transform's argument x and its value y.
-            y: the pixels it maps to.
-
-        Returns:
-            ``(n,)``, nats.
-        """
+        """Evaluate ``sum log phi(eps) - log f(pixels)``, ``(n,)``, nats, for noise x and the pixels y it maps to."""
         log_phi = -0.5 * (x.square() + math.log(2 * math.pi))
         return log_phi.sum((-3, -2, -1)) - self.params.log_density(y)
 
 
 def logistic_mixture(params: MixtureParams) -> dist.TransformedDistribution:
-    """Make the continuous law as a transport of standard normal noise.
+    """Make the continuous mixture, batch shape ``(n,)``, event shape ``(C, H, W)``, as a transport of noise.
 
-    Args:
-        params: of the mixture.
-
-    Returns:
-        The distribution, batch shape ``(n,)``, event shape ``(C, H, W)``; its log density is
-        ``params.log_density``, which is the faster call where the noise is not needed.
+    Its log density is ``params.log_density``, which is the faster call where the noise is not needed.
     """
     zero = params.loc.new_zeros(())
     base = dist.Normal(zero, zero + 1).expand(params.batch_shape + params.event_shape).to_event(3)

@@ -42,13 +42,8 @@ def dry_pass(net: nn.Module, device: str, batch_shape: tuple[int, ...], *inputs:
     """Run a network forward on fake tensors, which have shapes and a device but no values and no memory.
 
     The kernels and the mixed precision are those of the device. In bfloat16 on a CPU, batch normalizations count a few
-    bytes per channel too little, because fake ones give their moments the wrong type.
-
-    Args:
-        net: on the meta device; afterwards its weights are fake.
-        device: of the pass.
-        batch_shape: shape of the batch, ``(n, ...)``.
-        inputs: further arguments of the network.
+    bytes per channel too little, because fake ones give their moments the wrong type. The network is on the meta
+    device, and its weights are fake afterwards; it takes a batch of this shape, ``(n, ...)``, and the inputs.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         net.to_empty(device=device)
@@ -58,9 +53,7 @@ def dry_pass(net: nn.Module, device: str, batch_shape: tuple[int, ...], *inputs:
 def forward_pass(net: nn.Module, *inputs: Any) -> Pass:
     """Run a network forward; count what it saves, each storage once, and record the shapes of its modules' outputs.
 
-    Args:
-        net: the network; numbers that it reads from tensors are 0.
-        inputs: its arguments, of which the first is a batch, ``(n, ...)``.
+    Its first input is a batch, ``(n, ...)``. Numbers that it reads from tensors are 0.
     """
     with _shapes_of(net) as shapes, _WithoutValues():
         num_bytes = saved_bytes(net, lambda: net(*inputs))
@@ -84,12 +77,9 @@ def saved_bytes(net: nn.Module, call: Callable[[], object]) -> int:
 
 
 def bytes_per_row(net: nn.Module, call: Callable[[Tensor], object], row: Tensor) -> int:
-    """Count the bytes that a call saves for each row, by calls with one and with two rows.
+    """Count the bytes that a call of rows saves for each, by calls with one and with two copies of ``(1, ...)``.
 
-    Args:
-        net: whose weights and buffers do not count.
-        call: function of rows, ``(n, ...)``.
-        row: an example, ``(1, ...)``.
+    The network's weights and buffers do not count.
     """
     one = row.detach().clone().requires_grad_()
     two = torch.cat([row, row]).detach().requires_grad_()

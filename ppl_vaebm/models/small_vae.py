@@ -18,12 +18,7 @@ MEMORY_FORMAT = torch.channels_last
 
 
 class VectorGenerator(Generator):
-    """Fully connected hierarchy for points.
-
-    Args:
-        config: sizes.
-        event_shape: ``(d,)``.
-    """
+    """Fully connected hierarchy for points, of event shape ``(d,)``."""
 
     def __init__(self, config: ModelConfig, event_shape: torch.Size) -> None:
         super().__init__()
@@ -62,23 +57,15 @@ class VectorGenerator(Generator):
 
 
 class VectorGuide(RelativeGuide):
-    """Fully connected posterior heads over shared features of ``x``.
-
-    Args:
-        generator: the model.
-        config: sizes.
-    """
+    """Fully connected posterior heads over shared features of ``x``."""
 
     def __init__(self, generator: VectorGenerator, config: ModelConfig) -> None:
         super().__init__(generator)
         dim = generator.event_shape[0]
         above = [sum(config.latents[:i]) for i in range(len(config.latents))]
-        self.heads = nn.ModuleDict(
-            {
-                f"z_{i}": mlp(dim + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
-                for i, size in enumerate(config.latents, 1)
-            }
-        )
+        self.heads = nn.ModuleDict()
+        for i, size in enumerate(config.latents, 1):
+            self.heads[f"z_{i}"] = mlp(dim + above[i - 1], config.width, config.depth, 2 * size, leaky_relu)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Give every head ``x``."""
@@ -92,10 +79,6 @@ class VectorGuide(RelativeGuide):
 
 class ImageGenerator(Generator):
     """Convolutional hierarchy for small square images: a vector first, then grids twice as fine each.
-
-    Args:
-        config: sizes.
-        event_shape: ``(channels, side, side)``.
 
     Raises:
         InputError: the image cannot be halved often enough, or there are more groups than grids.
@@ -145,12 +128,7 @@ class ImageGenerator(Generator):
 
 
 class ImageGuide(RelativeGuide):
-    """A bottom-up tower whose features meet the top-down state on each group's grid.
-
-    Args:
-        generator: the model.
-        config: sizes.
-    """
+    """A bottom-up tower whose features meet the top-down state on each group's grid."""
 
     def __init__(self, generator: ImageGenerator, config: ModelConfig) -> None:
         super().__init__(generator)
@@ -160,12 +138,9 @@ class ImageGuide(RelativeGuide):
         self.stem = nn.Conv2d(generator.event_shape[0] * self.patch**2, widths[0], 3, padding=1)
         self.downs = nn.ModuleList(ResidualBlock(widths[i], widths[i + 1], nn.SiLU, "down") for i in range(num_downs))
         self.vector_head = Stem(generator.base.numel(), config, 2 * config.latents[0])
-        self.grid_heads = nn.ModuleDict(
-            {
-                f"z_{i + 1}": nn.Conv2d(2 * widths[num_downs - i], 2 * size, 3, padding=1)
-                for i, size in enumerate(config.latents[1:], 1)
-            }
-        )
+        self.grid_heads = nn.ModuleDict()
+        for i, size in enumerate(config.latents[1:], 1):
+            self.grid_heads[f"z_{i + 1}"] = nn.Conv2d(2 * widths[num_downs - i], 2 * size, 3, padding=1)
 
     def encode(self, x: Tensor) -> dict[str, Tensor]:
         """Run the tower, and give each group the features of its grid."""
@@ -187,10 +162,7 @@ class ImageGuide(RelativeGuide):
 class Stem(nn.Linear):
     """The map between the first latent and the first grid, in either direction: linear, with a net beside it.
 
-    Args:
-        num_in: size of the input.
-        config: depth and width of the net; with a depth of 0 there is none.
-        num_out: size of the output.
+    With a ``stem_depth`` of 0 there is no net.
     """
 
     def __init__(self, num_in: int, config: ModelConfig, num_out: int) -> None:
@@ -205,14 +177,9 @@ class Stem(nn.Linear):
 
 
 def num_grids(event_shape: torch.Size, patch: int) -> int:
-    """Return how often the convolutional nets halve the grid of patches.
+    """Return how often the convolutional nets halve the grid of patches, whose side is a power of two.
 
-    Args:
-        event_shape: ``(channels, side, side)``.
-        patch: side of the patches, a power of two.
-
-    Returns:
-        As many as without patches, less those that patches stand for, but at least one.
+    That is as often as without patches, less the halvings that patches stand for, but at least once.
 
     Raises:
         InputError: the image cannot be cut so.
@@ -224,14 +191,7 @@ def num_grids(event_shape: torch.Size, patch: int) -> int:
 
 
 def build_small_vae(config: ModelConfig, event_shape: torch.Size) -> HierarchicalVAE:
-    """Make the small VAE that fits the data.
-
-    Args:
-        config: kind and sizes.
-        event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
-
-    Returns:
-        The VAE, freshly initialised from the global generator.
+    """Make the small VAE for points ``(d,)`` or images ``(channels, side, side)``, from the global generator.
 
     Raises:
         InputError: a kind that does not fit the data's shape.

@@ -138,13 +138,9 @@ class Guide(PyroModule):
 
     @abstractmethod
     def posterior(self, name: str, prior: Prior, features: Tensor, state: Tensor) -> TorchDistribution:
-        """Compute the posterior of one group, batch shape ``(n,)``, given ``x`` and the groups above.
+        """Compute the posterior of the group at a site, batch shape ``(n,)``, given ``x`` and the groups above.
 
-        Args:
-            name: of the site.
-            prior: of the group.
-            features: of ``x``, from :meth:`encode`.
-            state: the top-down features that the prior was computed from.
+        ``features`` of ``x`` are from :meth:`encode`; ``state`` are the features that gave the group's prior.
         """
 
     def forward(self, x: Tensor, num: int | None = None) -> dict[str, Tensor]:
@@ -216,8 +212,7 @@ class HierarchicalVAE(nn.Module):
 
     def __init__(self, model: Generator, guide: Guide) -> None:
         super().__init__()
-        self.model = model
-        self.guide = guide
+        self.model, self.guide = model, guide
 
     @property
     def rows_per_block(self) -> int:
@@ -233,13 +228,10 @@ class HierarchicalVAE(nn.Module):
         return {**shapes, "eps_x": self.model.event_shape}
 
     def transport(self, eps: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Map noise to ``z_l = loc_l + t * scale_l * eps_l``, with the model's temperature t, and then to x.
+        """Map noise, ``(n, *shape)`` each, to ``z_l = loc_l + t * scale_l * eps_l``, and then to x.
 
-        Args:
-            eps: every noise, ``(n, *shape)`` with the shapes of :attr:`noise_shapes`.
-
-        Returns:
-            ``x``, ``(n, *event_shape)``, and the latents.
+        t is the model's temperature. Returns ``x``, ``(n, *event_shape)``, and the latents; for the shapes of the noise
+        see :attr:`noise_shapes`.
         """
         decoded, z = self.decode_noise(eps)
         return decoded.transport(eps["eps_x"]), z

@@ -20,11 +20,8 @@ class VAEBM(PyroModule):
     """The product density, unnormalised: the VAE's model and one factor, ``-E(x)``.
 
     Decentring every site, ``poutine.reparam(vaebm, LocScaleReparam(0.0))``, gives the program of the noises, whose
-    log density is minus the potential of :func:`ppl_vaebm.inference.potential.noise_potential`, up to a constant.
-
-    Args:
-        vae: the VAE; its model is the base measure. It is frozen and put in evaluation mode.
-        energy: the energy, ``energy(x, z)`` to ``(n,)`` nats.
+    log density is minus the potential of :func:`ppl_vaebm.inference.potential.noise_potential`, up to a constant. The
+    VAE is frozen and put in evaluation mode.
     """
 
     def __init__(self, vae: HierarchicalVAE, energy: Energy) -> None:
@@ -33,17 +30,11 @@ class VAEBM(PyroModule):
         self.energy = energy
 
     def forward(self, x: Tensor | None = None, num: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run the program.
+        """Run the program, and return ``x`` and the latents.
 
         Args:
             x: data to observe, ``(n, *event_shape)``; ``None`` samples it.
-            num: rows to sample where ``x`` is not given.
-
-        Returns:
-            ``x`` and the latents.
-
-        Raises:
-            ValueError: neither ``x`` nor ``num`` was given.
+            num: rows to sample where ``x`` is not given; ValueError if neither is.
         """
         rows = num_rows(x, num)
         with pyro.plate("data", rows):
@@ -55,16 +46,12 @@ class VAEBM(PyroModule):
 def build_vae(
     config: ModelConfig, event_shape: torch.Size, levels: int | None = None, is_dequantized: bool = False
 ) -> HierarchicalVAE:
-    """Make the VAE that fits the data.
+    """Make the VAE that fits the data, initialised from the global generator.
 
     Args:
-        config: kind and sizes.
         event_shape: ``(d,)`` for points, ``(channels, side, side)`` for images.
-        levels: of a pixel: 2 for binarised images, ``None`` where x is continuous.
+        levels: number of values of a pixel: 2 for binarised images, ``None`` where x is continuous.
         is_dequantized: whether noise fills the levels up, so that two levels are not the signs of binarised images.
-
-    Returns:
-        The VAE, freshly initialised from the global generator.
 
     Raises:
         InputError: a kind, a size or a decoder that does not fit the data.
@@ -79,11 +66,7 @@ def build_vae(
 
 
 def build_vaebm(config: Config, vae: HierarchicalVAE) -> VAEBM:
-    """Make the product density with the run's initial energy.
-
-    Args:
-        config: the run's configuration.
-        vae: stage 1's result; its model takes the temperature of stage 2.
+    """Make the product density of stage 1's result, which takes stage 2's temperature, and a new energy.
 
     Raises:
         InputError: the energy does not fit the data, or x is discrete.
@@ -101,11 +84,7 @@ def has_discrete_x(config: Config) -> bool:
 
 
 def check_continuous_x(config: Config) -> None:
-    """Refuse a discrete x, which has no gradient in noise space.
-
-    Raises:
-        InputError: naming the option.
-    """
+    """Raise InputError for a discrete x, which has no gradient in noise space."""
     if has_discrete_x(config):
         raise InputError(
             "stage ebm moves in the noise of x, which a Bernoulli decoder does not have: fit stage svi with "
