@@ -25,11 +25,8 @@ def set_threads(threads: int) -> None:
 def check_device(device: str) -> None:
     """Refuse a device that cannot do what every stage needs: draw float64 from a generator of its own.
 
-    Args:
-        device: as PyTorch names it.
-
     Raises:
-        InputError: no such device here, or it lacks float64.
+        InputError: no device of this name, which is PyTorch's, here; or it lacks float64.
     """
     try:
         generator = torch.Generator(device=device)
@@ -66,13 +63,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def has_bfloat16(device: str) -> bool:
-    """Say whether networks run in bfloat16 on a device.
+    """Return whether networks run in bfloat16 on a device.
 
     On a CPU without instructions for it PyTorch emulates it: ten times slower than float32, and convolutions can crash
     the process (PyTorch 2.14).
-
-    Args:
-        device: as PyTorch names it.
     """
     if torch.device(device).type != "cpu":
         return True
@@ -80,15 +74,7 @@ def has_bfloat16(device: str) -> bool:
 
 
 def check_bfloat16(device: str, option: str) -> None:
-    """Refuse bfloat16 on a device that only emulates it.
-
-    Args:
-        device: as PyTorch names it.
-        option: that asks for it.
-
-    Raises:
-        InputError: see :func:`has_bfloat16`.
-    """
+    """Raise InputError for an option that asks for bfloat16 on a device without; see :func:`has_bfloat16`."""
     if not has_bfloat16(device):
         raise InputError(
             f"expected a device with instructions for bfloat16 for {option}, found a CPU without: set "
@@ -127,14 +113,9 @@ def current_process() -> Process:
 
 
 def own_device(environment: Mapping[str, str], device: str) -> str:
-    """Choose this process's device.
+    """Return the device that the run asks for, or the accelerator of that kind with this process's number.
 
-    Args:
-        environment: of the process; torchrun sets RANK, WORLD_SIZE and LOCAL_RANK.
-        device: that the run asks for.
-
-    Returns:
-        It, or the accelerator of that kind with this process's number on its machine.
+    torchrun sets RANK, WORLD_SIZE and LOCAL_RANK, the number on this machine, in the environment.
 
     Raises:
         InputError: several processes on one numbered accelerator.
@@ -149,15 +130,7 @@ def own_device(environment: Mapping[str, str], device: str) -> str:
 
 @contextmanager
 def joined(environment: Mapping[str, str], device: str) -> Iterator[Process]:
-    """Join the other processes that torchrun started, for the length of a block.
-
-    Args:
-        environment: of the process.
-        device: this process's own.
-
-    Yields:
-        The process's place.
-    """
+    """Join the other processes that torchrun started, for the length of a block; yields this process's place."""
     if "RANK" not in environment:
         yield Process()
         return

@@ -18,10 +18,6 @@ OOD_SETS = (*SYNTHETIC_SETS, *get_args(DataName))
 
 
 def split_parts(text: str) -> tuple[Part, ...]:
-    """Split names of parts that stand between commas; a name of an earlier version stands for the part's name now.
-
-    Raises:
-        InputError: as :func:`~ppl_vaebm.config.options.split_names`.
-    """
+    """Split a list of parts, whose old names it knows, as :func:`~ppl_vaebm.config.options.split_names`."""
     names = [name.strip() for name in text.split(",")]
     return cast(tuple[Part, ...], split_names(",".join(OLD_NAMES.get(name, name) for name in names), PARTS, "part"))

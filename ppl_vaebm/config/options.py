@@ -72,11 +72,7 @@ NonNegativeFloat = Annotated[float, NOT_NEGATIVE]
 
 
 def require(condition: bool, option: str, expected: str, got: object) -> None:
-    """Refuse a wrong value.
-
-    Raises:
-        ValueError: with the option, what is expected and what was got.
-    """
+    """Raise ValueError for a wrong value, with the option, what is expected and what was got."""
     if not condition:
         raise ValueError(f"{option} must be {expected}, got {got!r}")
 

@@ -19,11 +19,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(recipe: str) -> Path:
-    """Find a recipe by its name or by the path of its file.
-
-    Raises:
-        InputError: there is neither.
-    """
+    """Find a recipe by its name or by the path of its file; InputError if there is neither."""
     shipped = RECIPES / f"{recipe}.yaml"
     if shipped.is_file():
         return shipped

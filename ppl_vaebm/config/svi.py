@@ -84,11 +84,7 @@ class SviConfig(Checked):
             require(self.spectral_penalty > 0, "svi.spectral-penalty", "positive with a start", self.spectral_penalty)
 
     def resolved(self, steps_per_epoch: int) -> SviConfig:
-        """Turn epochs and fractions into ``steps``, ``warmup_steps`` and ``kl_warmup_steps``.
-
-        Args:
-            steps_per_epoch: steps of one pass over the training data.
-        """
+        """Turn epochs and fractions into ``steps``, ``warmup_steps`` and ``kl_warmup_steps``."""
         steps = self.steps if self.epochs is None else max(1, round(self.epochs * steps_per_epoch))
         warmup = self.warmup_steps if self.warmup_epochs is None else round(self.warmup_epochs * steps_per_epoch)
         kl_warmup = self.kl_warmup_steps if self.kl_warmup_share is None else round(self.kl_warmup_share * steps)

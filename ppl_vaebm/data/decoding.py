@@ -128,11 +128,7 @@ def has_flips(config: DataConfig, own: bool) -> bool:
 
 
 def num_train(config: DataConfig, size: int) -> int:
-    """Return how many of ``size`` training images remain when those for validation are held out.
-
-    Raises:
-        InputError: none would remain.
-    """
+    """Return how many of ``size`` training images are not held out for validation; InputError if none is left."""
     num = int(VALIDATION_SHARE * size) if config.num_validation is None else config.num_validation
     if num >= size:
         raise InputError(

@@ -15,20 +15,12 @@ from ppl_vaebm.errors import InputError
 
 
 def quantised(x: Tensor, levels: int = NUM_BYTE_LEVELS, *, is_dequantized: bool = True) -> Tensor:
-    """Round images to their levels.
+    """Round images of any shape to their levels, of which there are at least 2; beyond [-1, 1] they are clipped.
 
-    Args:
-        x: images, any shape, finite; what lies beyond [-1, 1] is clipped.
-        levels: how many levels a pixel has, at least 2; ``Data.levels``.
-        is_dequantized: whether level k stands for the cell ``[2 k / levels - 1, 2 (k + 1) / levels - 1)``; else for the
-            value ``2 k / (levels - 1) - 1`` itself, as in binarised images. ``Data.is_dequantized``.
-
-    Returns:
-        The centre of each pixel's cell, ``(2 k + 1) / levels - 1``, or else the nearest value of a level; the shape and
-        dtype of ``x``. Dequantised data come back to their levels exactly, and a second rounding changes nothing.
-
-    Raises:
-        InputError: a pixel is not finite.
+    With ``is_dequantized`` level k stands for the cell ``[2 k / levels - 1, 2 (k + 1) / levels - 1)``, whose centre,
+    ``(2 k + 1) / levels - 1``, is returned; else for the value ``2 k / (levels - 1) - 1`` itself, as in binarised
+    images. Dequantised data come back to their levels exactly, and a second rounding changes nothing. InputError for a
+    pixel that is not finite.
     """
     if not bool(x.isfinite().all()):
         raise InputError(
@@ -42,11 +34,7 @@ def quantised(x: Tensor, levels: int = NUM_BYTE_LEVELS, *, is_dequantized: bool 
 
 
 def quantised_as(x: Tensor, data: Data) -> Tensor:
-    """Round images to the levels of a data set; see :func:`quantised`.
-
-    Raises:
-        InputError: a pixel is not finite, or the data are no images.
-    """
+    """Round images to the levels of a data set; InputError as :func:`quantised`, or if the data are no images."""
     if data.levels is None:
         raise InputError(f"rounding to levels is for images, and data set {data.name} has none; leave it out")
     return quantised(x, data.levels, is_dequantized=data.is_dequantized)

@@ -53,14 +53,9 @@ class Plan:
 
 
 def judge_of(run: Run, data: Data, plan: Plan, seed: int, device: str) -> Judge | None:
-    """Load or train the network of a plan, and compute the features of the data.
+    """Load or train the network of a plan, which the run's folder keeps, and compute the features of the data.
 
-    Args:
-        run: its folder keeps a trained classifier.
-        seed: of the classifier's training.
-
-    Returns:
-        The judge; ``None`` where no part needs a network, or none is named and the data have no labels to train one.
+    Returns ``None`` where no part needs a network, or none is named and the data have no labels to train one.
 
     Raises:
         InputError: a network or weights are named that cannot be used; samples or images are too few; or as
@@ -177,11 +172,7 @@ def _check(data: Data, plan: Plan) -> None:
 
 
 def evaluate(loaded: LoadedRun, plan: Plan) -> Iterator[tuple[Part, Measured]]:
-    """Measure parts one after another, and yield each with its name, so that it can be stored before the next begins.
-
-    Raises:
-        InputError: as :class:`Evaluation`, or a part cannot be measured on these data.
-    """
+    """Measure parts one after another, and yield each with its name, to be stored before the next begins."""
     evaluation = Evaluation(loaded, plan)
     for part in plan.parts:
         yield part, evaluation.measure(part)

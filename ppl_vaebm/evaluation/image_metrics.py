@@ -70,8 +70,7 @@ class Judge:
     def describe(self, x: Tensor) -> Outputs:
         """Compute the network's outputs for images ``(n, C, H, W)`` on any device, discretised as the data are.
 
-        Raises:
-            InputError: images of another size or range than the data's, or pixels that are not finite.
+        InputError for images of another size or range than the data's, or pixels that are not finite.
         """
         images = quantised_as(x.cpu(), self.data)
         check_images(self.real, images)
@@ -99,11 +98,7 @@ def check_sizes(data: Data, effort: Effort, parts: Sequence[Part]) -> None:
 
 
 def new_judge(net: FeatureNet, data: Data, effort: Effort, seed: int) -> Judge:
-    """Compute the features of the data that samples are compared with.
-
-    Raises:
-        InputError: as :func:`check_sizes`.
-    """
+    """Compute the features of the data that samples are compared with; InputError as :func:`check_sizes`."""
     check_sizes(data, effort, ("samples",))
     num_train, num_test = min(effort.num_reference, len(data.train)), min(effort.num_samples, len(data.test))
     described = {}
@@ -167,8 +162,7 @@ def metric_section(judge: Judge, rows: list[MetricRow], num: int, more: Mapping[
 def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
     """Report sizes, the accuracy of a network trained on the data's labels, and the bias of the Frechet distance.
 
-    Args:
-        samples: one of the measured sets, which determines that bias where samples are fewer than features.
+    The samples, one of the measured sets, determine that bias where they are fewer than features.
     """
     num_reference, num_features = len(judge.reference.features), judge.net.num_features
     section: Rows = {
@@ -196,8 +190,7 @@ def remarks(judge: Judge, samples: Outputs, num: int) -> Section:
 def class_columns(judge: Judge, sets: Mapping[str, Outputs], num: int) -> dict[str, Rows]:
     """Count the classes of StackedMNIST that samples fall in, and how evenly (Metz et al. 2017, arXiv:1611.02163).
 
-    Returns:
-        Two columns, with the averages of independent draws of even classes; none for other data or other logits.
+    There are two columns, with the averages of independent draws of even classes; none for other data or other logits.
     """
     if judge.data.name != STACKED or judge.held_out.logits.shape[1] != NUM_STACKED:
         return {}
@@ -245,14 +238,10 @@ def measure_neighbours(data: Data, samples: Tensor, judge: Judge | None, effort:
     """Find the training images nearest to samples, and nearest to as many test images.
 
     Where training mirrors its images at random, both forms of each are compared. In features, that is the distance of
-    the mirrored sample from the training image.
+    the mirrored sample from the training image. The samples are discretised, ``(n, C, H, W)``, on the CPU.
 
-    Args:
-        samples: discretised, ``(n, C, H, W)``, on the CPU.
-        judge: ``None`` leaves features out.
-
-    Returns:
-        A section with columns for pixels and for features; the first samples and their neighbours as images.
+    Returns a section with columns for pixels and, with a judge, for features; and the first samples and their
+    neighbours as images.
     """
     order = random_order(data.train, seed, "train")[: effort.num_reference]
     test_order = random_order(data.test, seed, "test")[: len(samples)]

@@ -17,7 +17,7 @@ from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation.likelihood import Terms, bits_per_dim, has_bits
 from ppl_vaebm.evaluation.sections import Effort, Rows, Section, mean_value
 from ppl_vaebm.inference.diagnostics.summary import MAX_R_HAT
-from ppl_vaebm.inference.likelihood import BATCH, CERTIFIED_ESS, LogLikelihood, elbo_rows
+from ppl_vaebm.inference.likelihood import BATCH, CERTIFIED_ESS, LogLikelihood, elbo_rows, log_mean_weights
 from ppl_vaebm.inference.log_z.base import LogZ
 from ppl_vaebm.inference.normalizing_constant import LOWER, UPPER, LogZEstimates, estimate_log_z
 from ppl_vaebm.models.vae import OnePass
@@ -170,11 +170,10 @@ def verdict(found: LogZEstimates) -> str:
 
 
 def bound_section(loaded: LoadedRun, found: LogZEstimates, terms: Terms, seed: int) -> Rows:
-    """Compute log h of the test data and the errors of its terms.
+    """Compute log h of the test data and the errors of its terms, in nats, and in bits per dimension where defined.
 
-    Returns:
-        Bounds by the ELBO and by importance weights (of :func:`joint_bound` for an energy of x and z) with the upper
-        bound on log Z, and the estimate with the middle; in nats, and in bits per dimension where these are defined.
+    There are bounds by the ELBO and by importance weights (of :func:`joint_bound` for an energy of x and z) with the
+    upper bound on log Z, and the estimate with the middle.
     """
     elbo, _ = elbo_rows(loaded.vaebm.vae, terms.x, seed_for(seed, "elbo"), is_discretized=False)
     high, middle = found.upper.log_z, found.middle
@@ -224,25 +223,16 @@ def joint_bound(vaebm: VAEBM, x: Tensor, seed: int, num_draws: int) -> LogLikeli
     """Bound log h + log Z of every point from below, for an energy of x and z or of x alone.
 
     ``log mean exp(log p(x, z) - log q(z | x) - E(x, z))`` over draws of the guide (Burda et al. 2016, with unnormalized
-    h instead of p). Its expectation is at most ``log h + log Z`` with any number of draws (Jensen).
-
-    Args:
-        x: ``(n, *event_shape)``, on the model's device.
-        num_draws: per point, at least 2.
-
-    Returns:
-        The bound and its Monte Carlo error, float64.
+    h instead of p). Its expectation is at most ``log h + log Z`` with any number of draws, at least 2 (Jensen). x,
+    ``(n, *event_shape)``, is on the model's device; the bound and its Monte Carlo error are float64.
     """
     rows_per_block = min(BATCH, vaebm.vae.rows_per_block)
     sizes = [min(rows_per_block, num_draws - start) for start in range(0, num_draws, rows_per_block)]
-    values, errors = [], []
     with torch.no_grad(), global_rng(seed):
-        for rows in x.split(max(1, rows_per_block // num_draws)):
-            log_weights = torch.cat([_joint_log_weights(vaebm, rows, size) for size in sizes], 1)
-            values.append(log_weights.logsumexp(1) - math.log(num_draws))
-            ratios = (log_weights - values[-1].unsqueeze(1)).exp()
-            errors.append(ratios.std(1) / math.sqrt(num_draws))
-    return LogLikelihood(torch.cat(values), torch.cat(errors))
+        blocks = x.split(max(1, rows_per_block // num_draws))
+        return log_mean_weights(
+            torch.cat([_joint_log_weights(vaebm, rows, size) for size in sizes], 1) for rows in blocks
+        )
 
 
 def _joint_log_weights(vaebm: VAEBM, x: Tensor, num_draws: int) -> Tensor:

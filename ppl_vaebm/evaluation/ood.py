@@ -35,19 +35,17 @@ from ppl_vaebm.runs.loading import LoadedRun
 def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], effort: Effort, seed: int) -> Measured:
     """Compare the scores of test data with those of other sets.
 
-    Returns:
-        A section with a column of areas for each score, with the standard error of DeLong et al. 1988; and one that
-        describes the sets.
+    A section has a column of areas for each score, with the standard error of DeLong et al. 1988, and another one
+    describes the sets.
     """
-    outside = {
-        name: score(loaded, found.x, effort.num_score_draws, seed_for(seed, "ood", name))
-        for name, found in sets.items()
-    }
-    areas = {
-        score_name: {name: auroc_value(inside, scores, score_name) for name, scores in outside.items()}
-        for score_name in SCORES
-    }
-    others: Rows = {name: f"{len(found.x)} images: {found.what}{_flag(outside[name])}" for name, found in sets.items()}
+    outside, areas = {}, {}
+    others: Rows = {}
+    for name, other in sets.items():
+        scores = outside[name] = score(loaded, other.x, effort.num_score_draws, seed_for(seed, "ood", name))
+        flag = f"; log h of {scores.num_not_finite} of them is not finite" if scores.num_not_finite else ""
+        others[name] = f"{len(other.x)} images: {other.what}{flag}"
+    for score_name in SCORES:
+        areas[score_name] = {name: auroc_value(inside, scores, score_name) for name, scores in outside.items()}
     title = f"test data against others, {len(inside.log_p)} test images, {effort.num_score_draws} draws of z"
     sections = [
         Section(title, {f"AUROC of {score_name}": rows for score_name, rows in areas.items()}),
@@ -59,19 +57,13 @@ def measure_ood(loaded: LoadedRun, inside: Scores, sets: Mapping[str, OodSet], e
 def auroc_value(inside: Scores, outside: Scores, score_name: str) -> Value:
     """Estimate the probability that a point of the distribution has a higher score than one from outside.
 
-    Returns:
-        The area and its error; or, where scores are NaN or plus infinity, a text with their number.
+    Where scores are NaN or plus infinity, a text has their number.
     """
     a, b = inside.by_name()[score_name], outside.by_name()[score_name]
     num_bad = [int((scores.isnan() | scores.isposinf()).sum()) for scores in (a, b)]
     if any(num_bad):
         return f"none: {num_bad[0]} test images and {num_bad[1]} of these have NaN or infinity as their score"
     return auroc_estimate(a, b)._asdict()
-
-
-def _flag(scores: Scores) -> str:
-    num = scores.num_not_finite
-    return f"; log h of {num} of them is not finite" if num else ""
 
 
 def _arrays(inside: Scores, outside: Mapping[str, Scores], areas: Mapping[str, Rows]) -> Arrays:
@@ -96,11 +88,7 @@ MIN_IMAGES = 2
 
 
 def levels_of(x: Tensor, data: Data) -> Tensor:
-    """Return the level of every pixel, int64, clipped to those that the data have.
-
-    Raises:
-        InputError: a pixel is not finite.
-    """
+    """Return the level of every pixel, int64, clipped to those of the data; InputError if one is not finite."""
     centre = quantised_as(x.double(), data)
     assert data.levels is not None
     if data.is_dequantized:
@@ -177,10 +165,7 @@ was chosen by us."""
 
 
 def check_sets(names: Sequence[str], loaded: LoadedRun, root: str | None = None) -> None:
-    """Refuse sets before anything slow is done.
-
-    Args:
-        root: folder of the files of other data sets; the default is the run's own.
+    """Refuse sets before anything slow is done; ``root`` is the folder of other data sets, if not the run's own.
 
     Raises:
         InputError: the run's data are not images; a name is unknown, repeated, or that of the run's own data; or a root

@@ -88,11 +88,7 @@ def _decimals(value: float) -> str:
 
 
 def table_cells(section: Section, text: Callable[[Value], str] = value_text) -> tuple[list[str], list[list[str]]]:
-    """Write a section as texts.
-
-    Returns:
-        The header, empty where the only column has no name; and the lines, each begun by the name of its row.
-    """
+    """Write a section as a header, empty where the only column has no name, and lines begun by their row's name."""
     columns = section.columns
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
     lines = [[name, *(text(rows[name]) if name in rows else "" for rows in columns.values())] for name in names]

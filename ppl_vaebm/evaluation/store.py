@@ -75,11 +75,7 @@ def _map_leaves(value: Any, change: Any) -> Any:
 
 
 def store(run: Run, part: str, measured: Measured, weights: str, seed: int) -> None:
-    """Replace a part's results, and drop all that are of other weights.
-
-    Args:
-        part: one of :data:`~ppl_vaebm.config.evaluation.PARTS`.
-    """
+    """Replace a part's results, and drop all that are of other weights."""
     kept = {name: old for name, old in read_parts(run).items() if old.weights == weights and name != part}
     parts = kept | {part: StoredPart(weights, seed, measured.sections)}
     written = {

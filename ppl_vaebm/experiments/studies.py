@@ -37,11 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def folder_of(argv: list[str] | None) -> Path:
-    """Return the folder that is the only argument of a study; ``None`` takes the arguments of the process.
-
-    Raises:
-        InputError: no argument or several.
-    """
+    """Return the folder that is the only argument of a study, or of the process; InputError for none or several."""
     given = sys.argv[1:] if argv is None else argv
     if len(given) != 1:
         raise InputError(f"expected one folder to write to, found {len(given)} arguments: name one")

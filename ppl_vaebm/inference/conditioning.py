@@ -7,6 +7,7 @@ The noises that the observation leaves free keep their N(0, I), so the posterior
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import torch
 from pyro.nn import PyroModule
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.inference.kernels import hmc
-from ppl_vaebm.inference.kernels.base import Kernel, Potential
 from ppl_vaebm.inference.kernels.packing import Packing
 from ppl_vaebm.inference.log_z.smc import Adaptive, Population, run_smc
 from ppl_vaebm.inference.observations import (
@@ -38,27 +38,14 @@ PARTICLES_PER_CHAIN = 4
 
 
 class ConditionalProgram(PyroModule):
-    """The VAEBM with something observed, as a Pyro program: what :class:`ConditionalPotential` is to compute.
-
-    Args:
-        vaebm: the model.
-        observation: what was observed.
-    """
+    """The VAEBM with something observed, as a Pyro program: the specification of :class:`ConditionalPotential`."""
 
     def __init__(self, vaebm: VAEBM, observation: Observation) -> None:
         super().__init__()
-        self.vaebm = vaebm
-        self.observation = observation
+        self.vaebm, self.observation = vaebm, observation
 
     def forward(self, num: int) -> Tensor:
-        """Run the program.
-
-        Args:
-            num: rows.
-
-        Returns:
-            x, ``(num, *event)``.
-        """
+        """Run the program with ``num`` rows, and return x, ``(num, *event)``."""
         return self.observation.program(self.vaebm, num)
 
 
@@ -66,11 +53,7 @@ class ConditionalPotential(NoisePotential):
     """Phi of a VAEBM given an observation, as a batched function of the noises that are left free.
 
     It stands wherever that of the VAEBM does; of several observations each has as many rows as the others, one
-    after another.
-
-    Args:
-        vaebm: the model, in evaluation mode.
-        observation: what was observed.
+    after another. The model is in evaluation mode.
 
     Raises:
         InputError: an observation that does not fit the model.
@@ -109,7 +92,7 @@ def condition(
 
     Without ``noise_sd`` the values of ``given`` under the mask are those of x exactly. With it, ``given`` is a
     measurement ``A x`` plus independent Normal noise, where A takes the values under the mask, or is the operator, or
-    leaves x as it is.
+    leaves x as it is. The kernels sample the result, the posterior's potential, as they do the VAEBM's own.
 
     Args:
         vaebm: the model, in evaluation mode.
@@ -118,9 +101,6 @@ def condition(
         mask: of the shape of x, boolean, true where x is observed.
         noise_sd: standard deviation of the noise, in the units of ``given``.
         operator: what is measured of x; see :mod:`ppl_vaebm.inference.observations`.
-
-    Returns:
-        The posterior's potential; the kernels sample it as they do the VAEBM's own.
 
     Raises:
         InputError: shapes that do not fit, neither a mask nor a noise, or a mask and an operator.
@@ -157,17 +137,11 @@ def condition(
 def annealed_starts(
     potential: ConditionalPotential, generator: torch.Generator, num_chains: int, *, num_particles: int | None = None
 ) -> tuple[Tensor, Population]:
-    """Find starts for chains on a posterior far from N(0, I): particles led there by tempering (:mod:`smc`).
+    """Find ``num_chains`` starts for each observation: particles led to its posterior by tempering (:mod:`smc`).
 
     The particles end near the posterior with its modes about as heavy as they should be, which chains that descend on
-    their own cannot promise; they are starts, not draws.
-
-    Args:
-        potential: of the posterior.
-        generator: source of all randomness.
-        num_chains: starts for each observation.
-        num_particles: particles for each observation, at least ``num_chains``; :data:`PARTICLES_PER_CHAIN` times as
-            many if not given.
+    their own cannot promise; they are starts, not draws. There are ``num_particles`` of each observation, at least
+    ``num_chains``, or :data:`PARTICLES_PER_CHAIN` times as many.
 
     Returns:
         Particles chosen at random, ``(G * num_chains, D)``, those of one observation after another; and the population
@@ -181,11 +155,8 @@ def annealed_starts(
     if size < num_chains:
         raise InputError(f"expected at least {num_chains} particles, one for each chain, found {size}: give more")
     position = potential.draw_reference(generator, num_groups * size)
-    population = run_smc(potential, generator, position, START_SCHEDULE, build=_start_kernel, num_groups=num_groups)
+    build = partial(hmc.build, num_steps=START_STEPS, jitter=START_JITTER)
+    population = run_smc(potential, generator, position, START_SCHEDULE, build=build, num_groups=num_groups)
     order = torch.rand(num_groups, size, generator=generator, device=position.device).argsort(1)[:, :num_chains]
     rows = order + size * torch.arange(num_groups, device=position.device).unsqueeze(1)
     return population.position[rows.flatten()], population
-
-
-def _start_kernel(potential: Potential) -> Kernel:
-    return hmc.build(potential, num_steps=START_STEPS, jitter=START_JITTER)

@@ -30,8 +30,7 @@ BALANCE_OFFSET = 0.01  # nats, added to every group's KL in the weights, so that
 def balance_coefficients(latent_shapes: Mapping[str, torch.Size]) -> dict[str, float]:
     """Return NVAE's alpha of every group: the pixels of its grid over the groups of that grid; the smallest is 1.
 
-    Args:
-        latent_shapes: event shape of every group by its site; a vector counts as one pixel.
+    The event shapes are by site; a vector counts as one pixel.
     """
     pixels = {name: shape[1:].numel() for name, shape in latent_shapes.items()}
     num_alike = Counter(pixels.values())

@@ -80,14 +80,9 @@ def run_first_latent(
     num_steps: int,
     params: KernelParams | None = None,
 ) -> tuple[KernelState, KernelParams]:
-    """Run chains of the first latent.
+    """Run chains of the first latent by ``num_steps`` sweeps, from its part of all noises ``(C, D)``, from N(0, I).
 
-    Args:
-        potential: of the VAEBM, whose energy has the term.
-        generator: on the device of the position.
-        position: all noises, ``(C, D)``; the chains start at the first latent's, from N(0, I).
-        num_steps: sweeps of the chains.
-        params: of an earlier run; if ``None`` they are tuned on the first half of the sweeps.
+    Without ``params`` of an earlier run they are tuned on the first half of the sweeps.
     """
     kernel = build_latent_kernel(LatentPotential(potential.vaebm))
     state, num_warmup = kernel.init(position[:, : num_first(potential)]), 0

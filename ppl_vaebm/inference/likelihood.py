@@ -7,7 +7,7 @@ exp(-E) have many effective samples, which the estimate reports.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -173,35 +173,35 @@ def log_p(
 
     A guide is often narrower than the posterior, and then a few draws carry the estimate. Therefore the draws come from
     an equal mixture of the guide and of copies with multiplied standard deviations, and are weighted by its density
-    (balance heuristic, Veach and Guibas 1995).
+    (balance heuristic, Veach and Guibas 1995). The expectation of the estimate is a lower bound that tightens with
+    ``num_importance``.
 
     Args:
         vae: the VAE, in evaluation mode.
         x: ``(n, *event_shape)``.
-        seed: of the guide's draws.
         num_importance: draws per data point, at least 2; raised to a multiple of the number of scales.
         scales: factors of the mixture; ``None`` takes :data:`WIDE_SCALES` up to :data:`MAX_WIDE_DIM` latent values,
             else the guide alone.
         is_discretized: score x by the decoder's discretised distribution, as stage svi does, and not by the continuous
             one that is VAEBM's base measure; for many decoders the two are one.
-
-    Returns:
-        The estimate; its expectation is a lower bound that tightens with ``num_importance``.
     """
     if scales is None:
         latent_dim = sum(shape.numel() for shape in vae.model.latent_shapes.values())
         scales = WIDE_SCALES if latent_dim <= MAX_WIDE_DIM else (1.0,)
     per_scale = -(-num_importance // len(scales))
     estimate = _narrow_log_weights if tuple(scales) == (1.0,) else partial(_wide_log_weights, scales=scales)
-    values, errors = [], []
     with torch.no_grad(), global_rng(seed):
-        for rows in x.split(max(1, min(BATCH, vae.rows_per_block) // (per_scale * len(scales)))):
-            log_weights = estimate(vae, rows, per_scale, is_discretized=is_discretized)
-            total = log_weights.shape[1]
-            value = log_weights.logsumexp(1) - math.log(total)
-            ratios = (log_weights - value.unsqueeze(1)).exp()
-            values.append(value)
-            errors.append(ratios.std(1) / math.sqrt(total))
+        blocks = x.split(max(1, min(BATCH, vae.rows_per_block) // (per_scale * len(scales))))
+        return log_mean_weights(estimate(vae, rows, per_scale, is_discretized=is_discretized) for rows in blocks)
+
+
+def log_mean_weights(blocks: Iterable[Tensor]) -> LogLikelihood:
+    """Estimate the log of each point's mean weight from blocks of points, their log weights ``(n, num_draws)``."""
+    values, errors = [], []
+    for log_weights in blocks:
+        values.append(log_weights.logsumexp(1) - math.log(log_weights.shape[1]))
+        ratios = (log_weights - values[-1].unsqueeze(1)).exp()
+        errors.append(ratios.std(1) / math.sqrt(log_weights.shape[1]))
     return LogLikelihood(torch.cat(values), torch.cat(errors))
 
 

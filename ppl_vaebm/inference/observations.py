@@ -85,18 +85,10 @@ def _coordinates(mask: Tensor) -> Tensor:
 
 @singledispatch
 def at_coordinates(decoded: Decoded, coordinates: Tensor) -> Decoded:
-    """Take the marginal of p(x | z) at some coordinates, which has to be independent of the others given z.
+    """Return the distribution of ``x.flatten(1)[:, coordinates]`` given z, in an event shape of its own.
 
-    Args:
-        decoded: the distribution of x.
-        coordinates: places in the flat x, ``(K,)``, increasing and on its device. Of a mixture of logistics they are
-            all channels of some pixels.
-
-    Returns:
-        The distribution of ``x.flatten(1)[:, coordinates]``, in an event shape of its own.
-
-    Raises:
-        InputError: a discrete x.
+    The coordinates ``(K,)`` increase, are on the device of x, and are independent of the others given z: those of a
+    mixture of logistics are all channels of some pixels. InputError for a discrete x.
     """
     raise InputError(
         "expected a decoder with a density to condition on, found one of discrete values: fit one with the decoder "
@@ -159,11 +151,8 @@ class ExactValues(Observation):
 
     The loss is ``-log p(x_observed | z)``. Where p(x | z) is a Normal it is ``eps^2 / 2 + log scale`` summed over the
     observed coordinates, with ``eps = (x_observed - loc) / scale``: the scale does not cancel, because these values are
-    not transported.
-
-    Args:
-        x: ``(G, *event)``, on the device of the model; where the mask is false its values are not read.
-        mask: ``(*event)``, boolean, true where x is observed.
+    not transported. x, ``(G, *event)``, is on the device of the model; where the mask, ``(*event)``, boolean, is false,
+    its values are not read.
 
     Raises:
         InputError: shapes that do not fit; nothing or everything observed; an observed value that is not finite.
@@ -236,14 +225,9 @@ class ExactValues(Observation):
 
 
 class NoisyValues(Observation):
-    """A function of x, with independent Normal noise: ``y = A x + noise``.
+    """A function of x with independent Normal noise: ``y = A x + noise``, ``(G, *out)``, A the operator.
 
     All noises of the model stay free, and minus the log likelihood is ``|y - A x|^2 / (2 noise_sd^2)``.
-
-    Args:
-        y: the measurement, ``(G, *out)``.
-        noise_sd: standard deviation of the noise, in the units of y.
-        operator: A.
 
     Raises:
         InputError: a noise that is not positive, or a measured value that is not finite.
@@ -254,8 +238,7 @@ class NoisyValues(Observation):
             raise InputError(f"expected a standard deviation of the noise that is positive and finite, got {noise_sd}")
         if not y.isfinite().all():
             raise InputError("expected finite values where something was measured, found others: correct them")
-        self.num = len(y)
-        self.y, self.noise_sd, self.operator = y, noise_sd, operator
+        self.num, self.y, self.noise_sd, self.operator = len(y), y, noise_sd, operator
 
     def check(self, vae: HierarchicalVAE) -> None:
         """Raise InputError where the operator makes another shape of x than that of the observation."""

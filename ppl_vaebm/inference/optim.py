@@ -23,12 +23,7 @@ NUM_DEVIATIONS, SLACK = 3.0, 0.1
 
 
 class DivergedError(TrainingError):
-    """Training diverged.
-
-    Args:
-        step: number of the step, from 0.
-        reason: what was found, as the end of a sentence.
-    """
+    """Training diverged at a step, counted from 0; the reason is the end of a sentence."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(
@@ -60,10 +55,7 @@ class Schedule(NamedTuple):
 class GuardedOptimizer:
     """A PyTorch optimiser on a schedule, which skips and counts the steps whose gradient is not finite.
 
-    Args:
-        rule: the optimiser; its learning rate is set at every step.
-        schedule: of the learning rate.
-        clip: largest norm of the gradient; or ``adam-moments``, see :func:`clip_by_moments`.
+    ``clip`` is the largest norm of the gradient, or ``adam-moments``; see :func:`clip_by_moments`.
     """
 
     def __init__(
@@ -73,19 +65,12 @@ class GuardedOptimizer:
         self.parameters = [parameter for group in rule.param_groups for parameter in group["params"]]
         self.learning_rate = schedule(0)
         """Rate of the last step."""
-        self.num_skipped = 0
-        self.num_bad_in_a_row = 0
+        self.num_skipped = self.num_bad_in_a_row = 0
 
     def step(self, loss: Tensor, step: int, rate_factor: float = 1.0) -> float:
-        """Differentiate a loss, ``()``, and move the parameters.
+        """Differentiate a loss, ``()``, and move the parameters at ``rate_factor`` times the schedule's rate of a step.
 
-        Args:
-            loss: to minimise.
-            step: number of this step, for the schedule.
-            rate_factor: multiplies the learning rate.
-
-        Returns:
-            The gradient's norm before clipping. If it is not finite, nothing has moved.
+        Returns the gradient's norm before clipping. If it is not finite, nothing has moved.
         """
         self.learning_rate = rate_factor * self.schedule(step)
         for group in self.rule.param_groups:
@@ -172,18 +157,13 @@ Averaged = TypeVar("Averaged", bound=nn.Module)
 class AveragedWeights(Generic[Averaged]):
     """Exponential moving average of a module's parameters, as a copy of the module with its current buffers.
 
-    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, so that a short run's average forgets its
-    initial weights.
-
-    Args:
-        module: to average.
-        decay: in [0, 1).
+    The decay of update n is ``min(decay, (1 + n) / (10 + n))``, with a decay in [0, 1), so that a short run's average
+    forgets its initial weights.
     """
 
     def __init__(self, module: Averaged, decay: float) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
-        self.decay = decay
-        self.num_updates = 0
+        self.decay, self.num_updates = decay, 0
 
     def update(self, module: Averaged) -> None:
         """Average in the module's current parameters, and copy its buffers."""

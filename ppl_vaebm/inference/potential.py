@@ -67,16 +67,8 @@ def noise_potential(vaebm: VAEBM) -> NoisePotential:
     Up to the Gaussian constant, ``Phi(eps) + |eps|^2 / 2`` is minus the log density of the program
     :class:`~ppl_vaebm.models.vaebm.VAEBM` with all its sites decentred.
 
-    From then on this process computes convolutions in float32, not in TF32: kernels compare energies.
-
-    Args:
-        vaebm: the model; its VAE must be in evaluation mode, or rows would depend on each other.
-
-    Returns:
-        The potential.
-
-    Raises:
-        ValueError: the model is in training mode.
+    From then on this process computes convolutions in float32, not in TF32: kernels compare energies. ValueError for a
+    model in training mode, in which rows would depend on each other.
     """
     if vaebm.vae.training:
         raise ValueError("the VAE is in training mode, where batch statistics tie chains together: call vaebm.eval()")

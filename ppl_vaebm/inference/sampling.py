@@ -41,19 +41,12 @@ class ChainSamples(NamedTuple):
 def tuned_params(potential: NoisePotential, config: KernelConfig, seed: int, latent_steps: int = 0) -> KernelParams:
     """Tune a kernel's step size on a pilot block, which is then thrown away; the first latent's ladder too.
 
-    Args:
-        potential: of the VAEBM.
-        config: the kernel.
-        seed: of the pilot.
-        latent_steps: as in :func:`chain_blocks`.
-
-    Returns:
-        Parameters.
+    The arguments are those of :func:`chain_blocks`.
     """
     kernel, partners = build_kernel(config, potential), None
     generator = stream(seed, "pilot", device=_device(potential))
     position = potential.draw_reference(generator, max(2, _block(potential) // 10))
-    if _exchanges(potential, latent_steps):
+    if potential.vaebm.energy.latent_net is not None and latent_steps > 0:
         first, partners = run_first_latent(potential, generator, position, latent_steps)
         position = with_first(position, first.position)
     params = start_params(config, position)
@@ -79,7 +72,7 @@ class ChainBlock(NamedTuple):
     """Chains that ran, those that nobody asked for included."""
     step_size: float
     report: dict[str, float | list[float]]
-    """What the kernel says of the whole run: of a tempered one its ladder, of an exchanging one ``exchange_rate``."""
+    """Numbers of the whole run: the ladder of a tempered kernel, ``exchange_rate`` of one with swaps."""
 
 
 def chain_blocks(
@@ -95,7 +88,6 @@ def chain_blocks(
     """Run independent chains from N(0, I) block by block, for samples that do not fit in memory together.
 
     Args:
-        potential: of the VAEBM.
         config: the kernel; its step size is tuned by :func:`tuned_params`.
         num: samples.
         steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
@@ -142,18 +134,9 @@ def num_blocks(potential: NoisePotential, num: int) -> int:
 def sample_by_chains(
     potential: NoisePotential, config: KernelConfig, *, num: int, steps: list[int], seed: int, latent_steps: int = 0
 ) -> ChainSamples:
-    """Run independent chains from N(0, I) and note where they stand.
+    """Run independent chains from N(0, I), and return where they stand after each number of steps.
 
-    Args:
-        potential: of the VAEBM.
-        config: the kernel; its step size is tuned by :func:`tuned_params`.
-        num: samples.
-        steps: numbers of steps after which to note the positions; 0 is the VAE itself, fresh noise.
-        seed: of everything.
-        latent_steps: as in :func:`chain_blocks`.
-
-    Returns:
-        The positions after each number of steps.
+    The arguments are those of :func:`chain_blocks`.
     """
     blocks = list(chain_blocks(potential, config, num=num, steps=steps, seed=seed, latent_steps=latent_steps))
     rates = torch.cat([block.acceptance_rate for block in blocks])
@@ -171,10 +154,6 @@ def decode_in_blocks(potential: NoisePotential, position: Tensor) -> Tensor:
     # A last block that is not full is filled up, for products of matrices round otherwise with fewer rows.
     blocks = [pad(rows, (0, 0, 0, size - len(rows))) for rows in position.split(size)]
     return torch.cat([potential.decode(rows).cpu() for rows in blocks])[: len(position)]
-
-
-def _exchanges(potential: NoisePotential, latent_steps: int) -> bool:
-    return potential.vaebm.energy.latent_net is not None and latent_steps > 0
 
 
 def _start(

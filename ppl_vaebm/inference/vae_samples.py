@@ -91,18 +91,9 @@ def traversal(
 ) -> Tensor:
     """Change the noise of one latent group of VAE samples step by step, and keep all other noises.
 
-    Groups below change too, for their priors depend on that group.
-
-    Args:
-        vae: the VAE, in evaluation mode.
-        group: site of the latent group.
-        num: images, those of :func:`vae_samples`.
-        seed: of the noise, and of the direction of the change, which all images have in common.
-        angles: ``(k,)``, radians.
-        temperature: factor on the noise of the latents.
-
-    Returns:
-        The decoder's means, ``(num, k, *event_shape)``, on the CPU.
+    The images are those of :func:`vae_samples`, and all change in the same direction. Groups below change too, for
+    their priors depend on that group. Returns the decoder's means at k angles, radians, ``(num, k, *event_shape)``, on
+    the CPU.
     """
     noise = image_noise(vae, range(num), seed)
     site = f"eps_{group}"

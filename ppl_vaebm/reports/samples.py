@@ -40,10 +40,7 @@ Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
     """Draw sets of samples by their titles: points side by side in one picture, images in one grid for each set.
 
-    Points are ``(n, 2)``, images ``(n, C, H, W)`` in [-1, 1], C 1 or 3.
-
-    Raises:
-        InputError: not such arrays.
+    Points are ``(n, 2)``, images ``(n, C, H, W)`` in [-1, 1], C 1 or 3; InputError for other arrays.
     """
     samples = {title: _checked_samples(x) for title, x in sets.items()}
     if all(map(_are_points, samples.values())):
@@ -54,10 +51,8 @@ def sample_pictures(sets: Mapping[str, ArrayLike]) -> list[Picture]:
 def samples_png(x: ArrayLike) -> bytes:
     """Draw samples as a PNG file: points ``(n, 2)`` as a scatter plot, images ``(n, C, H, W)`` as a grid of 10 by 10.
 
-    Images lie in [-1, 1] and have 1 or 3 channels. At most 5,000 points and 100 images are drawn.
-
-    Raises:
-        InputError: neither points nor images.
+    Images lie in [-1, 1] and have 1 or 3 channels; InputError for other arrays. At most 5,000 points and 100 images are
+    drawn.
     """
     samples = _checked_samples(x)
     if not _are_points(samples):
@@ -127,14 +122,9 @@ def grid_picture(title: str, grid: NDArray[np.uint8], width: int = GRID_PIXELS, 
 
 
 def image_grid(images: ArrayLike, columns: int = GRID_SIDE) -> NDArray[np.uint8]:
-    """Arrange images row by row, one white pixel apart, and enlarge small ones by a whole factor.
+    """Arrange images ``(n, C, H, W)``, C 1 or 3, row by row, one white pixel apart: RGB, ``(height, width, 3)``.
 
-    Args:
-        images: ``(n, C, H, W)`` in [-1, 1], C 1 or 3; values outside are clipped, those not finite are magenta.
-        columns: images side by side.
-
-    Returns:
-        RGB, ``(height, width, 3)``.
+    Small ones are enlarged by a whole factor. Values outside of [-1, 1] are clipped, those not finite are magenta.
     """
     shown = np.asarray(images, dtype=np.float64).transpose(0, 2, 3, 1)
     is_finite = np.isfinite(shown).all(axis=-1, keepdims=True)

@@ -70,11 +70,7 @@ class GivenOptions:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether anything was observed.
-
-        Raises:
-            InputError: an option of the posterior without anything observed.
-        """
+        """Whether anything was observed; InputError for an option of the posterior without."""
         if self.given is not None or self.given_values is not None:
             return True
         for name in ("mask", "noise_sd", "blur", "subsample", "num_chains", "num_warmup", "num_draws"):

@@ -125,11 +125,7 @@ def load_vae(run: Run, config: Config, data: Data, has_prior_statistics: bool) -
 
 
 def load_fitted_vae(run: Run, config: Config, data: Data) -> FittedVAE:
-    """Load stage 1's best weights, with the batch statistics of training and with those of prior samples.
-
-    Raises:
-        InputError: as :func:`load_vae`.
-    """
+    """Load stage 1's best weights, with the batch statistics of training and of prior samples; as :func:`load_vae`."""
     vae = load_vae(run, config, data, has_prior_statistics=False)
     saved = checkpoints.load(run.checkpoints("svi"), "best")
     if not saved.weights.get("prior_statistics"):

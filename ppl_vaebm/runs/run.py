@@ -138,22 +138,16 @@ class Run:
             self.mirror.log(record)
 
     def metrics(self, stage: str | None = None) -> list[dict[str, Any]]:
-        """Read the records of a stage, or all, in the order of logging.
+        """Read the records of a stage, or all, in the order of logging; InputError for a line that is no JSON object.
 
         A last line without its line break, left by a killed process, is ignored.
-
-        Raises:
-            InputError: another line is not a JSON object.
         """
         return [record for _, record in self._lines() if stage is None or record.get("stage") == stage]
 
     def rewind_metrics(self, stage: str, step: int) -> None:
         """Remove a stage's records after a step, so that resuming from there leaves no duplicates.
 
-        Records without a ``step`` stay.
-
-        Raises:
-            InputError: a line of the record is not a JSON object; the file is left as it is.
+        Records without a ``step`` stay. InputError for a line that is no JSON object; the file is left as it is.
         """
         kept = [
             line + b"\n"
@@ -168,9 +162,7 @@ class Run:
     def save_npz(self, name: str, /, **arrays: np.ndarray) -> Path:
         """Write arrays to ``samples/<name>.npz`` atomically, and return the file; samples are ``x``, draws first.
 
-        Raises:
-            InputError: the name is not a plain file name.
-            ValueError: an array holds Python objects, which only pickle could store.
+        InputError for a name with a folder; ValueError for an array of Python objects, which only pickle could store.
         """
         if name in ("", "..") or name != Path(name).name:
             raise InputError(f"expected a plain name for the samples, found {name!r}; leave out any folder")

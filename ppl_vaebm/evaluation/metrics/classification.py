@@ -15,14 +15,9 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
     """Compute the Inception Score, ``exp(mean KL(p(y | x), p(y)))`` (Salimans et al. 2016, arXiv:1606.03498).
 
     It lies between 1 and the number of classes, and is large where each sample has a clear class and all classes
-    occur. It does not depend on the data. Name the result after the network that made the logits.
-
-    Args:
-        logits: of samples in random order, ``(n, k)``.
-        num_splits: number of parts that are scored apart; 10 by custom.
-
-    Returns:
-        Mean and standard deviation of the parts' scores, the latter with divisor ``num_splits``, as is the custom.
+    occur. It does not depend on the data. Name the result after the network that made the logits ``(n, k)``, which are
+    of samples in random order. Returns mean and standard deviation, with divisor ``num_splits``, over parts that are
+    scored apart, 10 by custom.
 
     Raises:
         InputError: fewer rows than splits, or numbers that are not finite.
@@ -38,20 +33,13 @@ def inception_score(logits: Tensor, num_splits: int = 10) -> Estimate:
 
 
 def auroc_estimate(inside: Tensor, outside: Tensor) -> Estimate:
-    """Estimate the area under the receiver operating characteristic.
+    """Estimate the area under the receiver operating characteristic from scores ``(n,)`` and ``(m,)``.
 
-    That is the probability that a point of the distribution scores higher than one from outside.
-    Mann and Whitney's statistic, ties counting half, and the standard error of DeLong, DeLong and Clarke-Pearson
-    (1988), which takes the two sets as independent samples. Where the scores do not overlap, that error is 0 and not
-    informative.
-
-    Args:
-        inside: scores of points of the distribution, ``(n,)``, n >= 2; minus infinity, the score of a point that is
-            impossible, is allowed.
-        outside: scores of other points, ``(m,)``, m >= 2.
-
-    Returns:
-        The probability: 1 if the scores separate the two sets, 1/2 if they are independent of the set.
+    That is the probability that a point of the distribution scores higher than one from outside: 1 if the scores
+    separate the two sets, 1/2 if they are independent of the set. It is Mann and Whitney's statistic, ties counting
+    half, with the standard error of DeLong, DeLong and Clarke-Pearson (1988), which takes the two sets as independent
+    samples. Where the scores do not overlap, that error is 0 and not informative. Minus infinity, the score of a point
+    that is impossible, is allowed.
 
     Raises:
         InputError: fewer than two scores, or one that is NaN or plus infinity.

@@ -38,16 +38,9 @@ class Classifier(nn.Module):
     num_features = 64
 
     def __init__(self, name: str, event_shape: torch.Size, num_classes: int) -> None:
-        """Draw the weights from the global generator.
-
-        Args:
-            name: of the results, such as ``cnn-digits``.
-            event_shape: ``(C, H, W)``, sides of at least 4.
-        """
+        """Draw the weights from the global generator; the name, such as ``cnn-digits``, is that of the results."""
         super().__init__()
-        self.name = name
-        self.event_shape = event_shape
-        self.num_classes = num_classes
+        self.name, self.event_shape, self.num_classes = name, event_shape, num_classes
         channels, height, width = event_shape
         stride = 2 if min(height, width) >= MIN_HALVED_SIDE else 1
         layers = _block(channels, 32, stride)
@@ -61,11 +54,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes)
 
     def outputs(self, x: Tensor) -> Outputs:
-        """Return the last hidden layer, ``(n, 64)``, and the logits, ``(n, num_classes)``.
-
-        Args:
-            x: images, ``(n, C, H, W)``, in [-1, 1].
-        """
+        """Map images ``(n, C, H, W)`` to the last hidden layer, ``(n, 64)``, and the logits, ``(n, num_classes)``."""
         features = self.body(x)
         return Outputs(features, self.head(features))
 
@@ -81,14 +70,9 @@ def _block(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
 def train_classifier(
     data: Data, seed: int, *, steps: int = NUM_STEPS, batch_size: int = 128, learning_rate: float = 3e-3
 ) -> Classifier:
-    """Train a classifier on the training split: AdamW, cosine decay, shifts by up to one pixel.
+    """Train a classifier on the training split: AdamW, cosine decay to 0, shifts by up to one pixel.
 
-    Args:
-        batch_size: images per update; all of them if there are fewer.
-        learning_rate: at the start; it falls to 0.
-
-    Returns:
-        The classifier, in evaluation mode and frozen, on the CPU.
+    Batches hold all images if there are fewer. The classifier is in evaluation mode and frozen, on the CPU.
 
     Raises:
         InputError: the data are not images, or have no labels.
@@ -112,46 +96,27 @@ def train_classifier(
 
 
 def shifted(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Move every image by -1, 0 or 1 pixels along both axes; the border fills with the darkest value, -1.
-
-    Args:
-        x: images, ``(n, C, H, W)``.
-
-    Returns:
-        ``(n, C, H, W)``.
-    """
+    """Move images ``(n, C, H, W)`` by -1, 0 or 1 pixels along both axes; the border is black, -1."""
     num, _, height, width = x.shape
     moves = torch.randint(3, (2, num, 1), generator=generator)
-    rows = moves[0] + torch.arange(height)
-    columns = moves[1] + torch.arange(width)
+    rows, columns = moves[0] + torch.arange(height), moves[1] + torch.arange(width)
     padded = functional.pad(x, (1, 1, 1, 1), value=-1.0).movedim(1, -1)
     return padded[torch.arange(num)[:, None, None], rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Estimate:
-    """Estimate the fraction of images that are classified correctly.
+    """Estimate the fraction of images with logits ``(n, k)`` and classes ``(n,)`` that are classified correctly.
 
-    Args:
-        logits: of the images, ``(n, k)``, n >= 1.
-        labels: their classes, ``(n,)``, integers in {0, ..., k - 1}.
-
-    Returns:
-        The fraction, in [0, 1], and its binomial standard error.
+    The error is the binomial one.
     """
     fraction = float((logits.argmax(-1) == labels).double().mean())
     return Estimate(fraction, math.sqrt(fraction * (1 - fraction) / len(labels)))
 
 
 def load_or_train(path: Path, data: Data, seed: int, *, steps: int = NUM_STEPS) -> Classifier:
-    """Read a trained classifier from a file, or train one and write the file.
+    """Read a trained classifier from a safetensors file, whatever its seed was, or train one and write the file.
 
-    Args:
-        path: the file, in safetensors format, written in one step.
-        seed: the run's seed; an existing file is used whatever its seed was.
-        steps: updates of a training.
-
-    Returns:
-        The classifier, in evaluation mode and frozen, on the CPU.
+    It is in evaluation mode and frozen, on the CPU.
 
     Raises:
         InputError: the data are not labelled images, or the file holds something else.

@@ -24,26 +24,18 @@ NUM_DIGITS = 10
 
 
 class StackedDigits(nn.Module):
-    """Features and class of three digits stacked as channels.
-
-    Args:
-        classifier: of single digits, ``(n, 1, H, W)``.
-    """
+    """Features and class of three digits stacked as channels, by a classifier of single digits, ``(n, 1, H, W)``."""
 
     num_features = NUM_CHANNELS * Classifier.num_features
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.name = classifier.name
-        self.classifier = classifier
+        self.name, self.classifier = classifier.name, classifier
 
     def outputs(self, x: Tensor) -> Outputs:
         """Return the three channels' features side by side, ``(n, 192)``, and logits of the classes, ``(n, 1000)``.
 
-        The class of digits a, b and c is ``100 a + 10 b + c``.
-
-        Args:
-            x: images, ``(n, 3, H, W)``, in [-1, 1].
+        The images are ``(n, 3, H, W)`` in [-1, 1]; the class of digits a, b and c is ``100 a + 10 b + c``.
         """
         features, logits = self.classifier.outputs(x.flatten(0, 1).unsqueeze(1))
         first, second, third = logits.log_softmax(-1).unflatten(0, (len(x), NUM_CHANNELS)).unbind(1)
@@ -73,14 +65,8 @@ def _single_digits(data: Data) -> Data:
             "classifier can learn it; if MNIST's file is sorted, hold out fewer images with --data.num-validation, or "
             "shuffle it"
         )
-    return replace(
-        data,
-        name=f"{data.name}-digits",
-        event_shape=torch.Size([1, *data.event_shape[1:]]),
-        train=train,
-        validation=validation,
-        test=test,
-    )
+    name, event_shape = f"{data.name}-digits", torch.Size([1, *data.event_shape[1:]])
+    return replace(data, name=name, event_shape=event_shape, train=train, validation=validation, test=test)
 
 
 def _channels(data: Data, split: Split) -> IntegerImages:

@@ -23,18 +23,14 @@ FeatureChoice = Literal["classifier", "inception"]
 def feature_net(
     choice: FeatureChoice, path: Path | None, data: Data, seed: int, cache: Path, device: torch.device | str = "cpu"
 ) -> FeatureNet:
-    """Load or train the network of a run's metrics.
+    """Load or train the network of a run's metrics, in evaluation mode and frozen.
 
     Args:
         choice: ``classifier``, trained on the run's own data (of StackedMNIST, on its single digits), or ``inception``,
             Inception-v3.
         path: file of its weights, which must be there; ``None`` for the cache, or for Inception-v3's file in PyTorch's
             cache, which is fetched if it is not there.
-        seed: the run's seed, of the classifier's training.
         cache: file of the classifier, which is written if it is not there.
-
-    Returns:
-        The network, in evaluation mode and frozen.
 
     Raises:
         InputError: the data are not labelled images, torch-fidelity is not installed, or the file is missing, cut short

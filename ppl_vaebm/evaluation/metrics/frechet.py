@@ -13,18 +13,11 @@ from ppl_vaebm.evaluation.metrics.inputs import Estimate, checked_pair
 
 
 def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
-    """Compute the Frechet distance of two Gaussians fitted to features.
+    """Compute the Frechet distance of two Gaussians fitted to features ``(n_a, d)`` and ``(n_b, d)``.
 
     ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2)`` (Dowson and Landau 1982; Heusel et al. 2017,
-    arXiv:1706.08500). It falls with the number of samples: compare only at equal numbers, and name the
-    result after the network that made the features.
-
-    Args:
-        features_a: ``(n_a, d)``.
-        features_b: ``(n_b, d)``.
-
-    Returns:
-        The squared distance, in squared units of the features; the same set twice gives 0 up to rounding.
+    arXiv:1706.08500), in squared units of the features; 0 for the same set twice, up to rounding. It falls with the
+    number of samples: compare only at equal numbers, and name the result after the network that made the features.
 
     Raises:
         InputError: fewer than two rows, different widths, or numbers that are not finite.
@@ -64,18 +57,13 @@ class FrechetBias(NamedTuple):
 
 
 def frechet_bias(real: Tensor, generated: Tensor, generator: torch.Generator) -> FrechetBias:
-    """Estimate the bias of a Frechet distance, without a model of the features.
+    """Estimate the bias of a Frechet distance of data and samples, ``(n, d)`` each, without a model of the features.
 
     Covariances of few samples differ even where the distributions are the same, so the distance is too high:
     for two sets of n samples of d independent Gaussian features by about d / 2n of their total variance where n is
     well above d, and by up to twice that variance where n is far below. In simulations with 16 features the low value
     was within 5 % of the bias at n = 8 d, and from n = d / 3 to 2 d the bias lay between the two, but for 10 %
-    (``tests/evaluation/metrics/test_frechet.py``).
-
-    Args:
-        real: features of data, ``(n, d)``, n >= 4.
-        generated: features of samples, ``(m, d)``, m >= 4.
-        generator: source of the parts, on the CPU.
+    (``tests/evaluation/metrics/test_frechet.py``). The generator, on the CPU, draws the parts.
 
     Raises:
         InputError: fewer than four rows, different widths, or numbers that are not finite.
@@ -101,7 +89,6 @@ def kernel_distance(
         features_a: ``(n_a, d)``.
         features_b: ``(n_b, d)``.
         generator: source of the subsets, on the CPU.
-        num_subsets: at least 2.
         subset_size: members of a subset, drawn without replacement from each set; at most half of the smaller set, for
             whole sets in every subset would not show how much another set would differ.
 

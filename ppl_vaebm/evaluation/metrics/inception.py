@@ -26,30 +26,21 @@ WEIGHTS_HASH = "6726825d"
 class Inception(nn.Module):
     """Inception-v3 of 2015-12-05, as Frechet distances, kernel distances and Inception Scores use it.
 
-    Args:
-        extractor: torch-fidelity's network, giving ``2048`` and ``logits_unbiased``.
+    The extractor is torch-fidelity's network, giving ``2048`` and ``logits_unbiased``.
     """
 
     num_features = 2048
 
     def __init__(self, name: str, extractor: nn.Module) -> None:
         super().__init__()
-        self.name = name
-        self.extractor = extractor
+        self.name, self.extractor = name, extractor
 
     def outputs(self, x: Tensor) -> Outputs:
-        """Return features and logits of one pass.
+        """Return the last pooling layer, ``(n, 2048)``, and the scores of the output layer without its bias.
 
-        Args:
-            x: grey or colour images, ``(n, 1 or 3, H, W)``, in [-1, 1]; they become bytes, and grey is repeated.
-
-        Returns:
-            The last pooling layer, ``(n, 2048)``, and the scores of the output layer without its bias, ``(n, 1008)``:
-            with these Salimans et al. 2016 and torch-fidelity compute the Inception Score. (Some scripts keep the first
-            1,000, whose score is a little higher.)
-
-        Raises:
-            InputError: images of another number of channels.
+        The images, ``(n, 1 or 3, H, W)`` in [-1, 1], become bytes, and grey is repeated. With the scores, ``(n,
+        1008)``, Salimans et al. 2016 and torch-fidelity compute the Inception Score. (Some scripts keep the first
+        1,000, whose score is a little higher.) InputError for another number of channels.
         """
         if x.ndim != 4 or x.shape[1] not in (1, 3):
             raise InputError(
@@ -60,15 +51,10 @@ class Inception(nn.Module):
 
 
 def load_inception(path: Path | None = None) -> Inception:
-    """Load Inception-v3.
+    """Load Inception-v3 from the file that torch-fidelity publishes; without a path, from PyTorch's cache, or fetch it.
 
-    Args:
-        path: file of the weights as torch-fidelity publishes them; ``None`` for the one in PyTorch's cache, which is
-            fetched if it is not there.
-
-    Returns:
-        The network, in evaluation mode and frozen, on the CPU. It is called ``inception-v3`` if the file is that of the
-        original weights, whose numbers compare with the literature's, else ``inception-v3-`` and the file's hash.
+    It is in evaluation mode and frozen, on the CPU. It is called ``inception-v3`` if the file is that of the original
+    weights, whose numbers compare with the literature's, else ``inception-v3-`` and the file's hash.
 
     Raises:
         InputError: torch-fidelity is not installed, or the file is missing, cut short or of another network.

@@ -18,11 +18,7 @@ class Estimate(NamedTuple):
 
 
 def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
-    """Check features of a metric, and return them in float64.
-
-    Args:
-        features: ``(n, d)``.
-        metric: its name with the article, for the message.
+    """Check features ``(n, d)`` of a metric, named with its article, and return them in float64.
 
     Raises:
         InputError: another shape, fewer rows, or numbers that are not finite.
@@ -37,11 +33,7 @@ def checked(features: Tensor, metric: str, at_least: int = 2) -> Tensor:
 
 
 def checked_pair(a: Tensor, b: Tensor, metric: str, at_least: int = 2) -> tuple[Tensor, Tensor]:
-    """Check two sets of features ``(n_a, d)`` and ``(n_b, d)``, and return them in float64; see :func:`checked`.
-
-    Raises:
-        InputError: as :func:`checked`, or the widths differ.
-    """
+    """Check two sets of features of one width, and return them in float64; see :func:`checked`."""
     a, b = checked(a, metric, at_least), checked(b, metric, at_least)
     if a.shape[1] != b.shape[1]:
         raise InputError(

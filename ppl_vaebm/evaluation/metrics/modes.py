@@ -30,11 +30,7 @@ class ModeStatistics(NamedTuple):
 
 
 def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics:
-    """Count samples at the modes of a mixture; for the arguments see :func:`mode_counts`.
-
-    Raises:
-        InputError: the shapes do not fit.
-    """
+    """Count samples at the modes of a mixture; arguments as :func:`mode_counts`, InputError for other shapes."""
     if x.ndim != 2 or len(x) == 0 or x.shape[1:] != modes.shape[1:]:
         raise InputError(
             f"mode statistics need samples of shape (n, {modes.shape[1]}) with n >= 1, got {tuple(x.shape)}; "
@@ -45,12 +41,9 @@ def mode_statistics(x: Tensor, modes: Tensor, mode_std: float) -> ModeStatistics
 
 
 def mode_counts(x: Tensor, modes: Tensor, mode_std: float) -> Tensor:
-    """Count the samples within 3 standard deviations of each mode that is their nearest, ``(m,)``.
+    """Count the samples ``(n, d)`` at each mode ``(m, d)``, their nearest, within 3 standard deviations: ``(m,)``.
 
-    Args:
-        x: samples, ``(n, d)``; one that is not finite is at no mode.
-        modes: centres, ``(m, d)``.
-        mode_std: standard deviation of each component, along every axis.
+    A sample that is not finite is at no mode. ``mode_std`` is that of each component, along every axis.
     """
     squares = (x.double().unsqueeze(1) - modes.double()).square().sum(-1)
     nearest, mode = squares.min(1)
@@ -99,14 +92,7 @@ def coverage_of_even_draws(num: int, num_classes: int) -> ClassCoverage:
     classes have a Binomial(n, 1/m) count C, and ``m E[C/n log(m C/n)] = E[log(m (1 + B)/n)]`` with B of
     Binomial(n - 1, 1/m), for ``c P(C = c) = n/m P(B = c - 1)``. The customary ``(m - 1) / 2n`` is its limit for many
     draws: of 1,000 classes 2,000 draws have 0.285 nats, where that says 0.250, and 26,000 have 0.0193 where it says
-    0.0192.
-
-    Args:
-        num: number of draws n, at least 1.
-        num_classes: number of classes m, at least 1.
-
-    Raises:
-        InputError: there are no draws, or no classes.
+    0.0192. InputError for no draws, or no classes.
     """
     if num < 1 or num_classes < 1:
         raise InputError(f"even draws need n >= 1 draws of m >= 1 classes, got {num} of {num_classes}; ask for more")

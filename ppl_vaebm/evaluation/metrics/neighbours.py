@@ -35,13 +35,9 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(real: Tensor, generated: Tensor, num_neighbours: int = 3) -> PrecisionRecall:
     """Compute improved precision and recall (Kynkaanniemi et al. 2019, arXiv:1904.06991, algorithm 1).
 
-    The manifold of a set is the union of balls about its members, each as wide as the way to its k-th nearest
-    neighbour in the set, the ball's own centre not counted; the edge belongs to a ball. Both numbers depend on how many
-    samples there are, and on k.
-
-    Args:
-        real: features of data, ``(n, d)``.
-        generated: features of as many samples, ``(n, d)``.
+    It takes features of data and of as many samples, ``(n, d)`` both. The manifold of a set is the union of balls about
+    its members, each as wide as the way to its k-th nearest neighbour in the set, the ball's own centre not counted;
+    the edge belongs to a ball. Both numbers depend on how many samples there are, and on k.
 
     Raises:
         InputError: sets of different sizes, no more than k members, different widths, or numbers that are not finite.
@@ -65,12 +61,8 @@ def precision_recall_error(
     as the sets grow, and is a multiple of that of a fraction of independent points. Elsewhere it is too large, as
     jackknives are (Efron and Stein 1981): in trials with Gaussian sets of 200 and 600 by a factor of 1.4 to 2.3. Both
     sets count as random, so of two sets of samples that are measured against the same data the difference has less
-    error than their two errors say.
-
-    Args:
-        real: features of data in random order, ``(n, d)``.
-        generated: features of as many samples in random order, ``(n, d)``.
-        num_groups: groups left out, one at a time (Shao and Wu 1989); more take longer, and even out the estimate.
+    error than their two errors say. Data and samples are in random order, and the groups are left out one at a time
+    (Shao and Wu 1989); more groups take longer, and even out the estimate.
 
     Raises:
         InputError: as :func:`precision_recall`; fewer than two groups; fewer members than groups, or no more than k
@@ -114,12 +106,8 @@ def density_coverage(real: Tensor, generated: Tensor, num_neighbours: int = 5) -
     Only data have balls, each as wide as the way to the k-th nearest other member. Recall, whose balls are about
     generated samples, counts all that one outlier's wide ball holds, and can fall as outliers vanish; coverage does not
     see how far samples are from each other. Of n data and m samples of one distribution the coverage is
-    ``1 - prod_i (n - i) / (n + m - i)`` on average, i from 1 to k: 0.969 if both are many, n = m, and k = 5.
-
-    Args:
-        real: features of data, ``(n, d)``.
-        generated: features of samples, ``(m, d)``, m >= 1.
-        num_neighbours: k; 5 by custom.
+    ``1 - prod_i (n - i) / (n + m - i)`` on average, i from 1 to k: 0.969 if both are many, n = m, and k = 5, which is
+    the custom.
 
     Raises:
         InputError: no more than k data, no samples, different widths, or numbers that are not finite.
@@ -145,15 +133,10 @@ class Neighbours(NamedTuple):
 
 
 def nearest_neighbours(x: Tensor, reference: Tensor, num_neighbours: int = 1) -> Neighbours:
-    """Find the nearest members of a reference set.
-
-    Args:
-        x: features or flattened pixels, ``(n, d)``, n >= 1.
-        reference: ``(m, d)``.
-        num_neighbours: k, at most m.
+    """Find the k nearest of a reference set ``(m, d)`` for each of ``(n, d)``, features or flattened pixels.
 
     Raises:
-        InputError: too few to find, different widths, or numbers that are not finite.
+        InputError: fewer than k, different widths, or numbers that are not finite.
     """
     x = checked(x, "a search for neighbours", 1)
     x, reference = checked_pair(x, checked(reference, "a search for neighbours", num_neighbours), "a search", 1)

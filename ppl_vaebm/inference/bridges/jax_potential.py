@@ -49,11 +49,7 @@ def require(*packages: str) -> None:
 
 @contextmanager
 def jax_precision(dtype: torch.dtype) -> Iterator[None]:
-    """Let JAX compute in float32 or float64, on the CPU, within a block, without a change of its configuration.
-
-    Raises:
-        InputError: another dtype.
-    """
+    """Let JAX compute in float32 or float64, on the CPU, within a block, without a change of its configuration."""
     import jax
 
     if dtype not in NUMPY_DTYPES:
@@ -65,16 +61,12 @@ def jax_precision(dtype: torch.dtype) -> Iterator[None]:
 class JaxPotential:
     """Phi as a function of JAX arrays, ``(..., D)`` to ``(...)``, for ``jax.grad`` and ``jax.vmap``.
 
-    Args:
-        potential: Phi.
-        like: positions ``(C, D)`` that give D, dtype and device.
+    Positions ``like``, ``(C, D)``, give D, dtype and device.
     """
 
     def __init__(self, potential: Potential, like: Tensor) -> None:
         self.potential = potential
-        self.dim = like.shape[-1]
-        self.dtype = like.dtype
-        self.device = like.device
+        self.dim, self.dtype, self.device = like.shape[-1], like.dtype, like.device
         self.num_calls = 0
         """Host calls so far."""
         self.num_rows = 0
@@ -85,11 +77,7 @@ class JaxPotential:
         _POTENTIALS[self.number] = self
 
     def __call__(self, position: Array | NDArray[Any]) -> Array:
-        """Evaluate Phi, nats.
-
-        Raises:
-            InputError: positions of another D or dtype.
-        """
+        """Evaluate Phi, nats; InputError for positions of another D or dtype."""
         if position.shape[-1:] != (self.dim,) or position.dtype != NUMPY_DTYPES[self.dtype]:
             raise InputError(
                 f"expected positions of shape (..., {self.dim}) and {self.dtype}, found {position.shape} and "
@@ -98,14 +86,9 @@ class JaxPotential:
         return numbered_potential()(np.int32(self.number), position)
 
     def on_host(self, position: NDArray[Any], with_grad: bool) -> tuple[NDArray[Any], ...]:
-        """Evaluate Phi in torch; JAX calls this.
+        """Evaluate Phi, ``(...)``, in torch, and its gradient, ``(..., D)``, if asked for; JAX calls this.
 
-        Args:
-            position: ``(..., D)``, memory of JAX that is read-only.
-            with_grad: whether to compute the gradient too.
-
-        Returns:
-            Phi, ``(...)``; with its gradient, ``(..., D)``.
+        The positions are memory of JAX that is read-only.
         """
         try:
             rows = torch.from_numpy(np.array(position).reshape(-1, self.dim)).to(self.device)

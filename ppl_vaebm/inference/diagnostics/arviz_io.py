@@ -39,13 +39,11 @@ def arviz() -> Any:
 
 
 def to_inference_data(chains: Chains) -> InferenceData:
-    """Convert chains to ArviZ's container.
+    """Convert chains to ArviZ's container, with groups ``posterior`` and ``sample_stats`` of ``chain, draw, ...``.
 
-    Returns:
-        Groups ``posterior`` and ``sample_stats`` with dimensions ``chain, draw, ...``. The statistics also have
-        ``step_size`` and, where it is known, ``elapsed``, the seconds from the start of the draws. The attributes of
-        ``posterior`` are those of the chains (``seed``, ``thin``, ...), ``kernel``, ``num_evals``, ``warmup_evals``,
-        ``seconds``, ``warmup_seconds`` and ``versions``.
+    The statistics also have ``step_size`` and, where it is known, ``elapsed``, the seconds from the start of the draws.
+    The attributes of ``posterior`` are those of the chains (``seed``, ``thin``, ...), ``kernel``, ``num_evals``,
+    ``warmup_evals``, ``seconds``, ``warmup_seconds`` and ``versions``.
     """
     stats = {name: _array(value) for name, value in chains.stats.items()}
     shape = stats["lp"].shape
@@ -53,17 +51,9 @@ def to_inference_data(chains: Chains) -> InferenceData:
     if chains.elapsed is not None:
         stats["elapsed"] = np.broadcast_to(_array(chains.elapsed), shape)
     idata = _container({name: _array(value) for name, value in chains.draws.items()}, stats)
-    idata["posterior"].attrs.update(
-        {
-            "versions": _versions(),
-            **chains.attrs,
-            "kernel": chains.kernel,
-            "num_evals": chains.num_evals,
-            "warmup_evals": chains.warmup_evals,
-            "seconds": chains.seconds,
-            "warmup_seconds": chains.warmup_seconds,
-        }
-    )
+    costs = ("kernel", "num_evals", "warmup_evals", "seconds", "warmup_seconds")
+    attrs = {"versions": _versions(), **chains.attrs, **{name: getattr(chains, name) for name in costs}}
+    idata["posterior"].attrs.update(attrs)
     return idata
 
 
@@ -89,12 +79,9 @@ def _versions() -> str:
 
 
 def save_netcdf(data: InferenceData, path: str | Path, **options: str) -> None:
-    """Write a container, or a data set, to a NetCDF file; an older file is replaced in one step.
+    """Write a container of ArviZ or xarray to a NetCDF file; an older file is replaced in one step.
 
-    Args:
-        data: a container of ArviZ or xarray.
-        path: the file.
-        options: of the data's own ``to_netcdf``, such as ``group``.
+    The options are those of the container's own ``to_netcdf``, such as ``group``.
     """
     with replacing(Path(path)) as temporary:
         data.to_netcdf(str(temporary), engine="h5netcdf", **options)
@@ -119,11 +106,10 @@ def load_netcdf(path: str | Path) -> InferenceData:
         raise InputError(f"expected a group 'posterior' in {path}, found none: give the path of a chains.nc")
     for group in ("posterior", "sample_stats"):
         if hasattr(idata, group):
-            attrs = idata[group].attrs
             # NetCDF returns numbers and lists of them as arrays.
-            attrs.update(
-                {key: value.tolist() for key, value in attrs.items() if isinstance(value, np.ndarray | np.generic)}
-            )
+            for key, value in idata[group].attrs.items():
+                if isinstance(value, np.ndarray | np.generic):
+                    idata[group].attrs[key] = value.tolist()
     return idata
 
 
@@ -134,15 +120,10 @@ def attribute_list(idata: InferenceData, name: str) -> list[float]:
 
 
 def cut(idata: InferenceData, num_draws: int) -> InferenceData:
-    """Keep the first draws of every chain, as if the run had stopped there.
+    """Keep the first draws of every chain, at least one, as if the run had stopped there.
 
-    Args:
-        idata: of :func:`to_inference_data`.
-        num_draws: draws per chain to keep, from 1 to their number.
-
-    Returns:
-        A container whose ``num_evals`` and ``seconds`` are those of the kept draws. Where ``elapsed`` is missing, the
-        time is in proportion to the evaluations.
+    ``num_evals`` and ``seconds`` are then those of the kept draws. Where ``elapsed`` is missing, the time is in
+    proportion to the evaluations.
     """
     attrs = idata["posterior"].attrs
     kept = idata.isel(draw=slice(0, num_draws))

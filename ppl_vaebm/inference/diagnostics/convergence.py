@@ -99,15 +99,12 @@ def nested_r_hat(draws: FloatArray, superchains: NDArray[np.int64]) -> float:
     """Compute R-hat between groups of chains that share a start: Margossian et al. (2024), equation 8.
 
     The plain R-hat of many short chains is large however well they mix, because the mean of one chain is uncertain;
-    the nested one compares the means of whole groups.
+    the nested one compares the means of whole groups. It is the larger of the values for normal scores and for folded
+    draws, with every chain split in two, as ``rhat_nested`` of ArviZ 1.x; nan where the draws never move or hold a nan.
 
     Args:
         draws: of one quantity, ``(C, N)``, N at least 4.
         superchains: group of each chain, ``(C,)``; at least two groups, all of the same size.
-
-    Returns:
-        The larger of the values for normal scores and for folded draws, with every chain split in two, as
-        ``rhat_nested`` of ArviZ 1.x; nan where the draws never move or hold a nan.
 
     Raises:
         ValueError: fewer than two groups, groups of different sizes, or fewer draws.
@@ -145,11 +142,7 @@ def _split(draws: FloatArray) -> FloatArray:
 
 
 def _normal_scores(draws: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Replace draws ``(B, M, n)`` by the normal quantiles of their ranks within a column.
-
-    Returns:
-        The scores, of the same shape; and the draws in order, ``(B, M n)``.
-    """
+    """Replace draws ``(B, M, n)`` by the normal quantiles of their ranks; return them and the ordered draws."""
     rows = draws.reshape(len(draws), -1)
     order = rows.argsort(axis=1)
     ordered = np.take_along_axis(rows, order, axis=1)

@@ -80,12 +80,8 @@ class PositionRecorder:
     """Scalar summaries that also keep whole positions in float32, at most ``max_draws`` of each chain.
 
     When the memory is full, every other position is dropped, and from then on only every other draw is kept: the kept
-    draws are always every k-th from the first, k a power of two, however long the chains become.
-
-    Args:
-        functionals: the scalar summaries to return.
-        num_chains: number of chains to record, the first ones.
-        max_draws: most positions of one chain to keep, at least 2.
+    draws are always every k-th from the first, k a power of two, however long the chains become. The first
+    ``num_chains`` chains are recorded.
     """
 
     def __init__(self, functionals: Functionals, num_chains: int, dim: int, max_draws: int) -> None:
@@ -93,8 +89,7 @@ class PositionRecorder:
         self.stride = 1
         """Draws per kept position."""
         self._kept = np.empty((num_chains, max_draws // 2 * 2, dim), dtype=np.float32)
-        self._num_kept = 0
-        self._num_seen = 0
+        self._num_kept = self._num_seen = 0
 
     def __call__(self, state: KernelState) -> dict[str, Tensor]:
         """Record the position of one draw, and return the scalar summaries."""

@@ -26,28 +26,14 @@ class Uniformity(NamedTuple):
 
 
 def ranks(truth: Tensor, draws: Tensor) -> Tensor:
-    """Count the posterior draws below the prior draw.
-
-    Args:
-        truth: a quantity of each simulation's prior draw, ``(S,)``.
-        draws: the same quantity of its posterior draws, ``(S, L)``, nearly independent.
-
-    Returns:
-        ``(S,)``, int64, in {0, ..., L}.
-    """
+    """Count the L posterior draws of a quantity, ``(S, L)``, nearly independent, below its prior draw, ``(S,)``."""
     return (draws < truth.unsqueeze(1)).sum(1)
 
 
 def uniformity(ranks: Tensor, num_draws: int, num_bins: int) -> Uniformity:
-    """Test ranks for uniformity.
+    """Test ranks among ``num_draws``, ``(S,)``, for uniformity; ValueError for bins of different probability.
 
-    Args:
-        ranks: ``(S,)``, in {0, ..., num_draws}.
-        num_draws: L, number of posterior draws that were ranked.
-        num_bins: number of bins, a divisor of ``L + 1``, so that all are equally probable.
-
-    Raises:
-        ValueError: bins of different probability.
+    The number of bins is a divisor of ``num_draws + 1``, so that all are equally probable.
     """
     if (num_draws + 1) % num_bins:
         raise ValueError(f"expected num_bins to divide the {num_draws + 1} possible ranks, found {num_bins}")

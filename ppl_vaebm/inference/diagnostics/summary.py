@@ -76,14 +76,8 @@ def summarize(idata: InferenceData) -> list[QuantitySummary]:
     """Summarize every scalar element of every posterior variable.
 
     A quantity that never moves, or has a draw that is nan, gets nan for its diagnostics (ArviZ would count every draw
-    of a constant as independent). R-hat of a single chain compares its quarters.
-
-    Args:
-        idata: at least 4 draws per chain. Its attribute ``chains_per_start``, where it is above 1, says how many
-            neighbouring chains share a start, and the nested R-hat compares the starts.
-
-    Returns:
-        One summary per quantity, in the order of the file.
+    of a constant as independent). R-hat of a single chain compares its quarters. The attribute ``chains_per_start``,
+    where it is above 1, says how many neighbouring chains share a start, and the nested R-hat compares the starts.
 
     Raises:
         InputError: fewer than 4 draws per chain.
@@ -137,13 +131,7 @@ def bfmi(idata: InferenceData) -> FloatArray:
     """Estimate the Bayesian fraction of missing information of every chain: Betancourt (2016), arXiv 1604.00695.
 
     The mean square of the change of energy per draw over the variance of the energy: 2 for independent energies, near
-    1 for HMC that explores well, near 0 for energies that diffuse.
-
-    Args:
-        idata: with ``energy`` in group ``sample_stats``.
-
-    Returns:
-        ``(C,)``; nan for a chain whose energy never moves.
+    1 for HMC that explores well, near 0 for energies that diffuse; ``(C,)``, nan for a chain whose energy never moves.
     """
     energy = stat(idata, "energy")
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -204,11 +192,9 @@ def digits(value: float, num_digits: int) -> str:
 
 
 def summary_table(summaries: Sequence[QuantitySummary], idata: InferenceData) -> str:
-    """Format summaries, and the chains that they are of, for a terminal.
+    """Format summaries, and the chains that they are of, for a terminal: a line per quantity, then :func:`run_lines`.
 
-    Returns:
-        Two lines of header (names, units), one line per quantity, then :func:`run_lines`. The nested R-hat has its
-        column only where it is known.
+    The nested R-hat has its column only where it is known.
     """
     titles, units = (list(row) for row in zip(*TABLE_HEADER, strict=True))
     rows = without_empty_columns([titles, units, *map(table_cells, summaries)], num_header=2)
@@ -225,12 +211,7 @@ def without_empty_columns(rows: Sequence[Sequence[str]], num_header: int) -> lis
 
 
 def run_lines(idata: InferenceData) -> list[str]:
-    """Describe how the chains were made and what is wrong with them.
-
-    Returns:
-        Lines on kernel, step size, acceptance, divergences, BFMI, cost, and swaps of tempered kernels; then one line
-        that starts with ``note:`` for each of :func:`notes`.
-    """
+    """Describe how the chains were made; then one line that starts with ``note:`` for each of :func:`notes`."""
     attrs, acceptance = idata["posterior"].attrs, stat(idata, "acceptance_rate").mean(axis=1)
     num_chains, num_draws = stat(idata, "lp").shape
     lines = [
@@ -263,9 +244,7 @@ def _tempering_lines(idata: InferenceData, prefix: str = "") -> list[str]:
 def notes(idata: InferenceData, counts_divergences: bool = True) -> list[str]:
     """List what is wrong with chains, one sentence each, the most serious first.
 
-    Args:
-        idata: of :func:`~ppl_vaebm.inference.diagnostics.arviz_io.to_inference_data`.
-        counts_divergences: whether to list divergent draws, which some tables have in a column.
+    Divergent draws, which some tables have in a column, are left out unless ``counts_divergences``.
     """
     attrs, sentences = idata["posterior"].attrs, []
     num_chains, num_draws = stat(idata, "lp").shape

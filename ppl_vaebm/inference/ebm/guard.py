@@ -152,16 +152,10 @@ class Guard:
 
 
 def go_back(run: Run, guard: Guard, step: int, reason: str) -> checkpoints.Checkpoint | None:
-    """Choose where the next attempt begins, and set the guard back to there; or stop, if no attempt is left.
+    """Choose where the next attempt begins, and cut run and guard back to there; or stop, if no attempt is left.
 
-    Args:
-        run: its checkpoints and record are cut back to there.
-        guard: set back; its ``is_stopped`` says whether there is another attempt.
-        step: number of the step that ended the last attempt.
-        reason: what ended it.
-
-    Returns:
-        The checkpoint to begin at, ``None`` for the start. If the guard stops it is marked as the stage's result.
+    The last attempt was ended at a step, for a reason. Returns the checkpoint to begin at, ``None`` for the start; if
+    the guard stops, it is marked as the stage's result.
 
     Raises:
         DivergedError: the last attempt allowed has ended and there is no checkpoint.
@@ -187,13 +181,5 @@ def go_back(run: Run, guard: Guard, step: int, reason: str) -> checkpoints.Check
     if guard.is_stopped and saved is not None:
         # Written again with the last event, so that resuming does not begin another attempt.
         saved = replace(saved, state=saved.state | {"guard": guard.state()})
-        checkpoints.save(
-            folder,
-            stage=STAGE,
-            step=saved.step,
-            weights=saved.weights,
-            state=saved.state,
-            config=saved.config,
-            score=saved.score,
-        )
+        checkpoints.save(folder, **{name: value for name, value in vars(saved).items() if name != "path"})
     return saved

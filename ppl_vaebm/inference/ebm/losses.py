@@ -11,15 +11,9 @@ from torch.nn.functional import softplus
 
 
 def contrastive(energy_data: Tensor, energy_chains: Tensor) -> Tensor:
-    """Maximum likelihood with chains of h as negatives (Hinton 2002).
+    """Maximum likelihood with chains of h as negatives (Hinton 2002): energies ``(n,)`` and ``(m,)`` to ``()``.
 
-    Args:
-        energy_data: of data, ``(n,)``.
-        energy_chains: where the chains ended, ``(m,)``.
-
-    Returns:
-        ``()``; its gradient is that of ``-log h`` where the chains are draws of h. The value is no measure of
-        convergence.
+    The gradient is that of ``-log h`` where the chains are draws of h. The value is no measure of convergence.
     """
     return energy_data.mean() - energy_chains.mean()
 
@@ -32,12 +26,7 @@ def importance_weighted(energy_data: Tensor, energy_draws: Tensor) -> Tensor:
 def density_ratio(energy_data: Tensor, energy_draws: Tensor) -> Tensor:
     """Logistic regression of data against VAE samples, with logit ``-E`` (Gutmann and Hyvarinen 2010).
 
-    Args:
-        energy_data: of data, ``(n,)``.
-        energy_draws: of VAE samples, ``(m,)``.
-
-    Returns:
-        ``()``; ``2 log 2`` at ``E = 0``.
+    Takes energies ``(n,)`` and ``(m,)`` to ``()``, which is ``2 log 2`` at ``E = 0``.
     """
     return softplus(energy_data).mean() + softplus(-energy_draws).mean()
 

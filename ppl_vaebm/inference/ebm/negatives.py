@@ -68,10 +68,7 @@ class Moved(NamedTuple):
 class PersistentChains:
     """Chains of the training kernel on the energy in training, their store, and the kernel's parameters.
 
-    Args:
-        config: the run's configuration.
-        potential: of the VAEBM in training.
-        partners: chains of the first latent's own term, from which chains restart; ``None`` for an energy without it.
+    ``partners`` are chains of the first latent's own term, from which chains restart; ``None`` for an energy without.
     """
 
     def __init__(self, config: Config, potential: NoisePotential, partners: LatentStore | None = None) -> None:
@@ -93,12 +90,9 @@ class PersistentChains:
             rows.copy_(self._restarts(generator, self._moved_partners(generator, len(rows))[0]))
 
     def advance(self, generator: torch.Generator, num: int, probability: float) -> Moved:
-        """Take a batch of chains, swap and move it by the transitions of one update, and put it back.
+        """Take ``num`` chains, swap and move them by the transitions of one update, and put them back.
 
-        Args:
-            generator: on the chains' device.
-            num: chains, at most the store's size.
-            probability: of continuing from the store.
+        They are at most the store's size, and each continues from the store with the probability given.
         """
         with frozen(self.potential.vaebm.energy):
             partners = None if self.partners is None else self._moved_partners(generator, num)
@@ -137,8 +131,7 @@ class PersistentChains:
     def swap(self, generator: torch.Generator, position: Tensor, first: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Swap the first latent with partners, at ``first`` ``(num, d)`` and in their slots ``(num,)``.
 
-        Returns:
-            Positions afterwards, ``(num, D)``, and acceptance rates ``(num,)``.
+        Returns positions afterwards, ``(num, D)``, and acceptance rates, ``(num,)``.
         """
         assert self.fixed_term is not None and self.partners is not None
         state, other = init_without_grad(self.potential)(position), init_without_grad(self.fixed_term)(first)
@@ -205,11 +198,7 @@ class PersistentChains:
         return state if self.partners is None else state | {"latents": self.partners.state()}
 
     def load(self, state: Mapping[Any, Any]) -> None:
-        """Restore what :meth:`state` returned.
-
-        Raises:
-            InputError: the chains are of another number, or of another model.
-        """
+        """Restore what :meth:`state` returned; raise InputError if it is of another number or another model."""
         stored = state["replay"]
         if stored.shape != self.positions.shape or state["replay_sites"] != self._sites():
             raise InputError(

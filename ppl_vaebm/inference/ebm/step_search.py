@@ -131,13 +131,10 @@ def descend(config: Config, potential: NoisePotential, step_size: float) -> list
 
 
 def with_trial(config: Config, trial: Trial) -> Config:
-    """Put a trial's step size and number of transitions into a configuration.
+    """Put a trial's step size and number of transitions into a configuration; InputError if it accepts no step.
 
-    A kernel whose step follows its acceptance in training follows the one found; langevin, whose step stays, is sampled
-    with the same step.
-
-    Raises:
-        InputError: the trial's steps are never accepted, so there is nothing to follow.
+    A kernel whose step follows its acceptance in training follows the one of the trial; langevin, whose step stays, is
+    sampled with the same step.
     """
     is_fixed = config.kernel.name == "langevin"
     target = None if is_fixed else min(MAX_TARGET, round(1 - trial.rejection, 3))
@@ -156,15 +153,9 @@ def with_trial(config: Config, trial: Trial) -> Config:
 
 def trial_table(trials: Sequence[Trial], choice: Trial) -> str:
     """Lay trials out as text, smallest step first, with a mark at the one chosen."""
-    rows = [
-        [
-            f"{trial.step_size:.4g}",
-            str(trial.num_steps),
-            f"{trial.fall:.4g} nats",
-            f"{trial.rejection:.3f}",
-            "<- chosen" if trial == choice else "",
-        ]
-        for trial in reversed(trials)
-    ]
+    rows = []
+    for trial in reversed(trials):
+        numbers = [f"{trial.step_size:.4g}", str(trial.num_steps), f"{trial.fall:.4g} nats", f"{trial.rejection:.3f}"]
+        rows.append([*numbers, "<- chosen" if trial == choice else ""])
     headers = ["step size", "steps", "fall per 1000 gradients", "rejection", ""]
     return text_table(rows, headers, numbers=(0, 1, 2, 3))

@@ -10,11 +10,7 @@ from torch import Tensor
 
 
 class Packing:
-    """The only translator between named sites and the flat rows that kernels move.
-
-    Args:
-        shapes: event shape of every site, in the order of the columns.
-    """
+    """The only translator between named sites, whose event shapes it takes in order, and the rows of kernels."""
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self.shapes = dict(shapes)
@@ -26,11 +22,7 @@ class Packing:
         return torch.cat([sites[name].flatten(1) for name in self.shapes], dim=1)
 
     def unravel(self, position: Tensor) -> dict[str, Tensor]:
-        """Cut ``(C, D)`` into sites ``(C, *shape)``.
-
-        Raises:
-            ValueError: another number of columns than the sites have.
-        """
+        """Cut ``(C, D)`` into sites ``(C, *shape)``; ValueError for another number of columns."""
         if position.dim() != 2 or position.shape[1] != self.dim:
             raise ValueError(f"expected positions of shape (chains, {self.dim}), got {tuple(position.shape)}")
         parts = position.split(list(self.sizes.values()), dim=1)

@@ -212,16 +212,11 @@ def _swap(
 
 
 def swap_probability(energies: Tensor, b: Tensor, lower: Tensor) -> Tensor:
-    """Compute the swap probabilities of neighbours, ``min(1, exp((b_i - b_j)(E_i - E_j)))``.
+    """Compute the swap probabilities of neighbours, ``min(1, exp((b_i - b_j)(E_i - E_j)))``, ``(C, P)``, float64.
 
-    Args:
-        energies: Phi at every level, ``(C, K + 1)``.
-        b: inverse temperatures, ``(K + 1,)``, float64.
-        lower: the hotter level of each pair, ``(P,)``.
-
-    Returns:
-        ``(C, P)``, float64; 0 where the energy that would come to the colder level is not finite, or the one that would
-        leave it is nan. Only a chain's start can be either, and an infinite energy leaves it by a swap.
+    The energies are Phi at every level, ``(C, K + 1)``, and ``lower`` the hotter level of each of P pairs. The
+    probability is 0 where the energy that would come to the colder level is not finite, or the one that would leave it
+    is nan. Only a chain's start can be either, and an infinite energy leaves it by a swap.
     """
     hot, cold = energies[:, lower].double(), energies[:, lower + 1].double()
     rate = ((b[lower] - b[lower + 1]) * (hot - cold)).exp().clamp(max=1.0)

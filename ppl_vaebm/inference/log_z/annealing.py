@@ -70,11 +70,7 @@ def move(
 
 
 def check_ladder(ladder: Ladder) -> None:
-    """Refuse a ladder that does not lead from N(0, I) to the target.
-
-    Raises:
-        InputError: saying what is wrong with it.
-    """
+    """Raise InputError for a ladder that does not lead from N(0, I) to the target."""
     levels, steps = ladder
     listed = ", ".join(f"{level:g}" for level in levels.tolist()[:8]) + (", ..." if len(levels) > 8 else "")
     if len(levels) < 2 or float(levels[0]) != 0 or float(levels[-1]) != 1 or not bool((levels.diff() > 0).all()):
@@ -87,11 +83,7 @@ def check_ladder(ladder: Ladder) -> None:
 
 
 def check_particles(position: Tensor) -> None:
-    """Refuse too few particles.
-
-    Raises:
-        InputError: fewer than two.
-    """
+    """Raise InputError for fewer than two particles."""
     if position.dim() != 2 or len(position) < 2:
         found = len(position) if position.dim() == 2 else f"a tensor of shape {tuple(position.shape)}"
         raise InputError(

@@ -249,21 +249,13 @@ def combine(populations: Sequence[Population]) -> LogZ:
 
 
 def equal_draws(population: Population, generator: torch.Generator) -> Tensor:
-    """Resample a population once more, so that its particles count alike.
-
-    Returns:
-        Positions, ``(N, D)``, some of them more than once.
-    """
+    """Resample a population once more, so that its particles count alike: ``(N, D)``, some more than once."""
     log_weights = population.log_weights.view(len(population.log_z), -1)
     return population.position[_resample_groups(log_weights, generator)]
 
 
 def spaced_ladder(pilot: Population, num_temperatures: int) -> Ladder:
-    """Space K temperatures evenly in the barrier (Syed, Bouchard-Cote, Deligiannidis and Doucet 2021).
-
-    Args:
-        pilot: a population that chose its own levels.
-        num_temperatures: K, steps from b = 0 to b = 1.
+    """Space K temperatures evenly in the barrier of a pilot (Syed, Bouchard-Cote, Deligiannidis and Doucet 2021).
 
     Raises:
         InputError: fewer than one step, or a particle of the pilot without a finite Phi.
@@ -276,11 +268,7 @@ def spaced_ladder(pilot: Population, num_temperatures: int) -> Ladder:
 
 
 def num_temperatures_for(pilot: Population, gap_nats: float, least: int, most: int) -> int:
-    """Return ``barrier^2 / gap`` between two numbers: temperatures that leave that gap if moves forget their start.
-
-    Raises:
-        InputError: a particle of the pilot without a finite Phi.
-    """
+    """Return ``barrier^2 / gap``, in bounds: temperatures that leave that gap if moves forget their start."""
     return max(least, min(most, math.ceil(pilot.barrier**2 / gap_nats)))
 
 

@@ -22,18 +22,11 @@ def norms_of(generator: Generator) -> dict[str, BatchNorm2d]:
 
 
 def prior_statistics(vae: HierarchicalVAE, temperature: float, num_batches: int, seed: int) -> dict[str, Tensor]:
-    """Estimate the statistics of prior samples, the mean over all batches of each batch's own.
+    """Estimate the statistics of prior samples, the mean over batches of :data:`BATCH` of each batch's own.
 
-    NVAE's code takes a moving average with weight 0.05 instead, which forgets all but the last batches.
-
-    Args:
-        vae: the VAE; unchanged.
-        temperature: factor on the noise of the latents.
-        num_batches: batches of :data:`BATCH` samples.
-        seed: of the samples.
-
-    Returns:
-        Mean and variance of every layer, by their names in the generator's state; empty without batch normalisation.
+    NVAE's code takes a moving average with weight 0.05 instead, which forgets all but the last batches. Returns mean
+    and variance of every layer, by their names in the generator's state; empty without batch normalisation. The VAE is
+    left as it was.
     """
     layers = norms_of(vae.model)
     before = {name: buffer.clone() for name, buffer in _buffers(layers).items()}

@@ -75,13 +75,7 @@ def penalty_weight(loop: SviConfig, kl_weight: float) -> float:
 
 
 class Objective(nn.Module):
-    """Loss of a step: minus the weighted ELBO per data point, and the penalties.
-
-    Args:
-        vae: in training.
-        loop: options of stage svi.
-        seed: of the power iterations' first vectors.
-    """
+    """Loss of a step: minus the weighted ELBO per data point, and the penalties; the seed starts power iterations."""
 
     def __init__(self, vae: HierarchicalVAE, loop: SviConfig, seed: int) -> None:
         super().__init__()
