@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from ppl_vaebm.config import EnergyConfig, ModelConfig, NvaeConfig
 from ppl_vaebm.models.decoders import Decoded, DecodedNormal
 from ppl_vaebm.models.energy import Energy, build_energy
+from ppl_vaebm.models.nvae import build_nvae
 from ppl_vaebm.models.nvae_cells import BatchNorm2d, Conv2d
 from ppl_vaebm.models.vae import Choose, Generator, HierarchicalVAE, RelativeGuide
 from ppl_vaebm.models.vaebm import VAEBM, build_vae
@@ -30,6 +32,13 @@ def nvae_options(**options: Any) -> dict[str, Any]:
     """Return the options of an NVAE of the smallest sizes that have all its parts."""
     small = {"channels": 2, "num_latents": 2, "num_mixtures": 2, "encoder_cells": 1, "decoder_cells": 1}
     return {"kind": "nvae", "nvae": NvaeConfig(**{**small, **options})}
+
+
+@cache
+def nvae_on_meta(config: NvaeConfig, event_shape: tuple[int, ...], levels: int | None) -> HierarchicalVAE:
+    """Build an NVAE without memory for its weights, once for all tests: large ones take a second."""
+    with torch.device("meta"):
+        return build_nvae(config, torch.Size(event_shape), levels)
 
 
 VECTORS = {

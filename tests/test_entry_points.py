@@ -24,6 +24,7 @@ from ppl_vaebm.config.recipes import recipe_names
 from ppl_vaebm.errors import InputError
 from ppl_vaebm.evaluation import kernels as comparison
 from ppl_vaebm.evaluation.store import read_parts
+from ppl_vaebm.inference import sampling
 from ppl_vaebm.inference.diagnostics.arviz_io import load_netcdf
 from ppl_vaebm.inference.diagnostics.convergence import diagnose_columns
 from ppl_vaebm.inference.diagnostics.coordinates import load_coordinates
@@ -40,7 +41,7 @@ write_comparison = comparison_page.write_comparison
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_reports(blank_pictures: None) -> Iterator[None]:
-    """Write empty pages, which take most of the time; some tests here write whole ones, with blank pictures."""
+    """Write empty pages, which take most of the time, and tune for a few steps; some tests write whole pages."""
 
     def compare_empty(run: Run, *rest: object) -> Path:
         run.comparison_page.touch()
@@ -49,6 +50,7 @@ def quick_reports(blank_pictures: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "write_report", write_empty_report)
         patch.setattr(comparison_page, "write_comparison", compare_empty)
+        patch.setattr(sampling, "NUM_PILOT_STEPS", 10)
         yield
 
 

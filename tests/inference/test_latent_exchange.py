@@ -218,7 +218,7 @@ def run_kernel_on(kernel: Kernel, state: KernelState, config: KernelConfig, num_
     return state
 
 
-@pytest.mark.parametrize("name", ["mala", "pcn", "tempered"])
+@pytest.mark.parametrize("name", ["pcn", "tempered"])
 def test_any_kernel_with_swaps_finds_the_masses_of_the_wells(name: str) -> None:
     num, potential, config = 800, slanted(), KernelConfig(name)  # type: ignore[arg-type]
     kernel = with_swaps(build_kernel(config, potential), potential)
@@ -242,9 +242,9 @@ def test_chains_without_swaps_stay_in_their_well() -> None:
 
 
 def test_exact_draws_stay_exact_under_swaps() -> None:
-    num, potential, config = 4_000, slanted(), KernelConfig("mala", step_size=0.5)
+    num, potential, config = 2_000, slanted(), KernelConfig("mala", step_size=0.5)
     kernel, generator = with_swaps(build_kernel(config, potential), potential), stream(0, "stay")
-    first, partners = run_first_latent(potential, generator, potential.draw_reference(generator, num), 200)
+    first, partners = run_first_latent(potential, generator, potential.draw_reference(generator, num), 120)
     state = with_partners(kernel.init(draw_slanted(num, generator)), first)
     params = start_params(config, state.position)._replace(partners=partners)
     for _ in range(3 * STEPS_PER_SWAP):

@@ -267,7 +267,7 @@ def test_without_an_energy_the_noise_stays_standard_normal(name: str) -> None:
         assert worst_error(potential, new_kernel(name, potential), step_size, num_steps=10, num_chains=1_000) < 4
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["hmc", "pcn", "elliptical"])  # by gradients, by proposals, by slices
 def test_under_the_official_potential_it_does_not(name: str) -> None:
     """Negative control: the same chains, with the Jacobian left out."""
     potential = hierarchy_without_energy()

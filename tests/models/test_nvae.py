@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -29,6 +28,7 @@ from tests.small_models import (
     NVAES,
     QUANTILE_NVAES,
     draw_noise,
+    nvae_on_meta,
     nvae_options,
     shipped_vae,
     sites_of,
@@ -97,12 +97,9 @@ RECIPES = {
 }
 
 
-@cache
 def on_meta(name: str) -> HierarchicalVAE:
-    """Build a published model without memory for its weights."""
     recipe = RECIPES[name]
-    with torch.device("meta"):
-        return build_nvae(recipe.config, torch.Size(recipe.event_shape), recipe.levels)
+    return nvae_on_meta(recipe.config, recipe.event_shape, recipe.levels)
 
 
 def count(module: nn.Module) -> int:
@@ -220,8 +217,7 @@ def test_every_part_has_the_size_of_its_formula(name: str) -> None:
 def test_another_configuration_has_another_size(change: dict[str, Any]) -> None:
     """Negative control; the formulas follow it."""
     config = replace(MNIST, **change)
-    with torch.device("meta"):
-        vae = build_nvae(config, torch.Size([1, 28, 28]), 2)
+    vae = nvae_on_meta(config, (1, 28, 28), 2)
     formulas = Formulas(config, 1)
     assert parts_of(vae.model) == formulas.generator(4, 1)
     assert parts_of(vae.guide) == formulas.guide()

@@ -32,10 +32,7 @@ SHORT = ["--num-chains", "4", "--num-warmup", "5", "--num-draws", "12"]
 FEW = ["--num", "20"]
 
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
-
-
-pytestmark = pytest.mark.usefixtures("quick_reports")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "quick_reports")
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ def test_it_is_sampled_and_evaluated(
     sample.main([str(mixture), "--num", "5"])
     assert np.load(mixture / "samples" / "vaebm.npz")["x"].shape == (5, 1, 8, 8)
     effort = ["--num-test", "10", "--num-importance", "4", "--num-z-draws", "100", "--num-samples", "30"]
+    effort += ["--steps", "2"]
     evaluate.main([str(mixture), *effort])
     text = capsys.readouterr().out
     assert "log h - log p" in text and "bits per dimension" in text

@@ -277,7 +277,7 @@ def test_it_finds_scales_and_lengths_worth_20_draws_per_1000_gradients(integrato
 
 
 def test_splitting_about_the_wrong_gaussian_is_worth_less() -> None:
-    summaries = diagnostics.summarize(to_inference_data(run_on_ar1("splitting", False, 60)))
+    summaries = diagnostics.summarize(to_inference_data(run_on_ar1("splitting", False, 30)))
     assert min(summary.ess_per_1000_evals for summary in summaries) < 10
 
 
