@@ -34,6 +34,8 @@ def check_device(device: str) -> None:
     # torch raises these for unknown names, missing drivers, a build without the device, and a missing dtype.
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
+        if reason.startswith("Expected one of"):  # a list of 22 names, most of them of no use here
+            reason = "PyTorch knows no such device; NVIDIA's and AMD's GPUs are cuda"
         raise InputError(
             f"expected a device that PyTorch can use here with float64, found {device!r} ({reason}); set --device cpu"
         ) from None

@@ -139,7 +139,7 @@ def _vae(options: Options) -> tuple[str, Iterator[tuple[Part, Measured]]]:
 
     for name in ("steps", "log_likelihood", "ood"):
         if getattr(options, name):
-            raise InputError(f"option {name.replace('_', '-')} is of the VAEBM, and stage svi has none: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is of the VAEBM, and stage svi has none: leave it out")
     fitted = open_fitted_vae(options.run)
     set_threads(fitted.config.threads)
     plan = _plan(options, fitted.config, fitted.data, ("likelihood", "samples"))
@@ -169,7 +169,7 @@ def _plan(options: Options, config: Config, data: Data, default: Sequence[Part])
     for name, parts in USED_BY.items():
         if getattr(options, name) is not None and not set(parts) & set(chosen):
             use = "--log-likelihood" if "log-z" in parts else f"the part {' or '.join(parts)}"
-            raise InputError(f"option {name.replace('_', '-')} is for {use}, found it without: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is for {use}, found it without: leave it out")
     ood = SYNTHETIC_SETS if "ood" in chosen else ()
     num_steps, kind = config.sampling.num_steps, "images" if len(data.event_shape) == 3 else "points"
     effort = Effort(

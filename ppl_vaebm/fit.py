@@ -13,7 +13,7 @@ from ppl_vaebm.config import Config
 from ppl_vaebm.config.options import FLAT, Checked
 from ppl_vaebm.config.parsing import as_yaml, last_value, parse, tokens
 from ppl_vaebm.config.recipes import load_yaml, recipe_names, recipe_path
-from ppl_vaebm.errors import exits_with_one_sentence
+from ppl_vaebm.errors import InputError, exits_with_one_sentence
 
 DESCRIPTION = """Fit a VAEBM: stage svi fits the VAE by stochastic variational inference, stage ebm then learns the
 energy. Options are read from the run's config.yaml, or without one from the recipe named like the data set; then from
@@ -66,6 +66,8 @@ def resolve(argv: list[str]) -> tuple[Options, Path]:
     recipe, run = last_value(argv, "--recipe"), last_value(argv, "--run")
     name = Path(recipe).stem if recipe else last_value(argv, "--data", "--data.name") or Config().data.name
     folder = Path(run or Path("runs") / name)
+    if any(place.is_file() for place in (folder, *folder.parents)):
+        raise InputError(f"expected a folder for the run at {folder}, found a file; name another folder")
     files = [folder / "config.yaml"] if (folder / "config.yaml").is_file() else []
     if recipe:
         files.append(recipe_path(recipe))

@@ -79,7 +79,7 @@ def _refuse_unused(options: Options, unused: tuple[str, ...], use: str, instead:
     """Refuse an option that has no effect."""
     for name in unused:
         if getattr(options, name):
-            raise InputError(f"option {name.replace('_', '-')} is for {use}, found it for {instead}: leave it out")
+            raise InputError(f"--{name.replace('_', '-')} is for {use}, found it for {instead}: leave it out")
 
 
 def _sample_vae(options: Options) -> Written:

@@ -479,10 +479,12 @@ MISTAKES = [
     (["fit", "--svi.steps", "many"], "--svi.steps: expected a whole number, found 'many'"),
     (["fit", "--svi.steps", "0"], "svi.steps must be positive, got 0"),
     (["fit", "--kernel", "hcm"], "did you mean hmc?"),
+    (["fit", "--run", "file/run"], "expected a folder for the run at file/run, found a file"),
     (["sample", "runs/demoo"], "found nothing; make one with: .* did you mean runs/demo?"),
     (["sample", "runs/demo", "--given-values", "a,b"], "numbers with commas in --given-values, .*, found 'a,b'"),
+    (["sample", "runs/demo", "--given-values", "nan,nan"], "numbers with commas .*, found no number in 'nan,nan'"),
     (["sample", "runs/demo", "--nmu", "3"], "unknown option --nmu; did you mean --num?"),
-    (["sample", "runs/demo", "--mask", "m.png"], "option mask expects --given or --given-values, found neither"),
+    (["sample", "runs/demo", "--mask", "m.png"], "--mask expects --given or --given-values, found neither"),
     (["sample"], "sample: expected RUN, a folder such as runs/demo, found none"),
     (["diagnose", "runs/demo", "--kernel", "pyro-nutz"], "did you mean pyro-nuts?"),
     (["compare", "runs/demo", "--kernels", "hmcc"], "unknown kernel 'hmcc': .* did you mean hmc?"),
@@ -520,6 +522,7 @@ def test_help_is_shown_without_torch(tmp_path: Path) -> None:
 def test_mistakes_are_answered_without_torch(tmp_path: Path) -> None:
     (tmp_path / "runs" / "demo").mkdir(parents=True)
     (tmp_path / "runs" / "demo" / "config.yaml").write_text("seed: 0")
+    (tmp_path / "file").touch()
     answers = without_torch(tmp_path, *(argv for argv, _ in MISTAKES))
     for (argv, expected), (status, text) in zip(MISTAKES, answers, strict=True):
         pattern = "error: .*" + re.escape(expected).replace(re.escape(".*"), ".*") + ".*\n"
@@ -538,7 +541,7 @@ def test_mistakes_are_answered_without_torch(tmp_path: Path) -> None:
         (["--model.min-x-scale", "1"], ["model.init-x-scale"]),
         (["--resume", "--overwrite"], ["resume", "overwrite"]),
         (["--run", ""], ["--run", "expected a value"]),
-        (["--device", "nonsense"], ["nonsense", "--device cpu"]),
+        (["--device", "gpu"], ["'gpu' (PyTorch knows no such device", "--device cpu"]),
         (["--device", "meta"], ["meta", "--device cpu"]),
         (["--kernel.members", "hmc", "mala"], ["kernel.members", "hmc", "mala"]),
         (["--stage", "svi", "--resume"], ["checkpoint", "svi", "--resume"]),

@@ -60,13 +60,13 @@ class GivenOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"expected {name.replace('_', '-')} positive and finite, got {value}: change it")
+        expected, values = 'numbers with commas in --given-values, such as "0.5,nan"', self.given_values or "0"
         try:
-            [float(word) for word in (self.given_values or "0").split(",")]
+            numbers = [float(word) for word in values.split(",")]
         except ValueError:
-            raise InputError(
-                'expected numbers with commas in --given-values, such as "0.5,nan", '
-                f"found {shown(str(self.given_values))}"
-            ) from None
+            raise InputError(f"expected {expected}, found {shown(values)}") from None
+        if all(map(math.isnan, numbers)):
+            raise InputError(f"expected {expected}, found no number in {shown(values)}: give one that was observed")
 
     @property
     def is_conditional(self) -> bool:
@@ -75,7 +75,7 @@ class GivenOptions:
             return True
         for name in ("mask", "noise_sd", "blur", "subsample", "num_chains", "num_warmup", "num_draws"):
             if getattr(self, name) != getattr(GivenOptions, name):
-                raise InputError(f"option {name.replace('_', '-')} expects --given or --given-values, found neither")
+                raise InputError(f"--{name.replace('_', '-')} expects --given or --given-values, found neither")
         return False
 
 
@@ -123,7 +123,7 @@ def _check_together(options: GivenOptions, data: Data) -> None:
         raise InputError(f"data set {data.name} holds {what}, expected --{expected}, found --{other}: change it")
     for name in () if is_image else ("mask", "blur", "subsample"):
         if getattr(options, name) is not None:
-            raise InputError(f"option {name} is for images, found it for data set {data.name}: leave it out")
+            raise InputError(f"--{name} is for images, found it for data set {data.name}: leave it out")
     named = [name for name in ("mask", "blur", "subsample") if getattr(options, name) is not None]
     if len(named) > 1:
         raise InputError(f"expected one of mask, blur and subsample, found {' and '.join(named)}: leave out the others")

@@ -261,7 +261,7 @@ def check_same(saved: dict[str, Any], config: Config, sections: tuple[str, ...],
     if changed:
         raise InputError(
             f"{what} was fitted with other values of {', '.join(changed)}; "
-            "leave these options out, or fit another --run with them"
+            "use those values, or fit another run with these"
         )
 
 

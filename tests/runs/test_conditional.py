@@ -269,21 +269,21 @@ IMAGE_REFUSALS = {
     "--given image --noise-sd 0.1 --blur nan": "expected blur positive",
     "--given image --noise-sd 0.1 --num-chains 0": "expected num-chains of at least 1",
     "--given image --noise-sd 0.1 --num-draws 3": "expected num-draws of at least 4",
-    "--given image --noise-sd 0.1 --num-steps 3": "option num-steps is for samples without --given",
-    "--mask mask": "option mask expects --given or --given-values",
-    "--num-draws 7": "option num-draws expects --given or --given-values",
+    "--given image --noise-sd 0.1 --num-steps 3": "--num-steps is for samples without --given",
+    "--mask mask": "--mask expects --given or --given-values",
+    "--num-draws 7": "--num-draws expects --given or --given-values",
     "--given-values 0.5": "holds images, expected --given",
 }
 POINT_REFUSALS = {
     "--given image": "holds points, expected --given-values",
     "--given-values 0.5": "expected 2 numbers with commas",
     "--given-values a,b": "expected numbers with commas",
-    "--given-values nan,nan": "found nothing observed",
+    "--given-values nan,nan": "found no number in 'nan,nan'",
     "--given-values 0.5,0.5": "found everything observed",
     "--given-values 1e6,nan": "expected values near the data",
     "--given-values inf,nan": "expected values near the data",
     "--given-values inf,nan --noise-sd 1": "expected finite values",
-    "--given-values 0.5,nan --mask mask": "option mask is for images",
+    "--given-values 0.5,nan --mask mask": "--mask is for images",
 }
 
 
