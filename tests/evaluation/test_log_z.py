@@ -342,7 +342,7 @@ def test_the_command_writes_the_sections_and_leaves_them_out_unasked(
     with pytest.raises(SystemExit) as ended:
         evaluate.main([str(run), "--stage", "svi", "--log-likelihood"])
     assert ended.value.code == 2
-    assert "option log-likelihood is of the VAEBM, and stage svi has none: leave it out" in capsys.readouterr().err
+    assert "--log-likelihood is of the VAEBM, and stage svi has none: leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("inputs", "name"), [("x", "IWAE - E"), ("x-and-z", "joint IWAE")])
