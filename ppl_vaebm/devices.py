@@ -35,7 +35,7 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         if reason.startswith("Expected one of"):  # a list of 22 names, most of them of no use here
-            reason = "PyTorch knows no such device; NVIDIA's and AMD's GPUs are cuda"
+            reason = "PyTorch knows no such device"
         raise InputError(
             f"expected a device that PyTorch can use here with float64, found {device!r} ({reason}); set --device cpu"
         ) from None
